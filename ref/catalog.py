@@ -1,0 +1,53 @@
+"""The catalogue: one record a technique. Names, files, tests and chapters all follow from it."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+# The book's parts, in order; also the folders of ref, accel, tests and docs.
+PARTS = ("attention", "memory", "vision", "compression", "training", "language", "devices")
+
+
+@dataclass(frozen=True)
+class Technique:
+    """What the project knows of one paper: its place, its source, its idea in a line, its core functions."""
+
+    slug: str
+    part: str
+    title: str
+    paper: str
+    year: int
+    arxiv: str | None
+    idea: str
+    core: tuple[str, ...]  # numerical functions: mirrored in accel, priced by hw
+
+
+CATALOG = (
+    Technique(
+        slug="flash",
+        part="attention",
+        title="FlashAttention",
+        paper="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
+        year=2022,
+        arxiv="2205.14135",
+        idea="Exact attention by tiles with a running softmax, so that the score matrix never reaches memory.",
+        core=(
+            "flash_attention",
+            "flash_attention_bwd",
+            "attention_dense",
+            "merge",
+            "finalize",
+            "online_softmax",
+        ),
+    ),
+)
+
+BY_SLUG = {t.slug: t for t in CATALOG}
+
+
+def technique(slug: str) -> Technique:
+    """The record of `slug`. Raises: LookupError that suggests the nearest slugs."""
+    if slug in BY_SLUG:
+        return BY_SLUG[slug]
+    near = get_close_matches(slug, BY_SLUG, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `triptych` lists them all"
+    raise LookupError(f"no technique {slug!r}{hint}")

@@ -1,0 +1,58 @@
+"""Shared settings of the suite: hypothesis profiles, strict JAX types, the time budget of each technique."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ref.catalog import BY_SLUG
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+for laws in Path(__file__).parent.rglob(
+    "laws_*.py"
+):  # plain functions, but their asserts should explain themselves
+    pytest.register_assert_rewrite(
+        ".".join(laws.relative_to(Path(__file__).parent.parent).with_suffix("").parts)
+    )
+
+BUDGET_S = 8.0  # seconds a technique may take in the suite, generic laws included
+
+quiet = [HealthCheck.too_slow, HealthCheck.differing_executors]  # shared laws run under two collectors
+settings.register_profile("fast", max_examples=10, deadline=None, suppress_health_check=quiet)
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=quiet)
+settings.register_profile("deep", max_examples=500, deadline=None, suppress_health_check=quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "fast"))
+
+_spent = defaultdict(float)
+# The longest slug wins, so that flash does not pay for block_sparse_flash.
+_SLUGS = sorted(BY_SLUG, key=len, reverse=True)
+
+
+def pytest_runtest_logreport(report):
+    """Add each test's time to the technique that its name carries; model and GPU tests are outside the budget."""
+    if {"model", "gpu"} & set(report.keywords):
+        return
+    name = report.nodeid.split("::", 1)[-1]
+    slug = next((s for s in _SLUGS if s in name), None)
+    if slug:
+        _spent[slug] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the dearest techniques, and those over budget."""
+    for slug, seconds in sorted(_spent.items(), key=lambda kv: -kv[1])[:5]:
+        flag = "  OVER BUDGET" if seconds > BUDGET_S else ""
+        terminalreporter.write_line(f"{seconds:6.1f} s  {slug}{flag}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Fail the run in CI when a technique spent more than its budget."""
+    over = [s for s, t in _spent.items() if t > BUDGET_S]
+    if over and exitstatus == 0 and os.environ.get("TRIPTYCH_BUDGET"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
