@@ -1,7 +1,7 @@
 """triptych's second panel: the same functions, made for a device in jit-compiled JAX and Pallas.
 
-`accel.flash` is `accel.attention.flash`: found by slug through the catalogue, and imported when first used, so that
-`import accel` costs next to nothing. `accel.dot_product_attention` is a drop-in for `jax.nn.dot_product_attention`.
+`accel.flash` is `accel.attention.flash`: found by slug through the catalogue and imported when first used, so
+that `import accel` costs next to nothing. `accel.dot_product_attention` is a drop-in for JAX's own.
 """
 
 import importlib
@@ -13,8 +13,8 @@ import ref
 # A foreign package called `ref` would break everything below with puzzling errors: say so at once.
 if Path(ref.__file__).resolve().parent.parent != Path(__file__).resolve().parent.parent:
     raise ImportError(
-        f"`import ref` finds {ref.__file__}, which belongs to another distribution; triptych's own lies beside "
-        f"{Path(__file__).resolve().parent}. Uninstall the other one, or use a fresh virtual environment."
+        f"`import ref` finds {ref.__file__}, which belongs to another distribution; triptych's own lies "
+        f"beside {Path(__file__).resolve().parent}. Uninstall the other, or use a fresh virtual environment."
     )
 
 from ref.catalog import BY_SLUG

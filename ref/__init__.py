@@ -1,6 +1,7 @@
 """triptych's first panel: every technique in plain NumPy, the definition that the other layers agree with.
 
-`ref.flash` is `ref.attention.flash`: a technique is found by its slug through the catalogue, and imported when used.
+`ref.flash` is `ref.attention.flash`: a technique is found by its slug through the catalogue, and imported
+when used.
 """
 
 import importlib

@@ -29,7 +29,7 @@ CATALOG = (
         paper="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
         year=2022,
         arxiv="2205.14135",
-        idea="Exact attention by tiles with a running softmax, so that the score matrix never reaches memory.",
+        idea="Exact attention by tiles with a running softmax: the score matrix never reaches memory.",
         core=(
             "flash_attention",
             "flash_attention_bwd",

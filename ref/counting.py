@@ -1,8 +1,9 @@
 """An ndarray that counts: multiply-accumulates, and elements that move between main memory and the chip.
 
-`count(tally, x)` puts x into main memory. Indexing such an array loads a tile (reads), assigning to a slice of it
-stores one (writes), `np.zeros_like` and its kin allocate beside it and write; whatever is computed lives on the chip
-and moves for free. Run any function of ref on counted arrays to measure what its closed form claims.
+`count(tally, x)` puts x into main memory. Indexing such an array loads a tile (reads), assigning to a slice
+of it stores one (writes), `np.zeros_like` and its kin allocate beside it and write; whatever is computed
+lives on the chip and moves for free. Run any function of ref on counted arrays to measure what its closed
+form claims.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 @dataclass
 class Tally:
-    """Running counts, in elements and multiply-accumulates; `largest` is the largest array made on the chip."""
+    """Running counts of elements and multiply-accumulates, and the largest array made on the chip."""
 
     reads: int = 0
     writes: int = 0

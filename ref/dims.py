@@ -9,8 +9,8 @@ import numpy as np
 def dims(**arrays):
     """dims(q=(q, "... L D"), k=(k, "... S D")) -> {"...": (2,), "L": 7, "D": 4, "S": 9}.
 
-    Each argument is (array, spec). A spec lists the axes by name, an integer fixes a size, a leading `...` stands
-    for any number of axes, equal in every array that has it.
+    Each argument is (array, spec). A spec lists the axes by name, an integer fixes a size, a leading `...`
+    stands for any number of axes, equal in every array that has it.
     Returns: the size of every named axis, and under "..." the tuple of leading axes.
     Raises: ValueError that names the array, the axis, and what it disagrees with.
     """
@@ -38,6 +38,6 @@ def dims(**arrays):
 
 
 def float64(*arrays):
-    """The arrays in float64; a subclass of ndarray stays what it is, so that counting arrays go through ref."""
+    """The arrays in float64; subclasses of ndarray stay, so that counting arrays go through ref."""
     out = tuple(np.asanyarray(x, np.float64) for x in arrays)
     return out[0] if len(out) == 1 else out

@@ -34,7 +34,9 @@ _SLUGS = sorted(BY_SLUG, key=len, reverse=True)
 
 
 def pytest_runtest_logreport(report):
-    """Add each test's time to the technique that its name carries; model and GPU tests are outside the budget."""
+    """Add each test's time to the technique that its name carries; model and GPU tests are outside the
+    budget.
+    """
     if {"model", "gpu"} & set(report.keywords):
         return
     name = report.nodeid.split("::", 1)[-1]

@@ -1,6 +1,7 @@
 """One runner for every golden file: a case says which function to call, with what, and what must come out.
 
-`@golden("flash")` parametrises a test with the cases of flash.npz; `run(case, ref.flash)` calls the case's function in
+`@golden("flash")` parametrises a test with the cases of flash.npz; `run(case, ref.flash)` calls the case's
+function in
 that module and compares every output. The folder is $TRIPTYCH_GOLDEN, tests/golden unless set.
 """
 
@@ -61,7 +62,9 @@ def cases(slug, *, needs=None):
 
 
 def golden(slug, *, needs=None, only=None):
-    """Parametrise a test with the cases of a slug; `only` keeps the functions a layer has (accel: the core ones)."""
+    """Parametrise a test with the cases of a slug; `only` keeps the functions a layer has (accel: the core
+    ones).
+    """
     chosen = [c for c in cases(slug, needs=needs) if only is None or c.meta["fn"] in only]
     return pytest.mark.parametrize("case", chosen, ids=[f"{slug}-{c.name}-{c.meta['fn']}" for c in chosen])
 
@@ -69,8 +72,8 @@ def golden(slug, *, needs=None, only=None):
 def call_args(case, fn, build=None, convert=lambda x: x):
     """Arguments of the case by name: arrays, None, tuples, and parameter trees made of the annotated classes.
 
-    build: {argument: function from the raw tree (nested dicts of arrays) to the object} where annotations do not do.
-    convert: applied to every array.
+    build: {argument: function from the raw tree (nested dicts of arrays) to the object} where annotations do
+    not do. convert: applied to every array.
     """
     hints = _hints(fn)
     out = {}
@@ -85,7 +88,9 @@ def call_args(case, fn, build=None, convert=lambda x: x):
 
 
 def resolve(module, name):
-    """The function a case names, dotted for methods. A missing one is an AttributeError, hence a failed test."""
+    """The function a case names, dotted for methods. A missing one is an AttributeError, hence a failed
+    test.
+    """
     for part in name.split("."):
         module = getattr(module, part)
     return module
@@ -104,8 +109,9 @@ def run(case, module, *, build=None, outs=None):
 def run_accel(case, module, *, build=None, outs=None, x64=False, options=None, slack=1.0):
     """The same in accel, with gradients: float32, or float64 under x64.
 
-    In float32 an output may be off by 512 eps of the largest entry (reductions in these cases have at most 512 terms,
-    and a sum of n terms is within n eps); slack multiplies that for a function worse conditioned, with a reason there.
+    In float32 an output may be off by 512 eps of the largest entry (reductions in these cases have at most
+    512 terms, and a sum of n terms is within n eps); slack multiplies that for a function worse conditioned,
+    with a reason there.
     """
     import jax
     import jax.numpy as jnp
@@ -134,7 +140,9 @@ def run_accel(case, module, *, build=None, outs=None, x64=False, options=None, s
 
 
 def compare(case, result, *, least=None):
-    """Compare a result with the tree of outputs in the meta; `least` is a floor for the tolerance (float32)."""
+    """Compare a result with the tree of outputs in the meta; `least` is a floor for the tolerance
+    (float32).
+    """
     _walk(case, case.meta["outs"], result, lambda key, got: _check(case, key, got, least))
 
 
@@ -160,7 +168,9 @@ def _check(case, key, got, least=None):
 
 
 def _walk(case, tree, got, visit):
-    """Pair the leaves of the outs tree with the result: a list is a tuple, an object a record, None is not compared."""
+    """Pair the leaves of the outs tree with the result: a list is a tuple, an object a record, None is not
+    compared.
+    """
     if tree is None:
         return
     if isinstance(tree, str):
@@ -213,7 +223,9 @@ def _hints(obj):
 
 
 def _typed(raw, hint):
-    """A raw tree of dicts and tuples as the annotated dataclasses or NamedTuples; absent fields keep their defaults."""
+    """A raw tree of dicts and tuples as the annotated dataclasses or NamedTuples; absent fields keep their
+    defaults.
+    """
     options = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
     if isinstance(raw, dict):
         cls = next((h for h in options if dataclasses.is_dataclass(h) or hasattr(h, "_fields")), None)

@@ -1,8 +1,9 @@
 """Exact attention by tiles: the running softmax of FlashAttention, forward and backward.
 
-Source: Dao et al. 2022 (arXiv 2205.14135): Algorithm 1 (forward), Algorithm 4 (backward), section 3.1 (merging),
-Theorem 2 (memory traffic). The loop over query tiles outside is FlashAttention-2's (Dao 2023). Where the paper lets
-a generator draw dropout tile by tile, we take the drawn mask, so that tiling cannot change it.
+Source: Dao et al. 2022 (arXiv 2205.14135): Algorithm 1 (forward), Algorithm 4 (backward), section 3.1
+(merging), Theorem 2 (memory traffic). The loop over query tiles outside is FlashAttention-2's (Dao 2023).
+Where the paper lets a generator draw dropout tile by tile, we take the drawn mask, so that tiling cannot
+change it.
 """
 
 import numpy as np
@@ -43,10 +44,10 @@ def flash_attention(
     order="q_outer",
     return_lse=False,
 ):
-    """softmax(scale q k^T over the visible keys) v, never holding more than one [block_q, block_k] tile of scores.
+    """softmax(scale q k^T over the visible keys) v, never holding more than one tile of scores.
 
-    Args: q [..., H, L, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], H a multiple of Hkv (query head h uses key head
-        h // (H / Hkv)); without heads [L, D], [S, D], [S, Dv].
+    Args: q [..., H, L, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], H a multiple of Hkv (query head h uses
+        key head h // (H / Hkv)); without heads [L, D], [S, D], [S, Dv].
       mask: bool, True = visible, broadcastable to [..., H, L, S].
       key_lengths: int, broadcastable to [..., H], 0 <= n <= S: keys from n on are invisible.
       causal: key j is visible to query i if j <= i + (n - L), n the number of keys (bottom-right alignment).
@@ -54,8 +55,8 @@ def flash_attention(
       block_q, block_k: queries and keys a tile; they change the rounding, never the result.
       dropout_mask: bool [..., H, L, S], True = keep; probabilities kept are divided by 1 - dropout_p.
       order: "q_outer" (FlashAttention-2) or "k_outer", the paper's loop, which holds o, l and m in memory.
-    Returns: o [..., H, L, Dv] float64, and with return_lse (o, lse [..., H, L]): log-sum-exp of the scaled visible
-      scores, natural log, before dropout. A query that sees no key gives o = 0 and lse = -inf.
+    Returns: o [..., H, L, Dv] float64, and with return_lse (o, lse [..., H, L]): log-sum-exp of the scaled
+      visible scores, natural log, before dropout. A query that sees no key gives o = 0 and lse = -inf.
     Raises: ValueError naming the argument at fault.
     """
     _check_blocks(block_q, block_k)
@@ -85,7 +86,7 @@ def _forward_q_outer(q, k, v, opt, causal, block_q, block_k):
 
 
 def _forward_k_outer(q, k, v, opt, causal, block_q, block_k):
-    """Algorithm 1: each key tile meets all query tiles, whose o, l and m are read, updated and written every time."""
+    """Algorithm 1: each key tile meets all query tiles; o, l and m are read and written every time."""
     L, S = q.shape[-2], k.shape[-2]
     o = np.zeros_like(q, shape=(*q.shape[:-1], v.shape[-1]))
     l = np.zeros_like(q, shape=q.shape[:-1])
@@ -95,7 +96,8 @@ def _forward_k_outer(q, k, v, opt, causal, block_q, block_k):
         for rows in _tiles(L, block_q):
             s = _scores(q[..., rows, :], kj, rows, cols, L, S, opt, causal)
             l_old = l[..., rows]
-            # The paper keeps o normalised: multiply by the old denominator, merge, divide by the new one (line 12).
+            # The paper keeps o normalised: multiply by the old denominator, merge, divide by the new one
+            # (line 12).
             old = SoftmaxState(m[..., rows], l_old, l_old[..., None] * o[..., rows, :])
             new = merge(old, _tile_state(s, vj, opt.keep(rows, cols)))
             o[..., rows, :], _ = finalize(new)
@@ -123,10 +125,11 @@ def flash_attention_bwd(
     """(dq, dk, dv) for the cotangent `do` of o, with the probabilities recomputed tile by tile from lse.
 
     Args: do [..., H, L, Dv]; o, lse as `flash_attention` returned them; the rest as there.
-    Returns: dq, dk, dv in the shapes of q, k, v; dk and dv are summed over the query heads that share a key head.
+    Returns: dq, dk, dv in the shapes of q, k, v; dk and dv are summed over the query heads that share a key
+    head.
     Raises: ValueError naming the argument at fault.
-    Source: Algorithm 4, in the deterministic form with two passes: one over key tiles for dk and dv, one over query
-    tiles for dq.
+    Source: Algorithm 4, in the deterministic form with two passes: one over key tiles for dk and dv, one over
+    query tiles for dq.
     """
     _check_blocks(block_q, block_k)
     kv_heads = k.shape[-3] if k.ndim > 2 else 1
@@ -157,7 +160,7 @@ def flash_attention_bwd(
 
 
 def block_sizes(sram_elements, d):
-    """(B_r, B_c) of Algorithm 1, line 1: B_c = ceil(M / 4d) keys and B_r = min(B_c, d) queries fit M elements.
+    """(B_r, B_c) of Algorithm 1, line 1: B_c = ceil(M / 4d) keys and B_r = min(B_c, d) queries fit M.
 
     Raises: ValueError if sram_elements < 4 d, where not even one key and one query fit.
     """
@@ -170,13 +173,15 @@ def block_sizes(sram_elements, d):
 def hbm_accesses(nq, nk, d, *, sram_elements=None, algorithm="standard", backward=False, include_init=True):
     """Elements read from and written to main memory by one head: {"reads", "writes", "total"}.
 
-    Args: nq, nk: queries and keys; d: head size of q, k and v. sram_elements: M, the on-chip memory in elements
-        (unused by "standard"). algorithm: "standard" writes the scores and the probabilities; "flash" is Algorithm 1
-        (Algorithm 4 backward); "flash2" loops over query tiles outside, forward only.
+    Args: nq, nk: queries and keys; d: head size of q, k and v. sram_elements: M, on-chip memory in
+        elements (unused by "standard").
+      algorithm: "standard" writes the scores and the probabilities; "flash" is Algorithm 1 (Algorithm 4
+        backward); "flash2" loops over query tiles outside, forward only.
       include_init: count the first writes of o, l and m (forward) or dq, dk and dv (backward).
-    Raises: ValueError for an unknown algorithm, backward with "flash2", or a missing or too small sram_elements.
-    Source: proof of Theorem 2; with nq = nk = N the totals are 4 N^2 + 4 N d (standard, forward), 7 N^2 + 8 N d
-    (backward), T_c (3 N d + 4 N) + 2 N d + init (flash), T_c (5 N d + 2 N) + 4 N d + init (backward).
+    Raises: ValueError for an unknown algorithm, backward with "flash2", or too little sram_elements.
+    Source: proof of Theorem 2. With nq = nk = N the totals are 4 N^2 + 4 N d (standard, forward),
+    7 N^2 + 8 N d (backward), T_c (3 N d + 4 N) + 2 N d + init (flash), T_c (5 N d + 2 N) + 4 N d + init
+    (backward).
     """
     if min(nq, nk, d) < 1:
         raise ValueError(f"nq, nk and d must be at least 1, got {nq=}, {nk=}, {d=}")
@@ -252,7 +257,8 @@ def example(seed=0):
     o, lse = flash_attention(q, k, v, causal=True, return_lse=True)
     do = np.random.default_rng(seed).standard_normal(o.shape)
     logits = q[:3, :8] @ np.swapaxes(k[:3], -1, -2) / np.sqrt(q.shape[-1])
-    halves = [SoftmaxState(np.max(s, -1), np.exp(s - s.max(-1, keepdims=True)).sum(-1), weigh(np.exp(s - s.max(-1, keepdims=True)), x))
+    halves = [SoftmaxState(np.max(s, -1), np.exp(s - s.max(-1, keepdims=True)).sum(-1), weigh(np.exp(s -
+    s.max(-1, keepdims=True)), x))
               for s, x in ((logits[..., :24], v[:, :24]), (logits[..., 24:], v[:, 24:]))]  # fmt: skip
     tiles = {"block_q": 16, "block_k": 16}
     return [

@@ -1,4 +1,4 @@
-"""Dense attention: the definition that materialises the scores, its gradient, and the checks all attention shares."""
+"""Dense attention, which materialises the scores, and the checks that all attention shares."""
 
 import numpy as np
 
@@ -22,15 +22,15 @@ def attention_dense(
 ):
     """softmax(scale q k^T over the visible keys) v: the baseline, [L, S] scores and all.
 
-    Args: q [..., H, L, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], H a multiple of Hkv (query head h uses key head
-        h // (H / Hkv)); without heads [L, D], [S, D], [S, Dv].
+    Args: q [..., H, L, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], H a multiple of Hkv (query head h uses
+        key head h // (H / Hkv)); without heads [L, D], [S, D], [S, Dv].
       mask: bool, True = visible, broadcastable to [..., H, L, S].
       key_lengths: int, broadcastable to [..., H], 0 <= n <= S: keys from n on are invisible.
       causal: key j is visible to query i if j <= i + (n - L), n the number of keys (bottom-right alignment).
       scale: factor of the scores; None is 1 / sqrt(D).
       dropout_mask: bool [..., H, L, S], True = keep; probabilities kept are divided by 1 - dropout_p.
-    Returns: o [..., H, L, Dv] float64, and with return_lse (o, lse [..., H, L]): log-sum-exp of the scaled visible
-      scores, natural log. A query that sees no key gives o = 0 and lse = -inf.
+    Returns: o [..., H, L, Dv] float64, and with return_lse (o, lse [..., H, L]): log-sum-exp of the scaled
+      visible scores, natural log. A query that sees no key gives o = 0 and lse = -inf.
     Raises: ValueError naming the argument at fault.
     """
     q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale, dropout_mask, dropout_p)
@@ -55,14 +55,14 @@ class Prepared:
         self.dropout_mask, self.dropout_p = dropout_mask, dropout_p
 
     def keep(self, rows, cols):
-        """What dropout multiplies a tile of probabilities by: 1 / (1 - p) where kept, else 0; 1 without dropout."""
+        """What dropout multiplies a tile of probabilities by: 1 / (1 - p) where kept, else 0."""
         if self.dropout_mask is None:
             return 1.0
         return self.dropout_mask[..., rows, cols] / (1.0 - self.dropout_p)
 
 
 def prepare(q, k, v, mask=None, key_lengths=None, scale=None, dropout_mask=None, dropout_p=0.0):
-    """Check an attention call; repeat grouped keys so that k and v have q's heads. -> (q, k, v, Prepared), float64."""
+    """Check an attention call, repeat grouped keys to q's heads -> (q, k, v, Prepared), in float64."""
     n = check_attention(q, k, v, mask, key_lengths, dropout_mask, dropout_p)
     q, k, v = float64(q, k, v)
     lead = q.shape[:-2]
@@ -80,7 +80,7 @@ def prepare(q, k, v, mask=None, key_lengths=None, scale=None, dropout_mask=None,
 def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dropout_p=0.0):
     """Raise ValueError for a bad attention call; return the axes, H = Hkv = 1 where there is no head axis.
 
-    Reads shapes and dtypes only, except for key_lengths, whose values are checked where they are concrete NumPy.
+    Reads shapes and dtypes only, except for key_lengths, whose values are checked unless traced.
     """
     heads = q.ndim > 2
     spec = ("... H L D", "... Hkv S D", "... Hkv S Dv") if heads else ("L D", "S D", "S Dv")
@@ -102,7 +102,7 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
 
 
 def check_lengths(name, lengths, lead, S, *, least=0):
-    """Raise ValueError unless `lengths` is an integer array, broadcastable to `lead`, with least <= length <= S."""
+    """Raise ValueError unless `lengths` are integers in least..S, broadcastable to `lead`."""
     dtype, shape = np.result_type(lengths), np.shape(lengths)
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{name} must be integers, got dtype {dtype}")

@@ -62,6 +62,6 @@ def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation=gelu):
 
 
 def swiglu(x, w_gate, w_up, w_down):
-    """(silu(x w_gate) * (x w_up)) w_down. x [..., C], w_gate and w_up [C, F], w_down [F, C]. Source: Shazeer 2020."""
+    """(silu(x w_gate) * (x w_up)) w_down (Shazeer 2020). x [..., C], w_gate, w_up [C, F], w_down [F, C]."""
     x = float64(x)
     return (silu(x @ w_gate) * (x @ w_up)) @ w_down

@@ -1,7 +1,8 @@
 """Rotary position embedding: pairs of channels turn by an angle proportional to the position.
 
 Source: Su et al. 2021 (RoFormer), section 3.4. Two layouts are in use and must not be mixed: adjacent pairs
-(2i, 2i+1), as in the paper and in GGUF files of the llama family, and halves (i, i + D/2), as in most other code.
+(2i, 2i+1), as in the paper and in GGUF files of the llama family, and halves (i, i + D/2), as in most other
+code.
 """
 
 import numpy as np

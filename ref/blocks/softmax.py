@@ -1,8 +1,9 @@
 """Softmax, and the state that lets it be taken piece by piece.
 
-The state of a set of keys is (m, l, acc): the largest logit, the sum of exp(logit - m), and the same sum weighted by
-the values. States of disjoint sets merge, in any order and any bracketing, to the state of their union; attention is
-`finalize` of the merge. Source: Milakov and Gimelshein 2018 (the running pair m, l); Dao et al. 2022, section 3.1.
+The state of a set of keys is (m, l, acc): the largest logit, the sum of exp(logit - m), and the same sum
+weighted by the values. States of disjoint sets merge, in any order and any bracketing, to the state of their
+union; attention is `finalize` of the merge. Source: Milakov and Gimelshein 2018 (the running pair m, l); Dao
+et al. 2022, section 3.1.
 """
 
 from typing import NamedTuple
@@ -58,7 +59,8 @@ def softmax_state(logits, v):
 def weigh(p, v):
     """P v with 0 * anything = 0: p [..., L, S], v [..., S, Dv] -> [..., L, Dv].
 
-    A value that is not finite is dropped where no row gives it weight, and kept (NaN comes out) where one does.
+    A value that is not finite is dropped where no row gives it weight, and kept (NaN comes out) where one
+    does.
     """
     unseen = ~np.any(p != 0, axis=-2)[..., None]  # [..., S, 1]: keys without weight in any row of this tile
     return p @ np.where(unseen, 0.0, v)
@@ -86,7 +88,7 @@ def finalize(state):
 
 
 def online_softmax(logits, *, start=0):
-    """Softmax in one pass over the keys: the maximum and the sum of exponentials are kept up to date together.
+    """Softmax in one pass over the keys: maximum and sum of exponentials are kept up to date together.
 
     Args: logits [..., S], S >= 1. start: index of the key that comes first; the keys wrap around.
     Returns: (p [..., S], m [...], l [...]): probabilities, largest logit, sum of exp(logits - m).

@@ -10,7 +10,7 @@ from ref.blocks.norms import layer_norm
 
 
 class BlockParams(NamedTuple):
-    """One block of width C and hidden width F: norms [C], attention maps [C, C] and biases [C], MLP [C, F], [F, C]."""
+    """One block of width C, hidden width F: norms and biases [C], maps [C, C], MLP [C, F] and [F, C]."""
 
     ln1_scale: np.ndarray
     ln1_bias: np.ndarray
@@ -31,13 +31,13 @@ class BlockParams(NamedTuple):
 
 
 def init_block(rng, dim, hidden, *, std=0.02):
-    """BlockParams with normal weights of standard deviation `std`, zero biases and unit norms. rng: NumPy Generator."""
+    """BlockParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms."""
     w = lambda *shape: std * rng.standard_normal(shape)
     one, zero = np.ones(dim), np.zeros(dim)
     return BlockParams(
         ln1_scale=one, ln1_bias=zero,
-        w_q=w(dim, dim), b_q=zero, w_k=w(dim, dim), b_k=zero, w_v=w(dim, dim), b_v=zero, w_o=w(dim, dim), b_o=zero,
-        ln2_scale=one, ln2_bias=zero,
+        w_q=w(dim, dim), b_q=zero, w_k=w(dim, dim), b_k=zero, w_v=w(dim, dim), b_v=zero, w_o=w(dim, dim),
+        b_o=zero, ln2_scale=one, ln2_bias=zero,
         w_fc1=w(dim, hidden), b_fc1=np.zeros(hidden), w_fc2=w(hidden, dim), b_fc2=zero,
     )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""Laws of FlashAttention on ref alone: NumPy and Hypothesis, so that they also run in the reader's browser."""
+"""Laws of FlashAttention on ref alone: NumPy and Hypothesis, so that they also run in the reader's
+browser.
+"""
 
 import math
 
@@ -42,7 +44,8 @@ def definition(q, k, v, scale, seen):
 
 
 def rounding(q, k, v, scale, eps=EPS):
-    """A score is off by at most D eps scale |q||k|, twice that in a difference of two, and exp passes it on to
+    """A score is off by at most D eps scale |q||k|, twice that in a difference of two, and exp passes it on
+    to
     weights of |v|; the sums over S keys and the rescaling add (S + 4) eps |v|."""
     D, S = q.shape[-1], k.shape[-2]
     scores = scale * np.linalg.norm(q, axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0)
@@ -51,7 +54,9 @@ def rounding(q, k, v, scale, eps=EPS):
 
 @st.composite
 def calls(draw, max_len=12):
-    """(q, k, v, options) of one head: any small shape, three regimes of softmax, causal or not, masks, lengths."""
+    """(q, k, v, options) of one head: any small shape, three regimes of softmax, causal or not, masks,
+    lengths.
+    """
     L, S = draw(st.integers(1, max_len)), draw(st.integers(1, max_len))
     D, Dv = draw(st.sampled_from((1, 4, 7))), draw(st.sampled_from((1, 4, 6)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -117,7 +122,9 @@ def states(draw, n):
 
 
 def close(a, b):
-    """Equal up to a few roundings of each term; acc may cancel, so it is measured against l (|v| is about 1 to 5)."""
+    """Equal up to a few roundings of each term; acc may cancel, so it is measured against l (|v| is about 1
+    to 5).
+    """
     np.testing.assert_array_equal(a.m, b.m)
     np.testing.assert_allclose(a.l, b.l, rtol=8 * EPS, atol=0)
     np.testing.assert_allclose(a.acc, b.acc, rtol=8 * EPS, atol=64 * EPS * max(1.0, np.max(a.l)))
@@ -211,7 +218,7 @@ def law_flash_output_is_a_weighted_mean_of_seen_values(call):
 
 @given(calls())
 def law_flash_causal_rows_ignore_later_keys(call):
-    q, k, v, options = call
+    q, k, v, _ = call
     n = min(len(q), len(k))
     q, k, v = q[:n], k[:n], v[:n]
     for i in range(n):
@@ -223,7 +230,9 @@ def law_flash_causal_rows_ignore_later_keys(call):
 
 
 def law_flash_huge_logits_stay_finite():
-    """Scores near 1e4 overflow a plain exponential; the running maximum keeps every exponent at or below 0."""
+    """Scores near 1e4 overflow a plain exponential; the running maximum keeps every exponent at or below
+    0.
+    """
     rng = np.random.default_rng(0)
     q, k, v = (
         100 * rng.standard_normal((8, 16)),
@@ -239,7 +248,9 @@ def law_flash_huge_logits_stay_finite():
 
 @given(calls(max_len=6), st.booleans(), blocks)
 def law_flash_gradients_are_central_differences(call, dropout, block):
-    """<grad, d> against (f(x + h d) - f(x - h d)) / 2h with h = 1e-5: error h^2 f''' + eps f / h, both under 1e-7."""
+    """<grad, d> against (f(x + h d) - f(x - h d)) / 2h with h = 1e-5: error h^2 f''' + eps f / h, both under
+    1e-7.
+    """
     q, k, v, options = call
     gain = max(np.abs(q).max(), np.abs(k).max(), 1.0)
     q, k = q / gain, k / gain  # third derivatives of order 1

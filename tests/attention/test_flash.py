@@ -23,8 +23,8 @@ def _qkv(L=4, S=5, D=3, Dv=2, H=None, Hkv=None):
 
 
 BAD = {
-    "head size": (_qkv()[:1] + [np.zeros((5, 4)), np.zeros((5, 2))], {}, "axis D is 3 in q"),
-    "keys": (_qkv()[:2] + [np.zeros((6, 2))], {}, "axis S is 5 in k"),
+    "head size": ([*_qkv()[:1], np.zeros((5, 4)), np.zeros((5, 2))], {}, "axis D is 3 in q"),
+    "keys": ([*_qkv()[:2], np.zeros((6, 2))], {}, "axis S is 5 in k"),
     "heads": (_qkv(H=3, Hkv=2), {}, "multiple of the Hkv=2"),
     "block": (_qkv(), {"block_q": 0}, "block_q and block_k must be at least 1"),
     "mask dtype": (_qkv(), {"mask": np.ones((4, 5))}, "mask must be boolean"),
