@@ -1,0 +1,123 @@
+"""The vision transformer: patches, a class token, pre-norm blocks, a linear head.
+
+Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), equations 1 to 4. Images are [..., H, W, C].
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ref.blocks.attention import attention_dense
+from ref.blocks.norms import layer_norm
+from ref.blocks.transformer import BlockParams, init_block, transformer_block
+from ref.dims import dims, float64
+
+
+class ViTParams(NamedTuple):
+    """A vision transformer of width d on n patches of p x p pixels.
+
+    w_patch [p, p, C, d], b_patch [d]; cls_token [d], or None for a network without one; pos_embed [1 + n, d]
+    ([n, d] without class token); blocks, one BlockParams each; norm_scale and norm_bias [d]; w_head [d, K]
+    and b_head [K], or None for a backbone that returns features.
+    """
+
+    w_patch: np.ndarray
+    b_patch: np.ndarray
+    cls_token: np.ndarray | None
+    pos_embed: np.ndarray
+    blocks: tuple[BlockParams, ...]
+    norm_scale: np.ndarray
+    norm_bias: np.ndarray
+    w_head: np.ndarray | None = None
+    b_head: np.ndarray | None = None
+
+
+def init_vit(
+    rng,
+    *,
+    image_size,
+    patch,
+    dim,
+    depth,
+    num_classes=None,
+    channels=3,
+    hidden=None,
+    class_token=True,
+    std=0.02,
+):
+    """ViTParams with normal weights of standard deviation `std`, zero biases and unit norms.
+
+    rng: NumPy Generator. image_size: pixels a side, a multiple of patch. hidden: width of the MLP, 4 dim if
+    None. num_classes: None leaves the head out. Raises: ValueError if the patches do not tile the image.
+    """
+    if image_size % patch:
+        raise ValueError(f"image_size must be a multiple of patch, got {image_size=} with {patch=}")
+    w = lambda *shape: std * rng.standard_normal(shape)
+    n = (image_size // patch) ** 2
+    return ViTParams(
+        w_patch=w(patch, patch, channels, dim),
+        b_patch=np.zeros(dim),
+        cls_token=w(dim) if class_token else None,
+        pos_embed=w(n + class_token, dim),
+        blocks=tuple(init_block(rng, dim, hidden or 4 * dim, std=std) for _ in range(depth)),
+        norm_scale=np.ones(dim),
+        norm_bias=np.zeros(dim),
+        w_head=None if num_classes is None else w(dim, num_classes),
+        b_head=None if num_classes is None else np.zeros(num_classes),
+    )
+
+
+def patchify(images, patch):
+    """Cut images [..., H, W, C] into patches [..., n, patch * patch * C], row by row.
+
+    Raises: ValueError unless H and W are multiples of patch.
+    """
+    n = dims(images=(images, "... H W C"))
+    if n["H"] % patch or n["W"] % patch:
+        raise ValueError(f"images of {n['H']} x {n['W']} pixels cannot be cut into patches of {patch}")
+    lead, rows, cols = n["..."], n["H"] // patch, n["W"] // patch
+    tiles = images.reshape(*lead, rows, patch, cols, patch, n["C"]).swapaxes(-4, -3)
+    return tiles.reshape(*lead, rows * cols, patch * patch * n["C"])
+
+
+def embed_patches(images, params):
+    """[class token, patches w_patch + b_patch] + positions: [..., H, W, C] -> [..., 1 + n, d] (eq. 1)."""
+    patch, _, channels, d = params.w_patch.shape
+    dims(images=(images, f"... H W {channels}"))
+    x = patchify(float64(images), patch) @ params.w_patch.reshape(-1, d) + params.b_patch
+    if params.cls_token is not None:
+        first = np.broadcast_to(params.cls_token, (*x.shape[:-2], 1, d))
+        x = np.concatenate([first, x], axis=-2)
+    dims(pos_embed=(params.pos_embed, f"{x.shape[-2]} {d}"))
+    return x + params.pos_embed
+
+
+def classify(x, params, *, global_pool=False, eps=1e-6):
+    """The head: tokens [..., L, d] of the last block -> logits [..., K], or features [..., d] without w_head.
+
+    What is normalised is the class token, or the mean of the other tokens with global_pool (or without a
+    class token).
+    """
+    has_class = params.cls_token is not None
+    x = x[..., 0, :] if has_class and not global_pool else x[..., int(has_class) :, :].mean(axis=-2)
+    x = layer_norm(x, params.norm_scale, params.norm_bias, eps=eps)
+    return x if params.w_head is None else x @ params.w_head + params.b_head
+
+
+def vit_tokens(images, params: ViTParams, *, num_heads, eps=1e-6, attention=attention_dense):
+    """Tokens after the last block, before the final norm: [..., H, W, C] -> [..., 1 + n, d]."""
+    x = embed_patches(images, params)
+    for block in params.blocks:
+        x = transformer_block(x, block, num_heads=num_heads, eps=eps, attention=attention)
+    return x
+
+
+def vit_forward(
+    images, params: ViTParams, *, num_heads, global_pool=False, eps=1e-6, attention=attention_dense
+):
+    """Logits [..., K] of images [..., H, W, C]; features [..., d] if the parameters have no head.
+
+    attention: a function (q, k, v, *, mask, causal) of heads, the dense one unless given.
+    """
+    x = vit_tokens(images, params, num_heads=num_heads, eps=eps, attention=attention)
+    return classify(x, params, global_pool=global_pool, eps=eps)
