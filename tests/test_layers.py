@@ -1,0 +1,176 @@
+"""The layers agree on every example of every technique: values, jit and vmap, gradients, bfloat16.
+
+One bound serves all. A backward stable algorithm gives the exact answer for inputs off by a few ulps; how
+far that
+moves the output is measured by perturbing ref's float64 inputs by one ulp of the format. accel may be off by
+K times
+that, plus K ulps of the largest output.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import accel
+import ref
+from ref.catalog import CATALOG
+
+ROOT = Path(__file__).parent.parent
+K = 64  # ulps granted: a sum of 64 to 4096 terms in pairwise or blocked order stays well within it
+EPS = {"float32": float(jnp.finfo(jnp.float32).eps), "bfloat16": float(jnp.finfo(jnp.bfloat16).eps)}
+
+
+def examples():
+    for t in CATALOG:
+        if (ROOT / "accel" / t.part / f"{t.slug}.py").exists():
+            for i, e in enumerate(getattr(ref, t.slug).example()):
+                yield pytest.param(t.slug, i, id=f"{t.slug}-{i}-{e.fn}")
+
+
+cases = pytest.mark.parametrize(("slug", "i"), list(examples()))
+
+
+def is_float(x):
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def cast(tree, dtype):
+    """Float arrays rounded to dtype; what it gives is float64 for ref and dtype for accel, the same
+    numbers.
+    """
+    rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype)) if is_float(x) else x, tree)
+    exact = jax.tree.map(lambda x: x.astype(np.float64) if is_float(x) else x, rounded)
+    device = jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "dtype") else x, rounded)
+    return exact, device
+
+
+def nudge(tree, eps, rng):
+    """Every float one ulp up or down."""
+    sign = lambda x: x * (1 + eps * rng.choice((-1.0, 1.0), np.shape(x)))
+    return jax.tree.map(lambda x: sign(x) if is_float(x) else x, tree)
+
+
+def leaves(out):
+    return jax.tree.leaves(out)
+
+
+def close(got, want, nudged, eps, label):
+    """accel's output against ref's, within the measured conditioning; integers and flags equal."""
+    got, want = leaves(got), leaves(want)
+    assert len(got) == len(want), label
+    for n, (g, w) in enumerate(zip(got, want, strict=True)):
+        g, w = np.asarray(g), np.asarray(w)
+        assert g.shape == w.shape, f"{label}: output {n} has shape {g.shape}, expected {w.shape}"
+        if w.dtype.kind != "f":
+            if eps == EPS["float32"]:
+                np.testing.assert_array_equal(g, w, err_msg=label)
+            continue
+        g = g.astype(np.float64)
+        finite = np.isfinite(w)
+        np.testing.assert_array_equal(g[~finite], w[~finite], err_msg=label)
+        moved = max((np.abs(leaves(x)[n][finite] - w[finite]).max(initial=0) for x in nudged), default=0.0)
+        atol = K * (moved + eps * np.abs(w[finite]).max(initial=0))
+        np.testing.assert_allclose(g[finite], w[finite], rtol=0, atol=atol, err_msg=label)
+
+
+def call(module, e, args):
+    return getattr(module, e.fn)(*args, **e.kwargs)
+
+
+def reference(slug, i, dtype, seed=0):
+    """(example, accel args, ref result, ref results for nudged inputs)."""
+    e = getattr(ref, slug).example(seed)[i]
+    exact, device = cast(e.args, dtype)
+    rng = np.random.default_rng(1)
+    nudged = [call(getattr(ref, slug), e, nudge(exact, EPS[dtype], rng)) for _ in range(2)]
+    return e, device, call(getattr(ref, slug), e, exact), nudged
+
+
+@cases
+def test_layers_agree_under_jit_and_vmap(slug, i):
+    """One compiled call on the examples of two seeds, batched: both must equal ref."""
+    first, second = reference(slug, i, "float32"), reference(slug, i, "float32", seed=1)
+    shapes = [jax.tree.map(np.shape, r[1]) for r in (first, second)]
+    pair = (first, second) if shapes[0] == shapes[1] else (first, first)
+    e = first[0]
+    mapped = [any(hasattr(x, "dtype") for x in jax.tree.leaves(a)) for a in e.args]
+    args = [
+        jax.tree.map(lambda x, y: jnp.stack([x, y]) if hasattr(x, "dtype") else x, a, b) if m else a
+        for a, b, m in zip(pair[0][1], pair[1][1], mapped, strict=True)
+    ]
+    fn = partial(getattr(getattr(accel, slug), e.fn), **e.kwargs)
+    static = tuple(n for n, m in enumerate(mapped) if not m)
+    batched = lambda *a: jax.vmap(fn, in_axes=[0 if m else None for m in mapped])(*a)
+    got = jax.jit(batched, static_argnums=static)(*args)
+    for n, (_, _, want, nudged) in enumerate(pair):
+        close(
+            jax.tree.map(lambda x, n=n: x[n], got), want, nudged, EPS["float32"], f"{slug}.{e.fn} of seed {n}"
+        )
+
+
+@cases
+def test_layers_agree_in_bfloat16(slug, i):
+    """Inputs rounded to bfloat16: the output keeps float32's accuracy until its own last rounding."""
+    e, args, want, nudged = reference(slug, i, "bfloat16")
+    got = call(getattr(accel, slug), e, args)
+    close(got, want, nudged, EPS["bfloat16"], f"{slug}.{e.fn}")
+
+
+@cases
+def test_layers_agree_on_gradients(slug, i):
+    """<gradient, direction> in accel against the central difference of ref, whose own error Richardson
+    measures.
+    """
+    e = getattr(ref, slug).example()[i]
+    if not e.diff_args:
+        # Nothing to differentiate: the example says so, and that its outputs are what they are under jit is
+        # tested.
+        assert e.diff_args == ()
+        return
+    exact, device = cast(e.args, "float32")
+    rng = np.random.default_rng(2)
+    scale = lambda x: np.abs(x).max(initial=0) or 1.0
+    direction = jax.tree.map(
+        lambda x: scale(x) * rng.standard_normal(x.shape) if is_float(x) else x,
+        [exact[n] for n in e.diff_args],
+    )
+    out = call(getattr(ref, slug), e, exact)
+    weights = [rng.standard_normal(np.shape(o)) if is_float(o) else None for o in leaves(out)]
+
+    def scalar(result, xp):
+        total = 0.0
+        for o, w in zip(leaves(result), weights, strict=True):
+            if w is not None:
+                total = total + xp.sum(xp.where(xp.isfinite(o), o, 0 * w.astype(o.dtype)) * w.astype(o.dtype))
+        return total
+
+    def moved(h):
+        args = list(exact)
+        for n, d in zip(e.diff_args, direction, strict=True):
+            args[n] = jax.tree.map(lambda x, d: x + h * d if is_float(x) else x, args[n], d)
+        return scalar(call(getattr(ref, slug), e, args), np)
+
+    h = 1e-5
+    slope, coarse = ((moved(s) - moved(-s)) / (2 * s) for s in (h, 2 * h))
+
+    def loss(*diff):
+        args = list(device)
+        for n, x in zip(e.diff_args, diff, strict=True):
+            args[n] = x
+        return scalar(call(getattr(accel, slug), e, args), jnp)
+
+    at = tuple(range(len(e.diff_args)))
+    grads = jax.jit(jax.grad(loss, argnums=at, allow_int=True))(*[device[n] for n in e.diff_args])
+    got, size = 0.0, 0.0
+    for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True):
+        if is_float(g):
+            got += np.sum(np.asarray(g, np.float64) * d)
+            size += np.sum(np.abs(np.asarray(g, np.float64) * d))
+    # float32 gradients: K ulps of the terms added up; the difference quotient: its change under doubling h
+    np.testing.assert_allclose(
+        got, slope, rtol=0, atol=K * EPS["float32"] * size + 2 * abs(slope - coarse) + 1e-9
+    )
