@@ -1,0 +1,46 @@
+"""The four refusals of `hw`: each says what was met, where, and what would help."""
+
+
+class UnsupportedPrimitive(NotImplementedError):
+    """A primitive that has no rule, named with its shape, its scope and its line of source."""
+
+    def __init__(self, name, shape=(), scope="", source="", why="the op program has no rule for it"):
+        self.name, self.shape, self.scope, self.source, self.why = name, tuple(shape), scope, source, why
+        at = f" at {source}" if source else ""
+        super().__init__(f"primitive {name!r} {list(shape)} in {scope or 'the top level'}{at}: {why}")
+
+
+class UnknownTripCount(ValueError):
+    """A while loop whose number of trips is not known before it runs."""
+
+    def __init__(self, scope):
+        self.scope = scope
+        super().__init__(
+            f"the while loop {scope!r} has an unknown trip count: pass "
+            f"trace(..., trip_counts={{{scope!r}: n}}), or run it with execute, which counts"
+        )
+
+
+class NonConsecutiveRevisit(ValueError):
+    """An output block of a kernel that is left and written again later, without being aliased to an input."""
+
+
+class DoesNotFit(MemoryError):
+    """More memory is needed than a region of the target has; `shortfall` bytes are missing."""
+
+    def __init__(self, target, region, needed, available, live_tensors=(), suggestions=()):
+        self.target, self.region, self.needed, self.available = target, region, int(needed), int(available)
+        self.live_tensors, self.suggestions = tuple(live_tensors), tuple(suggestions)
+        biggest = ", ".join(f"{n} {list(s)} {b:,} B" for n, s, b in self.live_tensors[:3])
+        hint = "; ".join(self.suggestions)
+        super().__init__(
+            f"{target}: {region} needs {self.needed:,} B and has {self.available:,} B, "
+            f"{self.shortfall:,} B short"
+            + (f"; largest: {biggest}" if biggest else "")
+            + (f"; would help: {hint}" if hint else "")
+        )
+
+    @property
+    def shortfall(self):
+        """Missing bytes."""
+        return self.needed - self.available
