@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jax.nn import sigmoid, silu, softplus
+from jax.nn import relu, sigmoid, silu, softplus
 
 from accel.blocks.shapes import lift
+from ref.blocks.mlp import activation_pair
 
-__all__ = ["affine", "gelu", "mlp", "sigmoid", "silu", "softplus", "swiglu"]
+__all__ = ["gelu", "linear", "mlp", "relu", "sigmoid", "silu", "softplus", "swiglu"]
 
 
 def gelu(x, *, approximate=False):
@@ -14,15 +15,19 @@ def gelu(x, *, approximate=False):
     return jax.nn.gelu(x, approximate=approximate)
 
 
-def affine(x, w, b):
-    """x w + b in x's dtype, accumulated in at least float32: x [..., C], w [C, F], b [F]."""
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate=True), "relu": relu, "silu": silu}
+
+
+def linear(x, w, b=None):
+    """x w + b in x's dtype: x [..., C], w [C, F], b [F] or None."""
     y = jnp.matmul(x, w.astype(x.dtype))
-    return y + lift(b.astype(x.dtype), y.ndim)
+    return y if b is None else y + lift(b.astype(x.dtype), y.ndim)
 
 
-def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation=gelu):
+def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation="gelu"):
     """activation(x w_fc1 + b_fc1) w_fc2 + b_fc2. x [..., C], w_fc1 [C, F], w_fc2 [F, C]."""
-    return affine(activation(affine(x, w_fc1, b_fc1)), w_fc2, b_fc2)
+    activation_pair(activation)  # ref's check of the name
+    return linear(ACTIVATIONS[activation](linear(x, w_fc1, b_fc1)), w_fc2, b_fc2)
 
 
 def swiglu(x, w_gate, w_up, w_down):

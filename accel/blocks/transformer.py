@@ -1,25 +1,54 @@
-"""The pre-norm transformer block in JAX; parameters are ref's `BlockParams`, a pytree."""
+"""The transformer block in JAX; parameters are ref's `BlockParams`, a pytree; see
+ref/blocks/transformer.py.
+"""
 
 from accel.blocks.attention import attention_dense, join_heads, split_heads
-from accel.blocks.mlp import affine, gelu, mlp
+from accel.blocks.mlp import linear, mlp
 from accel.blocks.norms import layer_norm
 from ref.blocks.transformer import BlockParams, init_block
 
-__all__ = ["BlockParams", "init_block", "qkv", "transformer_block"]
+__all__ = ["BlockParams", "init_block", "qkv", "self_attention", "transformer_block"]
 
 
 def qkv(x, params, *, num_heads):
-    """q, k, v of the normalised input: x [..., L, C] -> three arrays [..., H, L, D]."""
+    """q, k, v of x [..., L, C]: three arrays [..., H, L, D]."""
     p = params
-    pairs = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
-    return tuple(split_heads(affine(x, w, b), num_heads) for w, b in pairs)
+    maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
+    return tuple(split_heads(linear(x, w, b), num_heads) for w, b in maps)
+
+
+def self_attention(x, params, *, num_heads, attention=attention_dense, **options):
+    """attention(q, k, v) of x [..., L, C], joined and mapped by w_o, b_o. options: mask, causal, ... of
+    attention.
+    """
+    heads = attention(*qkv(x, params, num_heads=num_heads), **options)
+    return linear(join_heads(heads), params.w_o, params.b_o)
 
 
 def transformer_block(
-    x, params, *, num_heads, causal=False, mask=None, eps=1e-5, activation=gelu, attention=attention_dense
+    x,
+    params,
+    *,
+    num_heads,
+    norm="pre",
+    causal=False,
+    mask=None,
+    eps=1e-5,
+    activation="gelu",
+    attention=attention_dense,
 ):
-    """x + attention(norm(x)), then x + mlp(norm(x)). x [..., L, C] -> [..., L, C]."""
-    q, k, v = qkv(layer_norm(x, params.ln1_scale, params.ln1_bias, eps=eps), params, num_heads=num_heads)
-    x = x + affine(join_heads(attention(q, k, v, mask=mask, causal=causal)), params.w_o, params.b_o)
-    h = layer_norm(x, params.ln2_scale, params.ln2_bias, eps=eps)
-    return x + mlp(h, params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2, activation=activation)
+    """One block, pre-norm or post-norm: x [..., L, C] -> [..., L, C]."""
+    p = params
+    ln1 = lambda h: layer_norm(h, p.ln1_scale, p.ln1_bias, eps=eps)
+    ln2 = lambda h: layer_norm(h, p.ln2_scale, p.ln2_bias, eps=eps)
+    attend = lambda h: self_attention(
+        h, p, num_heads=num_heads, attention=attention, mask=mask, causal=causal
+    )
+    feed = lambda h: mlp(h, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2, activation=activation)
+    if norm == "pre":
+        x = x + attend(ln1(x))
+        return x + feed(ln2(x))
+    if norm == "post":
+        x = ln1(x + attend(x))
+        return ln2(x + feed(x))
+    raise ValueError(f'norm must be "pre" or "post", got {norm!r}')

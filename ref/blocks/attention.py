@@ -3,7 +3,7 @@
 import numpy as np
 
 from ref.blocks.masks import visible
-from ref.blocks.softmax import finalize, logsumexp, softmax_state, weigh
+from ref.blocks.softmax import finalize, logsumexp, softmax, softmax_state, softmax_vjp, weigh
 from ref.dims import dims, float64
 
 
@@ -44,6 +44,22 @@ def attention_dense(
         p = np.exp(s - np.where(np.isneginf(lse), 0.0, lse)[..., None])
         o = weigh(p * opt.keep(slice(None), slice(None)), v)
     return (o, lse) if return_lse else o
+
+
+def attention_dense_vjp(q, k, v, do, *, mask=None, key_lengths=None, causal=False, scale=None):
+    """-> (dq, dk, dv) of `attention_dense` for the cotangent do [..., H, L, Dv], the probabilities
+    recomputed.
+
+    dS = P * (dP - sum_j P dP) with dP = do v^T; a query that sees no key has zero gradients.
+    """
+    kv_heads = k.shape[-3] if k.ndim > 2 else 1
+    q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale)
+    L, S = q.shape[-2], k.shape[-2]
+    seen = visible(np.arange(L), np.arange(S), num_queries=L, num_keys=S, causal=causal, **opt.visibility)
+    p = softmax(np.where(seen, opt.scale * q @ np.swapaxes(k, -1, -2), -np.inf))
+    ds = opt.scale * softmax_vjp(p, do @ np.swapaxes(v, -1, -2))
+    dk, dv = np.swapaxes(ds, -1, -2) @ q, np.swapaxes(p, -1, -2) @ do
+    return ds @ k, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
 
 
 class Prepared:

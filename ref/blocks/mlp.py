@@ -56,9 +56,52 @@ def softplus(x):
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
 
-def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation=gelu):
+def relu(x):
+    """max(x, 0), elementwise."""
+    return np.maximum(float64(x), 0)
+
+
+# name -> (function, derivative)
+ACTIVATIONS = {
+    "gelu": (gelu, gelu_grad),
+    "gelu_tanh": (lambda x: gelu(x, approximate=True), lambda x: gelu_grad(x, approximate=True)),
+    "relu": (relu, lambda x: (float64(x) > 0).astype(np.float64)),
+    "silu": (silu, silu_grad),
+}
+
+
+def activation_pair(name):
+    """(function, derivative) of an activation. Raises: ValueError listing the names."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def linear(x, w, b=None):
+    """x w + b: x [..., C], w [C, F], b [F] or None."""
+    y = float64(x) @ w
+    return y if b is None else y + b
+
+
+def linear_vjp(x, w, dy, *, bias=True):
+    """-> (dx, dw, db) of `linear` for dy [..., F]; db is None without a bias."""
+    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dy @ np.swapaxes(w, -1, -2), rows.T @ drows, drows.sum(axis=0) if bias else None
+
+
+def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation="gelu"):
     """activation(x w_fc1 + b_fc1) w_fc2 + b_fc2. x [..., C], w_fc1 [C, F], w_fc2 [F, C]."""
-    return activation(float64(x) @ w_fc1 + b_fc1) @ w_fc2 + b_fc2
+    f, _ = activation_pair(activation)
+    return linear(f(linear(x, w_fc1, b_fc1)), w_fc2, b_fc2)
+
+
+def mlp_vjp(x, w_fc1, b_fc1, w_fc2, b_fc2, dy, *, activation="gelu"):
+    """-> (dx, dw_fc1, db_fc1, dw_fc2, db_fc2) of `mlp`, the hidden layer recomputed."""
+    f, df = activation_pair(activation)
+    h = linear(x, w_fc1, b_fc1)
+    da, dw_fc2, db_fc2 = linear_vjp(f(h), w_fc2, dy, bias=b_fc2 is not None)
+    dx, dw_fc1, db_fc1 = linear_vjp(float64(x), w_fc1, da * df(h), bias=b_fc1 is not None)
+    return dx, dw_fc1, db_fc1, dw_fc2, db_fc2
 
 
 def swiglu(x, w_gate, w_up, w_down):

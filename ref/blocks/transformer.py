@@ -1,12 +1,15 @@
-"""The pre-norm transformer block in the house form: q, k, v apart, weights [in, out], used as x @ W + b."""
+"""The transformer block in the house form: q, k, v apart, weights [in, out], used as x @ W + b; a bias may
+be None.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from ref.blocks.attention import attention_dense, join_heads, split_heads
-from ref.blocks.mlp import gelu, mlp
-from ref.blocks.norms import layer_norm
+from ref.blocks.attention import attention_dense, attention_dense_vjp, join_heads, split_heads
+from ref.blocks.mlp import linear, linear_vjp, mlp, mlp_vjp
+from ref.blocks.norms import layer_norm, layer_norm_vjp
+from ref.dims import float64
 
 
 class BlockParams(NamedTuple):
@@ -43,21 +46,108 @@ def init_block(rng, dim, hidden, *, std=0.02):
 
 
 def qkv(x, params, *, num_heads):
-    """q, k, v of the normalised input: x [..., L, C] -> three arrays [..., H, L, D]."""
+    """q, k, v of x [..., L, C]: three arrays [..., H, L, D]."""
     p = params
-    return tuple(
-        split_heads(x @ w + b, num_heads) for w, b in ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
-    )
+    maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
+    return tuple(split_heads(linear(x, w, b), num_heads) for w, b in maps)
+
+
+def self_attention(x, params, *, num_heads, attention=attention_dense, **options):
+    """attention(q, k, v) of x [..., L, C], joined and mapped by w_o, b_o. options: mask, causal, ... of
+    attention.
+    """
+    heads = attention(*qkv(x, params, num_heads=num_heads), **options)
+    return linear(join_heads(heads), params.w_o, params.b_o)
 
 
 def transformer_block(
-    x, params, *, num_heads, causal=False, mask=None, eps=1e-5, activation=gelu, attention=attention_dense
+    x,
+    params,
+    *,
+    num_heads,
+    norm="pre",
+    causal=False,
+    mask=None,
+    eps=1e-5,
+    activation="gelu",
+    attention=attention_dense,
 ):
-    """x + attention(norm(x)), then x + mlp(norm(x)). x [..., L, C] -> [..., L, C].
+    """One block: x [..., L, C] -> [..., L, C].
 
-    attention: a function (q, k, v, *, mask, causal) of heads [..., H, L, D]; the dense one unless given.
+    norm: "pre" is x + attention(ln1(x)), then x + mlp(ln2(x)) (GPT-2, ViT); "post" is ln1(x + attention(x)),
+    then
+      ln2(x + mlp(x)) (the original transformer, BERT).
+    mask: bool, True = visible, broadcastable to [..., H, L, L]. attention: a function of q, k, v, mask and
+    causal.
+    Raises: ValueError for an unknown norm or activation.
     """
-    q, k, v = qkv(layer_norm(x, params.ln1_scale, params.ln1_bias, eps=eps), params, num_heads=num_heads)
-    x = x + join_heads(attention(q, k, v, mask=mask, causal=causal)) @ params.w_o + params.b_o
-    h = layer_norm(x, params.ln2_scale, params.ln2_bias, eps=eps)
-    return x + mlp(h, params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2, activation=activation)
+    ln1, ln2 = _norms(params, eps)
+    attend = lambda h: self_attention(
+        h, params, num_heads=num_heads, attention=attention, mask=mask, causal=causal
+    )
+    feed = lambda h: mlp(h, params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2, activation=activation)
+    x = float64(x)
+    if norm == "pre":
+        x = x + attend(ln1(x))
+        return x + feed(ln2(x))
+    if norm == "post":
+        x = ln1(x + attend(x))
+        return ln2(x + feed(x))
+    raise ValueError(f'norm must be "pre" or "post", got {norm!r}')
+
+
+def self_attention_vjp(x, params, dy, *, num_heads, **options):
+    """-> (dx, gradients of w_q .. b_o by name) of `self_attention` with dense attention, q, k, v recomputed."""
+    q, k, v = qkv(x, params, num_heads=num_heads)
+    o = join_heads(attention_dense(q, k, v, **options))
+    do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)
+    grads = {"w_o": dw_o, "b_o": db_o}
+    dx = np.zeros_like(x)
+    dqkv = attention_dense_vjp(q, k, v, split_heads(do, num_heads), **options)
+    for name, d in zip("qkv", dqkv, strict=True):
+        w, b = getattr(params, f"w_{name}"), getattr(params, f"b_{name}")
+        part, grads[f"w_{name}"], grads[f"b_{name}"] = linear_vjp(x, w, join_heads(d), bias=b is not None)
+        dx = dx + part
+    return dx, grads
+
+
+def transformer_block_vjp(
+    x, params, dy, *, num_heads, norm="pre", causal=False, mask=None, eps=1e-5, activation="gelu"
+):
+    """-> (dx, dparams: BlockParams) of `transformer_block` with dense attention, for dy [..., L, C]."""
+    ln1, ln2 = _norms(params, eps)
+    options = {"num_heads": num_heads, "mask": mask, "causal": causal}
+    weights = params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2
+    x, dy = float64(x, dy)
+
+    def back_mlp(h, d):
+        dh, *grads = mlp_vjp(h, *weights, d, activation=activation)
+        return dh, dict(zip(("w_fc1", "b_fc1", "w_fc2", "b_fc2"), grads, strict=True))
+
+    if norm == "pre":
+        h1 = ln1(x)
+        mid = x + self_attention(h1, params, **options)
+        d, g_mlp = back_mlp(ln2(mid), dy)
+        d, s2, b2 = layer_norm_vjp(mid, params.ln2_scale, d, eps=eps)
+        dmid = dy + d
+        d, g_attn = self_attention_vjp(h1, params, dmid, **options)
+        d, s1, b1 = layer_norm_vjp(x, params.ln1_scale, d, eps=eps)
+        dx = dmid + d
+    elif norm == "post":
+        sum1 = x + self_attention(x, params, **options)
+        mid = ln1(sum1)
+        sum2 = mid + mlp(mid, *weights, activation=activation)
+        d2, s2, b2 = layer_norm_vjp(sum2, params.ln2_scale, dy, eps=eps)
+        d, g_mlp = back_mlp(mid, d2)
+        d1, s1, b1 = layer_norm_vjp(sum1, params.ln1_scale, d2 + d, eps=eps)
+        d, g_attn = self_attention_vjp(x, params, d1, **options)
+        dx = d1 + d
+    else:
+        raise ValueError(f'norm must be "pre" or "post", got {norm!r}')
+    return dx, BlockParams(ln1_scale=s1, ln1_bias=b1, ln2_scale=s2, ln2_bias=b2, **g_attn, **g_mlp)
+
+
+def _norms(params, eps):
+    first = lambda x: layer_norm(x, params.ln1_scale, params.ln1_bias, eps=eps)
+    second = lambda x: layer_norm(x, params.ln2_scale, params.ln2_bias, eps=eps)
+    return first, second
