@@ -97,7 +97,7 @@ def transformer_block(
 
 
 def self_attention_vjp(x, params, dy, *, num_heads, **options):
-    """-> (dx, gradients of w_q .. b_o by name) of `self_attention` with dense attention, q, k, v recomputed."""
+    """-> (dx, gradients of w_q .. b_o by name) of `self_attention` with dense attention."""
     q, k, v = qkv(x, params, num_heads=num_heads)
     o = join_heads(attention_dense(q, k, v, **options))
     do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)

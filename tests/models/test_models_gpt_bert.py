@@ -16,14 +16,14 @@ def slopes(f, params, grads, rng, path=()):
     The error is what doubling the step changes (truncation, with room for its own error) plus cancellation.
     """
     for name, g in zip(params._fields, grads, strict=True):
-        value = getattr(params, name)
+        value = getattr(params, name) if g is not None else None
         if isinstance(value, tuple) and value and hasattr(value[0], "_fields"):
             for i, (block, dblock) in enumerate(zip(value, g, strict=True)):
                 put = lambda new, i=i, value=value, name=name: params._replace(
                     **{name: (*value[:i], new, *value[i + 1 :])}
                 )
                 yield from slopes(lambda p, put=put: f(put(p)), block, dblock, rng, (*path, name, i))
-        elif value is not None and g is not None:
+        elif value is not None:
             d = rng.standard_normal(value.shape)
             at = lambda h, d=d, name=name, value=value: f(params._replace(**{name: value + h * d}))
             slope, coarse = ((at(h) - at(-h)) / (2 * h) for h in (H, 2 * H))

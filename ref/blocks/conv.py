@@ -1,0 +1,198 @@
+"""Convolutions and what goes with them, on maps with channels last: [B, H, W, C]; weights OIHW.
+
+The building blocks of EfficientViT (Liu et al. 2023) and SHViT (Yun and Ro 2024): convolution with batch
+norm, its
+folding, squeeze-and-excite (Hu et al. 2018), the patch merging that halves the map.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ref.blocks.mlp import linear, relu, sigmoid
+from ref.dims import dims, float64
+
+
+class BN(NamedTuple):
+    """Batch norm of C channels: gamma, beta, running mean and var, all [C]."""
+
+    gamma: np.ndarray
+    beta: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+
+
+class ConvBN(NamedTuple):
+    """A convolution without bias, w [out, in / groups, kh, kw], and the batch norm behind it."""
+
+    w: np.ndarray
+    bn: BN
+
+
+class FFNParams(NamedTuple):
+    """Two 1x1 convolutions with a ReLU between them."""
+
+    pw1: ConvBN
+    pw2: ConvBN
+
+
+class PatchMergingParams(NamedTuple):
+    """1x1 up, 3x3 depthwise with stride 2, squeeze-and-excite, 1x1 down; se weights are [out, in, 1, 1]."""
+
+    conv1: ConvBN
+    conv2: ConvBN
+    se_w1: np.ndarray
+    se_b1: np.ndarray
+    se_w2: np.ndarray
+    se_b2: np.ndarray
+    conv3: ConvBN
+
+
+def im2col(x, kernel, *, stride=1, padding=0, dilation=1):
+    """The patch under every output position: x [B, H, W, C] -> [B, H', W', kh, kw, C].
+
+    kernel: (kh, kw). stride, padding, dilation: one number for both axes. H' = (H + 2 padding - dilation (kh
+    - 1) - 1)
+    // stride + 1. Raises: ValueError if the kernel does not fit.
+    """
+    dims(x=(x, "B H W C"))
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    spans = [dilation * (k - 1) + 1 for k in kernel]
+    out = [(n - s) // stride + 1 for n, s in zip(x.shape[1:3], spans, strict=True)]
+    if min(out) < 1:
+        raise ValueError(
+            f"kernel of {spans[0]} x {spans[1]} does not fit a padded map of {x.shape[1]} x {x.shape[2]}"
+        )
+    rows, cols = (
+        stride * np.arange(n)[:, None] + dilation * np.arange(k) for n, k in zip(out, kernel, strict=True)
+    )
+    return x[:, rows[:, None, :, None], cols[None, :, None, :]]
+
+
+def conv2d(x, w, b=None, *, stride=1, padding=0, groups=1, dilation=1):
+    """Convolution (correlation): x [B, H, W, C], w [O, C / groups, kh, kw], b [O] -> [B, H', W', O].
+
+    Raises: ValueError if channels and groups disagree.
+    """
+    O, per, kh, kw = _check_conv(x, w, groups)
+    cols = im2col(float64(x), (kh, kw), stride=stride, padding=padding, dilation=dilation)
+    cols = cols.reshape(*cols.shape[:3], kh * kw, groups, per)
+    cols = np.moveaxis(cols, -2, 0).reshape(
+        groups, *cols.shape[:3], kh * kw * per
+    )  # [G, B, H', W', kh kw C/G]
+    y = cols.reshape(groups, -1, kh * kw * per) @ _kernel_matrix(w, groups)  # [G, B H' W', O/G]
+    y = np.moveaxis(y, 0, 1).reshape(*cols.shape[1:4], O)
+    return y if b is None else y + b
+
+
+def conv2d_vjp(x, w, dy, *, stride=1, padding=0, groups=1, dilation=1):
+    """-> (dx, dw, db) of `conv2d` for dy [B, H', W', O]."""
+    O, per, kh, kw = _check_conv(x, w, groups)
+    cols = im2col(float64(x), (kh, kw), stride=stride, padding=padding, dilation=dilation)
+    n = cols.shape[:3]
+    cols = np.moveaxis(cols.reshape(*n, kh * kw, groups, per), -2, 0).reshape(groups, -1, kh * kw * per)
+    dyg = np.moveaxis(dy.reshape(-1, groups, O // groups), 1, 0)  # [G, B H' W', O/G]
+    dw = np.swapaxes(cols, 1, 2) @ dyg  # [G, kh kw C/G, O/G]
+    dw = dw.reshape(groups, kh, kw, per, O // groups).transpose(0, 4, 3, 1, 2).reshape(w.shape)
+    dcols = dyg @ np.swapaxes(_kernel_matrix(w, groups), 1, 2)
+    dcols = np.moveaxis(dcols.reshape(groups, *n, kh, kw, per), 0, -2).reshape(*n, kh, kw, groups * per)
+    H, W = x.shape[1:3]
+    dpad = np.zeros((x.shape[0], H + 2 * padding, W + 2 * padding, x.shape[3]))
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(dilation * i, dilation * i + stride * (n[1] - 1) + 1, stride)
+            columns = slice(dilation * j, dilation * j + stride * (n[2] - 1) + 1, stride)
+            dpad[:, rows, columns] += dcols[:, :, :, i, j]
+    return dpad[:, padding : padding + H, padding : padding + W], dw, dy.reshape(-1, O).sum(axis=0)
+
+
+def batch_norm(x, bn, *, train=False, eps=1e-5, momentum=0.1):
+    """(x - mean) / sqrt(var + eps) gamma + beta over the last axis.
+
+    train: use the batch's mean and (biased) variance, and return (y, BN with running statistics moved by
+    `momentum`
+    towards the batch's mean and unbiased variance).
+    """
+    x = float64(x)
+    if not train:
+        return (x - bn.mean) / np.sqrt(bn.var + eps) * bn.gamma + bn.beta
+    rows = x.reshape(-1, x.shape[-1])
+    mean, var = rows.mean(axis=0), rows.var(axis=0)
+    unbiased = var * len(rows) / max(len(rows) - 1, 1)
+    moved = bn._replace(
+        mean=(1 - momentum) * bn.mean + momentum * mean, var=(1 - momentum) * bn.var + momentum * unbiased
+    )
+    return (x - mean) / np.sqrt(var + eps) * bn.gamma + bn.beta, moved
+
+
+def batch_norm_vjp(x, bn, dy, *, train=False, eps=1e-5):
+    """-> (dx, dgamma, dbeta) of `batch_norm`; in training the batch statistics take part in the gradient."""
+    x, dy = float64(x, dy)
+    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    mean, var = (rows.mean(axis=0), rows.var(axis=0)) if train else (bn.mean, bn.var)
+    rstd = 1 / np.sqrt(var + eps)
+    xh = (rows - mean) * rstd
+    g = drows * bn.gamma
+    dx = rstd * (g - g.mean(axis=0) - xh * (g * xh).mean(axis=0)) if train else rstd * g
+    return dx.reshape(x.shape), (drows * xh).sum(axis=0), drows.sum(axis=0)
+
+
+def conv_bn(x, p, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
+    """Convolution, then batch norm; in training -> (y, new BN)."""
+    y = conv2d(x, p.w, stride=stride, padding=padding, groups=groups)
+    return batch_norm(y, p.bn, train=train, eps=eps)
+
+
+def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
+    """-> (dx, ConvBN of gradients, zero for the running statistics) of `conv_bn`."""
+    options = {"stride": stride, "padding": padding, "groups": groups}
+    d, dgamma, dbeta = batch_norm_vjp(conv2d(x, p.w, **options), p.bn, dy, train=train, eps=eps)
+    dx, dw, _ = conv2d_vjp(x, p.w, d, **options)
+    zero = np.zeros_like(dgamma)
+    return dx, ConvBN(dw, BN(dgamma, dbeta, zero, zero))
+
+
+def fold_conv_bn(p, *, eps=1e-5):
+    """(w, b) of the one convolution that equals `conv_bn` at inference: w gamma / sqrt(var + eps)."""
+    gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
+    return p.w * gain[:, None, None, None], p.bn.beta - p.bn.mean * gain
+
+
+def conv_ffn(x, p):
+    """pw2(relu(pw1(x))): the feed-forward layer of 1x1 convolutions."""
+    return conv_bn(relu(conv_bn(x, p.pw1)), p.pw2)
+
+
+def squeeze_excite(x, w1, b1, w2, b2):
+    """x times sigmoid(W2 relu(W1 mean(x))): x [B, H, W, C], w1 [R, C, 1, 1], w2 [C, R, 1, 1]."""
+    pooled = float64(x).mean(axis=(1, 2))
+    gate = sigmoid(linear(relu(linear(pooled, w1[:, :, 0, 0].T, b1)), w2[:, :, 0, 0].T, b2))
+    return x * gate[:, None, None, :]
+
+
+def patch_merging(x, params):
+    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C']: expand, stride-2 depthwise, squeeze-and-excite,
+    project.
+    """
+    p = params
+    y = relu(conv_bn(x, p.conv1))
+    y = relu(conv_bn(y, p.conv2, stride=2, padding=1, groups=y.shape[-1]))
+    return conv_bn(squeeze_excite(y, p.se_w1, p.se_b1, p.se_w2, p.se_b2), p.conv3)
+
+
+def _check_conv(x, w, groups):
+    C = dims(x=(x, "B H W C"), w=(w, "O I kh kw"))["C"]
+    O, per, kh, kw = w.shape
+    if groups < 1 or C != per * groups or O % groups:
+        raise ValueError(f"w of shape {list(w.shape)} with groups={groups} does not fit x with {C} channels")
+    return O, per, kh, kw
+
+
+def _kernel_matrix(w, groups):
+    """w [O, C/G, kh, kw] -> [G, kh kw C/G, O/G], rows in the order of `im2col`."""
+    O, per, kh, kw = w.shape
+    return (
+        w.reshape(groups, O // groups, per, kh, kw)
+        .transpose(0, 3, 4, 2, 1)
+        .reshape(groups, kh * kw * per, -1)
+    )
