@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.attention import attention_dense
+from ref.blocks.mlp import linear
 from ref.blocks.norms import layer_norm
 from ref.blocks.transformer import BlockParams, init_block, transformer_block
 from ref.dims import dims, float64
@@ -84,7 +85,7 @@ def embed_patches(images, params):
     """[class token, patches w_patch + b_patch] + positions: [..., H, W, C] -> [..., 1 + n, d] (eq. 1)."""
     patch, _, channels, d = params.w_patch.shape
     dims(images=(images, f"... H W {channels}"))
-    x = patchify(float64(images), patch) @ params.w_patch.reshape(-1, d) + params.b_patch
+    x = linear(patchify(float64(images), patch), params.w_patch.reshape(-1, d), params.b_patch)
     if params.cls_token is not None:
         first = np.broadcast_to(params.cls_token, (*x.shape[:-2], 1, d))
         x = np.concatenate([first, x], axis=-2)
@@ -93,15 +94,20 @@ def embed_patches(images, params):
 
 
 def classify(x, params, *, global_pool=False, eps=1e-6):
-    """The head: tokens [..., L, d] of the last block -> logits [..., K], or features [..., d] without w_head.
+    """Tokens [..., L, d] of the last block -> logits [..., K], or features [..., d] without w_head.
 
     What is normalised is the class token, or the mean of the other tokens with global_pool (or without a
     class token).
     """
     has_class = params.cls_token is not None
-    x = x[..., 0, :] if has_class and not global_pool else x[..., int(has_class) :, :].mean(axis=-2)
-    x = layer_norm(x, params.norm_scale, params.norm_bias, eps=eps)
-    return x if params.w_head is None else x @ params.w_head + params.b_head
+    pooled = x[..., 0, :] if has_class and not global_pool else x[..., int(has_class) :, :].mean(axis=-2)
+    return head(pooled, params, eps=eps)
+
+
+def head(pooled, params, *, eps=1e-6):
+    """norm(pooled) w_head + b_head: [..., d] -> [..., K]; the normalised vector without w_head."""
+    y = layer_norm(pooled, params.norm_scale, params.norm_bias, eps=eps)
+    return y if params.w_head is None else linear(y, params.w_head, params.b_head)
 
 
 def vit_tokens(images, params: ViTParams, *, num_heads, eps=1e-6, attention=attention_dense):

@@ -1,0 +1,212 @@
+"""PiToMe and ToMe: laws on ref, golden vectors in ref and accel, kernels, gradients, bad inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import accel
+import ref
+from ref.blocks.transformer import BlockParams
+from tests.golden_runner import golden, run, run_accel
+from tests.laws import law_tests
+from tests.vision import laws_pitome
+
+globals().update(law_tests(laws_pitome))
+
+EPS32 = float(np.finfo(np.float32).eps)
+RNG = np.random.default_rng(0)
+METRIC = RNG.standard_normal((2, 17, 12)).astype(np.float32)
+
+
+def house_block(tree):
+    """The card's [out, in] weights with one matrix for q, k and v, as `BlockParams`."""
+    dim = tree["w_proj"].shape[0]
+    (w_q, b_q), (w_k, b_k), (w_v, b_v) = (
+        (tree["w_qkv"][i * dim : (i + 1) * dim].T, tree["b_qkv"][i * dim : (i + 1) * dim]) for i in range(3)
+    )
+    return BlockParams(
+        ln1_scale=tree["ln1_w"], ln1_bias=tree["ln1_b"], w_q=w_q, b_q=b_q, w_k=w_k, b_k=b_k, w_v=w_v, b_v=b_v,
+        w_o=tree["w_proj"].T, b_o=tree["b_proj"], ln2_scale=tree["ln2_w"], ln2_bias=tree["ln2_b"],
+        w_fc1=tree["w_fc1"].T, b_fc1=tree["b_fc1"], w_fc2=tree["w_fc2"].T, b_fc2=tree["b_fc2"],
+    )  # fmt: skip
+
+
+def one_array(case, result):
+    """A schedule is a list of ints, stored as one array."""
+    return (np.asarray(result),) if isinstance(result, list) else result
+
+
+@golden("pitome")
+def test_pitome_golden_ref(case):
+    run(case, ref.pitome, build={"params": house_block}, outs=one_array)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["pitome_float32", "pitome_float64"])
+@golden("pitome", only=ref.pitome.__all__)
+def test_pitome_golden_accel(case, x64):
+    run_accel(case, accel.pitome, build={"params": house_block}, outs=one_array, x64=x64)
+
+
+@pytest.mark.parametrize("seed", range(5), ids=lambda s: f"pitome_seed{s}")
+def test_pitome_accel_plans_are_those_of_ref(seed):
+    """Equal in float32 wherever no two energies or similarities are within rounding of each other."""
+    metric = np.random.default_rng(seed).standard_normal((2, 17, 12)).astype(np.float32)
+    metric[0, 3] = metric[0, 9]  # and equal tokens go by index in both
+    gaps = np.diff(np.sort(ref.pitome.energy_score(metric[:, 1:], margin=0.4), axis=-1), axis=-1)
+    assert ((gaps > 64 * EPS32) | (gaps < 1e-15)).all()
+    for options in ({"margin": 0.4, "class_token": True}, {"margin": 0.4, "class_token": True, "bsm": True}):
+        got, want = (m.pitome.pitome_matching(metric, ratio=0.7, **options) for m in (accel, ref))
+        np.testing.assert_array_equal(got.group, want.group)
+        assert got.n_out == want.n_out
+    got, want = (m.pitome.bipartite_soft_matching(metric, r=5, class_token=True) for m in (accel, ref))
+    np.testing.assert_array_equal(got.group, want.group)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "prune"], ids=lambda m: f"pitome_{m}")
+def test_pitome_accel_merges_in_every_mode(mode):
+    group = ref.pitome.random_plan(np.random.default_rng(1), 17, 7, batch=2).group
+    size = np.random.default_rng(2).integers(1, 3, (2, 17)).astype(np.float32)
+    got, want = (m.pitome.merge_tokens(METRIC, group, 10, size=size, mode=mode) for m in (accel, ref))
+    # at most 8 terms of size 1 to 4 are added
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=8 * EPS32 * 16)
+    np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"pitome_{i}")
+def test_pitome_kernel_energy_matches_ref(impl):
+    """17 tokens in tiles of 16, so padding is on show; value, and gradient by the kernel's own rule."""
+    options = {"margin": 0.3, "alpha": 0.8, "paper_form": impl == "tpu"}
+
+    def loss(metric):
+        energy = accel.pitome.energy_score(metric, **options, impl=impl, interpret=True, block_t=16)
+        return jnp.sum(METRIC[..., 0] * energy), energy
+
+    (_, got), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(METRIC)
+    # a similarity is within (D + 4) eps, f has slope at most 1, and the mean adds T eps
+    atol = (12 + 4 + 17) * EPS32
+    np.testing.assert_allclose(got, ref.pitome.energy_score(METRIC, **options), rtol=0, atol=atol)
+    want = ref.pitome.energy_score_vjp(METRIC, METRIC[..., 0], **options)
+    np.testing.assert_allclose(grad, want, rtol=0, atol=2 * atol * np.abs(METRIC).max())
+
+
+def test_pitome_kernel_makes_the_plan():
+    options = {"margin": 0.3, "ratio": 0.8}
+    plan = accel.pitome.pitome_matching(METRIC, **options, impl="triton", interpret=True)
+    np.testing.assert_array_equal(plan.group, ref.pitome.pitome_matching(METRIC, **options).group)
+
+
+def test_pitome_kernel_lowers_for_tpu():
+    from accel.kernels.pitome_tpu import energy
+
+    fn = jax.jit(lambda m: energy(m, margin=0.3, alpha=1.0, paper_form=False))
+    text = export.export(fn, platforms=["tpu"])(jax.ShapeDtypeStruct((197, 64), jnp.float32)).mlir_module()
+    assert "tpu_custom_call" in text
+
+
+def test_pitome_accel_merge_gradient_is_refs():
+    plan = ref.pitome.random_plan(np.random.default_rng(1), 17, 7, batch=2)
+    rng = np.random.default_rng(2)
+    size = rng.uniform(1, 3, (2, 17)).astype(np.float32)
+    dy, ds = rng.standard_normal((2, 10, 12)).astype(np.float32), np.ones((2, 10), np.float32)
+
+    def loss(x, size):
+        y, total = accel.pitome.merge_tokens(x, plan.group, plan.n_out, size=size)
+        return jnp.sum(y * dy) + jnp.sum(total * ds)
+
+    got = jax.grad(loss, argnums=(0, 1))(jnp.asarray(METRIC), jnp.asarray(size))
+    want = ref.pitome.merge_tokens_vjp(METRIC, *plan, size, dy, ds)
+    for g, w in zip(got, want, strict=True):  # sums of 12 products of order 10
+        np.testing.assert_allclose(g, w, rtol=0, atol=64 * EPS32 * max(1, np.abs(w).max()))
+
+
+def test_pitome_accel_runs_every_method():
+    """The methods that `example` leaves out: ToMe with a list in the network, drawn plans in a block."""
+    params, images = laws_pitome.small_vit()
+    params = params._replace(blocks=params.blocks[:1])
+    cfg = ref.pitome.MergeConfig(num_heads=3, global_pool=True)
+    x = np.random.default_rng(1).standard_normal((2, 17, 12))
+    drawn = ref.pitome.random_plan(np.random.default_rng(0), 17, 4, batch=2).group
+    calls = (
+        ("vit_forward_merged", (images, params, cfg), {"method": "tome", "r": [4]}),
+        (
+            "merged_block",
+            (x, params.blocks[0]),
+            {"num_heads": 3, "method": "random", "seed_groups": drawn, "r": 4},
+        ),
+    )
+    for fn, args, options in calls:
+        got, want = (jax.tree.leaves(getattr(m.pitome, fn)(*args, **options)) for m in (accel, ref))
+        for g, w in zip(got, want, strict=True):  # one block, sums of at most 48 terms, entries of order 1
+            np.testing.assert_allclose(g, w, rtol=0, atol=512 * EPS32 * max(1, np.abs(w).max()))
+
+
+GROUP = np.repeat(np.arange(4), 2)[None]
+X8 = np.ones((1, 8, 3))
+BLOCK = laws_pitome.small_vit()[0].blocks[0]
+BAD = {
+    "ratio above": (
+        "pitome_matching",
+        (METRIC,),
+        {"ratio": 1.1, "margin": 0.5},
+        r"ratio must be in \(0, 1\]",
+    ),
+    "ratio zero": ("pitome_matching", (METRIC,), {"ratio": 0.0, "margin": 0.5}, r"ratio must be in \(0, 1\]"),
+    "too many": ("pitome_matching", (METRIC,), {"ratio": 0.4, "margin": 0.5}, "at most half"),
+    "text margin": (
+        "pitome_text_matching",
+        (METRIC,),
+        {"ratio": 0.9, "margin": 1.0},
+        "margin must be below 1",
+    ),
+    "alpha": ("energy_score", (METRIC,), {"margin": 0.5, "alpha": 0.0}, "alpha must be positive"),
+    "rank": ("energy_score", (METRIC[0, 0],), {"margin": 0.5}, "metric must have shape"),
+    "negative r": ("bipartite_soft_matching", (METRIC,), {"r": -1}, "r must be at least 0"),
+    "mode": ("merge_tokens", (X8, GROUP, 4), {"mode": "min"}, "mode must be one of"),
+    "size": ("merge_tokens", (X8, GROUP, 4), {"size": np.zeros((1, 8))}, "size must be positive"),
+    "group axis": ("merge_tokens", (X8, GROUP[:, 1:], 4), {}, r"axis N is 8 in x"),
+    "size shape": ("proportional_attention", (X8, X8, X8, np.ones(7)), {}, r"size must be \[8\]"),
+    "method": (
+        "merged_block",
+        (np.ones((1, 8, 12)), BLOCK),
+        {"num_heads": 3, "method": "x"},
+        "method must be",
+    ),
+    "no ratio": ("merged_block", (np.ones((1, 8, 12)), BLOCK), {"num_heads": 3}, "needs ratio and margin"),
+}
+
+
+@pytest.mark.parametrize("layer", [ref, accel], ids=["pitome_ref", "pitome_accel"])
+@pytest.mark.parametrize("name", BAD, ids=lambda n: n.replace(" ", "_"))
+def test_pitome_rejects_bad_input(name, layer):
+    fn, args, options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        getattr(layer.pitome, fn)(*args, **options)
+
+
+def test_pitome_host_functions_reject_bad_input():
+    for call, message in (
+        (lambda: ref.pitome.tome_schedule(2, r=[1, 2, 3]), "at most depth=2 entries"),
+        (lambda: ref.pitome.tome_schedule(4, r=[1], inflect=0.5), "no inflect"),
+        (lambda: ref.pitome.tome_schedule(4, r=-1), "r must be at least 0"),
+        (lambda: ref.pitome.random_plan(RNG, 4, 3), "so that a survivor is left"),
+        (lambda: ref.pitome.spectral_distance(-np.eye(3), np.arange(3)), "W must not be negative"),
+        (lambda: ref.pitome.merge_tokens(X8, GROUP + 1, 4), r"group must be in 0..3"),
+        (lambda: ref.pitome.merge_tokens(X8, 0 * GROUP, 2), "slots empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_pitome_impl_asked_by_name_runs_or_says_why_not():
+    for impl, error, message in (
+        ("cuda", ValueError, "impl must be"),
+        ("hopper", NotImplementedError, 'no impl="hopper"'),
+        ("tpu", NotImplementedError, "needs a TPU"),
+        ("triton", NotImplementedError, "needs a GPU"),
+    ):
+        if impl == "triton" and jax.default_backend() == "gpu":
+            continue
+        with pytest.raises(error, match=message):
+            accel.pitome.energy_score(METRIC, margin=0.5, impl=impl)
