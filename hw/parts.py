@@ -45,6 +45,10 @@ def _gpu(title, source, *, notes=None, **numbers):
     return Part(title, source, numbers, {k: v for k, v in told.items() if k in numbers})
 
 
+_HOPPER = {
+    "tile": "the tile of the fastest open kernels for this chip, from memory",
+    "cluster": "two tiles share a fetch by multicast in those kernels, from memory",
+}
 # `peak_tflops` by element type; "float32" is what a default-precision product gets: TF32 on the tensor cores
 # from A100 on, the vector units before. `sfu_tops`: exponentials a second, 16 a core a clock on NVIDIA.
 GPUS = {
@@ -77,13 +81,15 @@ GPUS = {
         "NVIDIA H100 SXM5 80 GB", _OPEN_TABLES,
         peak_tflops={"bfloat16": 989.4, "float16": 989.4, "float32": 494.7, "int8": 1979.0, "float64": 67.0},
         vector_tflops=67.0, sfu_tops=3.9, hbm_gbps=3352.0, hbm_gb=80.0, l2_mb=50.0, l2_gbps=5500.0,
-        cores=132, sram_kb=228, watts=700.0,
+        cores=132, sram_kb=228, watts=700.0, tile=(128, 256, 64), cluster=2,
+        notes=_HOPPER,
     ),
     "h200": _gpu(
         "NVIDIA H200 SXM 141 GB", _OPEN_TABLES,
         peak_tflops={"bfloat16": 989.4, "float16": 989.4, "float32": 494.7, "int8": 1979.0, "float64": 67.0},
         vector_tflops=67.0, sfu_tops=3.9, hbm_gbps=4800.0, hbm_gb=141.0, l2_mb=50.0, l2_gbps=5500.0,
-        cores=132, sram_kb=228, watts=700.0,
+        cores=132, sram_kb=228, watts=700.0, tile=(128, 256, 64), cluster=2,
+        notes=_HOPPER,
     ),
     "tpu_v5e": _gpu(
         "Google TPU v5e", _MEMORY,
@@ -101,8 +107,8 @@ GPUS = {
         "Google TPU v6e", _MEMORY,
         peak_tflops={"bfloat16": 918.0, "float32": 230.0, "int8": 1836.0},
         vector_tflops=7.2, sfu_tops=1.8, hbm_gbps=1640.0, hbm_gb=32.0, l2_mb=128.0, l2_gbps=36000.0,
-        cores=1, sram_kb=131072, watts=300.0, mxu=256, launch_us=0.5,
-        notes={"watts": "our assumption: the vendor prints none"},
+        cores=1, sram_kb=131072, watts=500.0, mxu=256, launch_us=0.5,
+        notes={"watts": "our assumption, room for dense products: the vendor prints none"},
     ),
     "orin": _gpu(
         "NVIDIA Jetson AGX Orin 64 GB", _MEMORY,
@@ -121,7 +127,7 @@ GPUS = {
         peak_tflops={"float16": 2.0, "bfloat16": 2.0, "float32": 2.0, "int8": 17.0},
         vector_tflops=2.0, sfu_tops=0.25, hbm_gbps=51.2, hbm_gb=6.0, cores=5, sram_kb=32, watts=5.0,
         usable=0.5, runtime_gb=0.5, launch_us=20.0,
-        notes={"usable": "an iOS app gets about half of the memory, from memory", "launch_us": "our assumption"},
+        notes={"usable": "an iOS app gets about half, from memory", "launch_us": "our assumption"},
     ),
     "galaxy_s23": _gpu(
         "Samsung Galaxy S23, Adreno 740", _MEMORY,

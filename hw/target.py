@@ -14,7 +14,7 @@ from functools import cached_property
 
 from hw.count import Counts, op_counts
 from hw.errors import DoesNotFit, UnsupportedPrimitive
-from hw.fusion import Group, groups
+from hw.fusion import Group, Pattern, groups, patterns
 from hw.liveness import liveness, peak_bytes
 from hw.program import Block, Op, Program, Tensor
 from hw.report import OpCost
@@ -80,7 +80,7 @@ class Context:
 
     program: Program
     fuse: bool = True
-    _groups: dict = field(default_factory=dict, compare=False)  # id of a block: {op id: Group}
+    memo: dict = field(default_factory=dict, compare=False)  # what a target keeps from op to op
 
     @cached_property
     def by_op(self) -> dict[int, Group]:
@@ -97,6 +97,24 @@ class Context:
                         visit(inner)
 
         visit(self.program.body)
+        return found
+
+    @cached_property
+    def attention(self) -> dict[int, Pattern]:
+        """The attention pattern of every op that is in one; none when the target does not fuse."""
+        found = {}
+
+        def visit(block: Block):
+            for p in patterns(self.program, block):
+                if p.name == "attention":
+                    found.update(dict.fromkeys(p.ops, p))
+            for op in block.ops:
+                if op.kind != "kernel":
+                    for inner in op.blocks:
+                        visit(inner)
+
+        if self.fuse:
+            visit(self.program.body)
         return found
 
     def inputs(self, op: Op) -> list[Tensor]:

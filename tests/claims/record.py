@@ -48,7 +48,7 @@ def is_fresh(name):
 
 
 def digest(files):
-    """SHA-256 of the files' text without white space and comment lines, so that formatting changes nothing."""
+    """SHA-256 of the files' text without white space and comment lines, which change nothing."""
     h = hashlib.sha256()
     for f in sorted(map(str, files)):
         lines = (ROOT / f).read_text().splitlines()
