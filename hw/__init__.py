@@ -10,6 +10,8 @@ and run with NumPy alone.
 
 import importlib
 import importlib.util
+import sys
+import types
 
 _HOME = {
     "trace": "hw.trace",
@@ -28,6 +30,7 @@ _HOME = {
     **dict.fromkeys(
         ("DoesNotFit", "UnsupportedPrimitive", "UnknownTripCount", "NonConsecutiveRevisit"), "hw.errors"
     ),
+    **dict.fromkeys(("NotTraceable", "DynamicShape", "SideEffect"), "hw.errors"),
 }
 
 
@@ -55,3 +58,14 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *_HOME, *(n for m in _target_modules() for n in vars(m) if n[0] != "_")})
+
+
+class _Package(types.ModuleType):
+    """Importing a submodule binds it here; `hw.trace` and `hw.count` stay the functions of those names."""
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,7 +6,6 @@ bytes, heads, caches and seconds.
 
 from dataclasses import dataclass
 
-
 from ref.attention.flash import block_sizes, hbm_accesses
 
 ATTENTION_ALGORITHMS = ("standard", "flash", "flash2", "block_sparse", "eager")
