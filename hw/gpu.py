@@ -10,8 +10,9 @@ from math import ceil, prod, sqrt
 
 from hw.count import Counts
 from hw.errors import DoesNotFit, UnsupportedPrimitive
+from hw.liveness import _peak as peak_within
 from hw.parts import ENERGY, GPUS, OP_PJ
-from hw.program import CollectiveDims, ConvDims, ElementwiseDims, Kernel, MatmulDims, itemsize
+from hw.program import CollectiveDims, ConvDims, ElementwiseDims, Kernel, MatmulDims, itemsize, walk
 from hw.report import OpCost
 from hw.roofline import (  # noqa: F401
     DecodeEstimate,
@@ -23,9 +24,10 @@ from hw.roofline import (  # noqa: F401
     gemm_waves,
     roofline_points,
 )
-from hw.target import Target
+from hw.target import Context, Placement, Target, largest
 
 THIN = 8  # rows (or columns) up to which a product may run on the vector units
+RADIX_PASSES = 4  # passes over the data of a sort of 32-bit keys, eight bits each
 DIV_OPS = 8  # vector instructions of a float32 division: a reciprocal, refined; from memory
 
 
@@ -115,7 +117,7 @@ class Gpu(Target):
 
     @property
     def clock_hz(self):
-        """Cycles are counted as microseconds' thousandths: no one clock governs the device."""
+        """Cycles are nanoseconds: no one clock governs the device."""
         return 1e9
 
     @property
@@ -136,6 +138,30 @@ class Gpu(Target):
         available = self.capacity["hbm"]
         if needed > available:
             raise DoesNotFit(self.name, "hbm", ceil(needed), available, suggestions=("fewer bits a weight",))
+
+    def place(self, program):
+        """Everything in main memory, but what a fused kernel keeps on the chip: the insides of groups and, of
+        attention, scores and probabilities. Raises: DoesNotFit.
+        """
+        if not self.fuse:
+            return super().place(program)
+        ctx = Context(program)
+        units = [*ctx.by_op.values(), *ctx.attention.values()]
+        ends = {id(u): set(u.outputs) for u in units}
+        inside = lambda unit_of: {
+            o
+            for op in walk(program.body)
+            if (u := unit_of.get(op.id))
+            for o in op.outputs
+            if o not in ends[id(u)]
+        }
+        peak = peak_within(program, program.body.ops, frozenset(inside(ctx.by_op) | inside(ctx.attention)))
+        available = self.capacity["hbm"]
+        if peak > available:
+            raise DoesNotFit(
+                self.name, "hbm", peak, available, largest(program), ("fewer bits a value", "a smaller batch")
+            )
+        return Placement({"hbm": (peak, available)}, peak)
 
     # Prices. Seconds by resource for one execution of an op.
 
@@ -162,6 +188,8 @@ class Gpu(Target):
                 as_product = MatmulDims(dims.groups, dims.batch * prod(dims.out_spatial), n, k)
                 unit, seconds, l2, extra = self._matmul(as_product, ctx.dtype(op), op, ctx)
                 busy[unit] = seconds * dims.macs / max(as_product.macs, 1)
+            if op.prim == "sort" and not self.ideal:
+                extra = (RADIX_PASSES - 1) * (ctx.reads(op) + ctx.writes(op))
             hbm = self._moved(op, ctx) + extra * (op.id not in ctx.attention)
         vector = c.flops - 2 * c.macs + c.index_ops
         if isinstance(dims, ElementwiseDims) and dims.cls == "div" and op.id not in ctx.attention:
