@@ -67,14 +67,15 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with one line for a mistake and the nearest command for a misspelt one."""
 
     def error(self, message):
-        if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
-            word, choices = found[1], [c.strip(" '") for c in found[2].split(",")]
-            if word in BY_SLUG:
+        if found := re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            what, word = "command" if found[1] == "COMMAND" else found[1], found[2]
+            choices = [c.strip(" '") for c in found[3].split(",")]
+            if what == "command" and word in BY_SLUG:
                 message = f"no command {word!r}; did you mean `triptych run {word}`?"
             elif near := difflib.get_close_matches(word, choices, n=1):
-                message = f"no command {word!r}; did you mean {near[0]!r}?"
+                message = f"no {what} {word!r}; did you mean {near[0]!r}?"
             else:
-                message = f"no command {word!r}; there are {', '.join(choices)}"
+                message = f"no {what} {word!r}; there are {', '.join(choices)}"
         sys.exit(_fail(message))
 
 
@@ -125,6 +126,10 @@ def _parser():
     command("targets", _targets, "the devices that can be priced")
     p = command("fetch", _fetch, "download a model or data set once, with its checksum")
     p.add_argument("name")
+    p = command("new", _new, "write the five files of a new technique into this checkout, from templates")
+    p.add_argument("slug")
+    p.add_argument("--part", required=True, choices=PARTS)
+    p.add_argument("--title", help="of the technique (default: the slug)")
     return parser
 
 
@@ -624,6 +629,24 @@ def _fetch(options):
         {"name": options.name, "path": str(path)},
         lambda out: out.print(Text(f"{options.name}: {path}")),
     )
+
+
+# new
+
+
+def _new(options):
+    from hw.scaffold import scaffold
+
+    paths, record = scaffold(options.slug, options.part, options.title or options.slug, ROOT)
+    names = [p.relative_to(ROOT).as_posix() for p in paths]
+
+    def show(out):
+        for name in names:
+            out.print(Text(f"wrote {name}"))
+        out.print(Text("put this into ref/catalog.py, then fill the files from top to bottom:"))
+        out.print(Text(record))
+
+    _emit(options, {"files": names, "record": record}, show)
 
 
 # shared
