@@ -124,8 +124,8 @@ def _parser():
     p.add_argument("--plot", metavar="FILE", help="write figures as .html or .svg")
     p.add_argument("--perfetto", metavar="FILE", help="write a timeline for ui.perfetto.dev")
     command("targets", _targets, "the devices that can be priced")
-    p = command("fetch", _fetch, "download a model or data set once, with its checksum")
-    p.add_argument("name")
+    p = command("fetch", _fetch, "download a model or data set once, with its checksum; alone, list them")
+    p.add_argument("name", nargs="?")
     p = command("new", _new, "write the five files of a new technique into this checkout, from templates")
     p.add_argument("slug")
     p.add_argument("--part", required=True, choices=PARTS)
@@ -481,11 +481,11 @@ def _bench(options):
     import accel
     from accel.race import implementations, on_device, peers, race
 
+    if options.seconds <= 0:
+        raise Refusal(f"--seconds must be positive, got {options.seconds:g}")
     t = technique(options.slug)
     if not _has_accel(t):
         raise Refusal(f"accel.{t.slug} is not written yet: nothing to race")
-    if options.seconds <= 0:
-        raise Refusal(f"--seconds must be positive, got {options.seconds:g}")
     races = []
     with _progress() as bar:
         task = bar.add_task(t.slug, total=None)
@@ -615,8 +615,24 @@ def _assignment(text):
 
 
 def _fetch(options):
-    from ref.fetch import fetch
+    from ref.fetch import SOURCES, cached, fetch
 
+    if options.name is None:
+        rows = [
+            {"name": n, "about": x.about, "licence": x.licence, "bytes": x.size,
+             "here": cached(n, verify=False) is not None}
+            for n, x in SOURCES.items()
+        ]  # fmt: skip
+
+        def show(out):
+            table = _table("name", "MB", "here", "what")
+            table.columns[3].justify = "left"
+            for r in rows:
+                table.add_row(r["name"], f"{r['bytes'] / 1e6:.0f}", "yes" if r["here"] else "", r["about"])
+            out.print(table)
+
+        _emit(options, rows, show)
+        return
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(24), DownloadColumn(),
