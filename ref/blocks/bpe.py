@@ -88,7 +88,7 @@ def to_characters(text):
         return "".join([_TO_CHARACTER[b] for b in text.encode()])
     except UnicodeEncodeError as e:
         raise ValueError(
-            f"text holds a lone surrogate, U+{ord(text[e.start]):04X}, at {e.start}: it is no character"
+            f"text holds the lone surrogate U+{ord(text[e.start]):04X}, which is no character"
         ) from None
 
 

@@ -236,7 +236,7 @@ def candidate_logits(weights: LlamaWeights, ids, candidates):
     """
     dims(ids=(ids, "T"), candidates=(candidates, "T k"))
     candidates = np.asarray(candidates)
-    _check_ids("candidates", candidates, weights)
+    check_ids("candidates", candidates, weights)
     x, _, _ = _run(weights, ids, None, 0)
     logits = (_rows(weights.embed, candidates) @ x[..., None])[..., 0]
     V = _vocab(weights)
@@ -323,7 +323,7 @@ def half_split(weights: LlamaWeights) -> LlamaWeights:
 
     def columns(w):
         pairs = w.reshape(*w.shape[:-1], w.shape[-1] // D, D // 2, 2)
-        return np.swapaxes(pairs, -1, -2).reshape(w.shape)
+        return pairs.swapaxes(-1, -2).reshape(w.shape)
 
     b = weights.blocks
     return weights._replace(blocks=b._replace(w_q=columns(b.w_q), w_k=columns(b.w_k)))
@@ -370,10 +370,11 @@ def llama_costs(config: LlamaConfig, *, context, n_in, kind="Q4_1", head_kind=No
     }
 
 
-def _run(weights, ids, cache, position, pairs="adjacent"):
+def _run(weights, ids, cache, position):
     """Final norm [T, d] of the tokens, the new cache, and the hidden states [n + 2, T, d]."""
-    cache = check_call(weights, ids, cache, position)
-    T = len(ids)
+    T = check_length(weights, ids, position)
+    check_call(weights, ids, cache, position)
+    cache = init_cache(weights, 0) if cache is None else cache
     angles = weights.angles[position : position + T]
     x = _rows(weights.embed, np.asarray(ids))
     depth, kv_heads, D = _cache_shape(weights)
@@ -384,9 +385,9 @@ def _run(weights, ids, cache, position, pairs="adjacent"):
         b = LlamaBlock(*(_layer(w, l) for w in weights.blocks))
         h = rms_norm(x, b.attn_norm, eps=weights.eps)
         heads = lambda w, h=h: split_heads(project(h, w), w.shape[-1] // D)
-        new[l, 0, :, position : position + T] = rope(heads(b.w_k), angles, pairs=pairs)
+        new[l, 0, :, position : position + T] = rope(heads(b.w_k), angles)
         new[l, 1, :, position : position + T] = heads(b.w_v)
-        q, (k, v) = rope(heads(b.w_q), angles, pairs=pairs), new[l, :, :, : position + T]
+        q, (k, v) = rope(heads(b.w_q), angles), new[l, :, :, : position + T]
         x = x + project(join_heads(attention_dense(q, k, v, causal=True)), b.w_o)
         h = rms_norm(x, b.ffn_norm, eps=weights.eps)
         x = x + project(silu(project(h, b.w_gate)) * project(h, b.w_up), b.w_down)
@@ -403,21 +404,28 @@ def project(x, w):
 
 
 def check_call(weights, ids, cache, position):
-    """Raise ValueError for a bad call of `forward`; the cache, an empty one for None."""
+    """Raise ValueError for a bad call of `forward`. ids, position None: not known yet, shapes only."""
+    length = 0 if cache is None else cache.shape[-2]
+    if cache is not None:
+        check_cache(weights, cache)
+    if ids is not None:
+        check_ids("ids", ids, weights)
+    if position is None:
+        return
+    if cache is None and position:
+        raise ValueError(f"position = {position} needs the cache of the tokens before")
+    if not 0 <= position <= length:
+        raise ValueError(f"position must be in 0..{length}, the cache's length, got {position}")
+
+
+def check_length(weights, ids, position):
+    """Raise ValueError unless there is a token and all fit the context; the number of tokens."""
     T, context = dims(ids=(ids, "T"))["T"], len(weights.angles)
     if T < 1:
         raise ValueError("ids must hold at least one token")
-    _check_ids("ids", ids, weights)
-    if cache is None:
-        if position != 0:
-            raise ValueError(f"position = {position} needs the cache of the tokens before")
-        cache = init_cache(weights, 0)
-    check_cache(weights, cache)
-    if not 0 <= position <= cache.shape[-2]:
-        raise ValueError(f"position must be in 0..{cache.shape[-2]}, the cache's length, got {position}")
     if position + T > context:
         raise ValueError(f"position + T = {position + T} exceeds the context of {context}")
-    return cache
+    return T
 
 
 def check_cache(weights, cache):
@@ -430,7 +438,8 @@ def check_cache(weights, cache):
         )
 
 
-def _check_ids(name, ids, weights):
+def check_ids(name, ids, weights):
+    """Raise ValueError unless ids are integers in the vocabulary."""
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, got dtype {ids.dtype}")

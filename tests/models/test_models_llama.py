@@ -1,0 +1,140 @@
+"""The llama family: accel against ref on a tiny network, gradients, and small files of the family."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import accel.models.llama as accel_llama
+from accel.language.smollm2 import load_smollm2 as load_on_device
+from ref.language.smollm2 import load_smollm2, tiny_smollm2
+from ref.models import llama
+from tests.models.gguf_bytes import gguf_bytes, llama_file
+
+WEIGHTS, _ = tiny_smollm2()
+IDS = np.array([5, 17, 260, 3, 3, 40, 271, 99, 0, 12], np.int32)
+# Float32 through two blocks: sums of at most 96 products, logits of size 20: 1e-4 is 80 ulps of the largest.
+ATOL32 = 1e-4
+
+
+@cache
+def both():
+    """The tiny network on the device, the same numbers in float64, and ref's answers on the whole text."""
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float32).astype(np.float64), WEIGHTS)
+    return accel_llama.to_device(WEIGHTS), rounded, llama.forward(rounded, IDS, return_hidden=True)
+
+
+def near(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL32)
+
+
+def test_models_llama_decodes_as_ref_and_never_clamps():
+    """Steps through a cache with room equal ref's logits; one without room grows; a position that does not
+    fit gives NaN instead of a number from the wrong place.
+    """
+    device, _, (want, want_cache, _) = both()
+    held = accel_llama.init_cache(device, 64)
+    for t in range(3):
+        logits, held = accel_llama.decode_step(device, IDS[t], held, t)
+        near(logits, want[t])
+    near(held[..., :3, :], want_cache[..., :3, :])
+    logits, grown = accel_llama.decode_step(device, IDS[3], held[..., :3, :], 3)
+    near(logits, want[3])
+    assert grown.shape[-2] == 64
+    beyond, _, _ = accel_llama._forward(device, IDS[3:4], grown, jnp.int32(64), return_hidden=False)
+    assert np.isnan(beyond).all()
+
+
+def test_models_llama_prefills_scores_and_generates_as_ref():
+    device, rounded, (want, want_cache, want_hidden) = both()
+    logits, held, hidden = accel_llama.prefill(device, IDS, return_hidden=True)
+    near(logits, want[-1])
+    near(held, want_cache)
+    near(hidden, want_hidden[:, -1])
+    candidates = np.arange(30).reshape(10, 3)
+    for got, expected in zip(
+        accel_llama.candidate_logits(device, IDS, candidates),
+        llama.candidate_logits(rounded, IDS, candidates),
+        strict=True,
+    ):
+        near(got, expected)
+    for options in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}):
+        seen, options = [], {"max_new_tokens": 6, "stop": (), **options}
+        got = accel_llama.generate(device, IDS, on_token=seen.append, **options)
+        assert seen == got.tolist()
+        np.testing.assert_array_equal(got, llama.generate(rounded, IDS, **options))
+
+
+def test_models_llama_gradient_is_the_slope_of_ref():
+    """<gradient, direction> over all weights against the central difference of ref in float64."""
+    device, rounded, _ = both()
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape) * np.abs(x).max(), rounded)
+    direction = direction._replace(angles=0 * rounded.angles, eps=0 * rounded.eps)
+    pull = rng.standard_normal((10, len(WEIGHTS.embed)))
+    at = lambda h: np.sum(
+        pull * llama.forward(jax.tree.map(lambda w, d: w + h * d, rounded, direction), IDS)[0]
+    )
+    h = 1e-5
+    slope, coarse = ((at(s) - at(-s)) / (2 * s) for s in (h, 2 * h))
+    loss = lambda w: jnp.sum(jnp.asarray(pull, jnp.float32) * accel_llama.forward(w, IDS)[0])
+    terms = jax.tree.map(
+        lambda g, d: np.asarray(g, np.float64) * d, jax.jit(jax.grad(loss))(device), direction
+    )
+    got, size = (sum(np.sum(f(t)) for t in jax.tree.leaves(terms)) for f in (lambda t: t, np.abs))
+    # 64 ulps of the terms added up, and what doubling the step changes
+    atol = 64 * np.finfo(np.float32).eps * size + 2 * abs(slope - coarse)
+    np.testing.assert_allclose(got, slope, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama") / "small.gguf"
+    path.write_bytes(gguf_bytes(*llama_file(np.random.default_rng(0))))
+    return path
+
+
+def test_models_llama_loads_a_file_as_matrices_or_as_bytes(small_file):
+    """The same logits either way, in ref and accel."""
+    plain, kept = load_smollm2(small_file), load_smollm2(small_file, keep_quantized=True)
+    assert plain.blocks.w_q.dtype == np.float32
+    assert plain.blocks.w_down.shape == kept.blocks.w_down.shape == (2, 96, 64)
+    assert kept.blocks.w_down.raw.nbytes * 32 == plain.blocks.w_down.size * 20
+    ids, candidates = np.arange(4), np.arange(8).reshape(4, 2)
+    want = llama.forward(plain, ids)[0]
+    np.testing.assert_allclose(llama.forward(kept, ids)[0], want, rtol=0, atol=1e-10)
+    for a, b in zip(*(llama.candidate_logits(w, ids, candidates) for w in (plain, kept)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+    assert load_smollm2(small_file, dtype="float64").blocks.w_q.dtype == np.float64
+    near(accel_llama.prefill(load_on_device(small_file, keep_quantized=True), ids)[0], want[-1])
+    narrow = load_on_device(small_file, dtype="bfloat16")
+    assert narrow.blocks.w_q.dtype == jnp.bfloat16
+    assert narrow.blocks.attn_norm.dtype == narrow.angles.dtype == jnp.float32
+
+
+def test_models_llama_names_what_is_wrong_with_a_file(tmp_path):
+    def load(change, **options):
+        metadata, tensors = llama_file(np.random.default_rng(0), depth=1)
+        change(metadata, tensors)
+        path = tmp_path / "file.gguf"
+        path.write_bytes(gguf_bytes(metadata, tensors))
+        return load_smollm2(path, **options)
+
+    def swap(metadata, tensors):
+        tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_k.weight"]
+
+    for change, words in (
+        (lambda m, t: m.update({"general.architecture": "gpt2"}), "architecture 'gpt2', not 'llama'"),
+        (lambda m, t: m.pop("llama.block_count"), "no 'llama.block_count'"),
+        (lambda m, t: t.pop("blk.0.ffn_up.weight"), "no tensor 'blk.0.ffn_up.weight'"),
+        (swap, r"attn_q.weight has shape \[32, 64\], but the configuration says \[64, 64\]"),
+        (lambda m, t: t.update({"output.weight": t["token_embd.weight"]}), "head of its own"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(change)
+    with pytest.raises(ValueError, match='dtype must be "float32" or "float64"'):
+        load(lambda m, t: None, dtype="bfloat16")
+    with pytest.raises(ValueError, match='dtype must be "float32", "bfloat16" or "float64"'):
+        load_on_device(tmp_path / "file.gguf", dtype="float16")
