@@ -82,6 +82,22 @@ CATALOG = (
             "bsr_matmul",
         ),
     ),
+    Technique(
+        slug="smollm2",
+        part="language",
+        title="SmolLM2",
+        paper="SmolLM2: When Smol Goes Big, Data-Centric Training of a Small Language Model",
+        year=2025,
+        arxiv="2502.02737",
+        idea="A trained 135 M language model, from its 4-bit file to text: claims about inference, tested.",
+        core=(
+            "forward",
+            "prefill",
+            "decode_step",
+            "candidate_logits",
+            "dequantize",
+        ),
+    ),
 )
 
 BY_SLUG = {t.slug: t for t in CATALOG}
