@@ -293,7 +293,7 @@ def law_smollm2_costs_add_up(context, a, b):
 
 
 def law_smollm2_answers_of_the_exercises():
-    """50 GB/s give 517 tokens a second from the file and 93 from float32; the cache wins from 2,096 tokens."""
+    """50 GB/s give 517 tokens a second from the file, 93 from float32; the cache wins from 2,096 tokens."""
     file, whole = (
         llama_costs(SmolLM2Config(), context=0, n_in=1, kind=kind, head_kind=head)
         for kind, head in (("Q4_1", "Q8_0"), ("F32", "F32"))
