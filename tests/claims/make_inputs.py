@@ -32,10 +32,10 @@ def play():
     return text[: text.rindex("\n", 0, CHARACTERS) + 1]
 
 
-def activations():
-    """Queries, keys and values of block 10 on the play's first 96 tokens, and two states of the residual."""
+def activations(text):
+    """Queries, keys and values of block 10 on the text's first 96 tokens, and two states of the residual."""
     weights = load_smollm2()
-    ids = encode(play()[:2000])[:TOKENS]
+    ids = encode(text[:2000])[:TOKENS]
     _, cache, hidden = forward(weights, ids, return_hidden=True)
     b = LlamaBlock(*(w[BLOCK] for w in weights.blocks))
     h = rms_norm(hidden[BLOCK], b.attn_norm, eps=weights.eps)
@@ -62,9 +62,10 @@ def digits():
 
 def made():
     """{file: bytes} of everything in ref/data that is made."""
-    attention, hidden = activations()
+    text = play()
+    attention, hidden = activations(text)
     arrays = {"attention.npz": attention, "hidden.npz": hidden, "digits.npz": digits()}
-    return {**{name: _npz(a) for name, a in arrays.items()}, "text.txt": play().encode()}
+    return {**{name: _npz(a) for name, a in arrays.items()}, "text.txt": text.encode()}
 
 
 def _npz(arrays):
