@@ -93,7 +93,7 @@ def forward(weights: LlamaWeights, ids, *, cache=None, position=0, return_hidden
     The cache's length S is fixed: one that is too short is replaced by a longer one, of a multiple of 64, if
     the position is known; a position that is traced and does not fit gives NaN.
     """
-    cache, position = _prepare(weights, ids, cache, position)
+    ids, cache, position = _prepare(weights, ids, cache, position)
     run = _forward(weights, ids, cache, position, return_hidden=return_hidden)
     return run[:2] if not return_hidden else run
 
@@ -102,7 +102,7 @@ def prefill(weights: LlamaWeights, ids, *, return_hidden=False):
     """(logits [V], cache [n, 2, Hkv, T, D]) of a whole text, the last position only; with return_hidden also
     hidden [n + 2, d].
     """
-    _prepare(weights, ids, None, 0)
+    ids, _, _ = _prepare(weights, ids, None, 0)
     run = _prefill(weights, ids, return_hidden=return_hidden)
     return run[:2] if not return_hidden else run
 
@@ -115,8 +115,8 @@ def decode_step(weights: LlamaWeights, id, cache, position):
 
 def candidate_logits(weights: LlamaWeights, ids, candidates):
     """(logits [T, k] of the candidates, logsumexp [T] of all), the head taken 4096 rows at a time."""
+    ids, _, _ = _prepare(weights, ids, None, 0)
     dims(ids=(ids, "T"), candidates=(candidates, "T k"))
-    _prepare(weights, ids, None, 0)
     if _known(candidates):
         check_ids("candidates", candidates, weights)
     return _candidates(weights, ids, candidates)
@@ -147,18 +147,19 @@ def generate(
 
 
 def _prepare(weights, ids, cache, position):
-    """Check what is known of the arguments; the cache long enough, and the position as an array."""
+    """Check what is known of the arguments: (ids, a cache that is long enough, the position) as arrays."""
+    ids = np.asarray(ids) if isinstance(ids, list | tuple) else ids
     known = _known(position)
     position = int(position) if known else position
     T = check_length(weights, ids, position if known else 0)
     check_call(weights, ids if _known(ids) else None, cache, position if known else None)
     if cache is None:
-        return None, 0
+        return ids, None, 0
     short = position + T - cache.shape[-2] if known else 0
     if short > 0:
         longer = min(-(-(position + T) // BUCKET) * BUCKET, len(weights.angles))
         cache = jnp.pad(cache, [(0, 0)] * 3 + [(0, longer - cache.shape[-2]), (0, 0)])
-    return cache, jnp.asarray(position, jnp.int32)
+    return ids, cache, jnp.asarray(position, jnp.int32)
 
 
 def _known(x):

@@ -173,8 +173,12 @@ class Tokenizer:
                 f"the tokenizer is {model!r} with pre-tokenizer {pre!r}; 'gpt2' with 'smollm' or 'gpt-2' "
                 "can be read"
             )
-        tokens, merges = file.value("tokenizer.ggml.tokens"), file.value("tokenizer.ggml.merges")
-        kinds = file.value("tokenizer.ggml.token_type")
+        tokens, merges, kinds = (
+            file.value(f"tokenizer.ggml.{k}") for k in ("tokens", "merges", "token_type")
+        )
+        lists = all(isinstance(x, list) for x in (tokens, merges, kinds))
+        if not lists or not all(isinstance(t, str) for t in [*tokens, *merges]):
+            raise ValueError("the tokenizer's tokens and merges must be lists of text, token_type a list")
         pairs = [tuple(m.split(" ")) for m in merges]
         if len(kinds) != len(tokens) or any(len(p) != 2 for p in pairs):
             raise ValueError("the tokenizer's lists disagree: one type a token, two parts a merge")

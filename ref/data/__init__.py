@@ -1,7 +1,7 @@
-"""Real input that travels with the package: activations of a language model, handwritten digits, a public text.
+"""Real input that travels with the package: activations of a language model, handwritten digits, a play.
 
-Origin and licences: ref/data/ORIGIN.md. Everything is read through `importlib.resources`, so it works from a wheel, a
-zip and the reader's browser.
+Origin and licences: ref/data/ORIGIN.md. Everything is read through `importlib.resources`, so it works from a
+wheel, a zip and the reader's browser.
 """
 
 import io
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def attention_inputs():
-    """q [9, 96, 64], k and v [3, 96, 64], float64: heads of SmolLM2-135M on the opening of Hamlet's monologue.
+    """q [9, 96, 64], k and v [3, 96, 64], float64: heads of SmolLM2-135M on Hamlet's monologue.
 
     Queries and keys of block 10 after rotary embedding; three query heads share a key head.
     """

@@ -17,6 +17,7 @@ from ref.blocks.rope import rope, rope_angles
 from ref.blocks.softmax import logsumexp, softmax
 from ref.dims import dims, float64
 
+LARGEST = 1 << 20  # no size of a network is larger; the table of rotary angles has a row a position
 VOCAB_CHUNK = 4096  # rows of the head taken at a time where the logits of all are not to be held
 
 
@@ -42,18 +43,36 @@ class LlamaConfig:
             raise ValueError(f"the file holds a network of architecture {name!r}, not 'llama'")
         get = lambda key: file.value(f"llama.{key}")
         heads, dim = get("attention.head_count"), get("embedding_length")
+        known = isinstance(heads, int) and isinstance(dim, int) and heads
         return cls(
             vocab=file.tensor("token_embd.weight").shape[0],
             dim=dim,
             depth=get("block_count"),
             heads=heads,
             kv_heads=get("attention.head_count_kv"),
-            head_dim=file.metadata.get("llama.rope.dimension_count", dim // heads),
+            head_dim=file.metadata.get("llama.rope.dimension_count", dim // heads if known else 0),
             hidden=get("feed_forward_length"),
             context=get("context_length"),
-            rope_base=float(file.metadata.get("llama.rope.freq_base", 10000.0)),
-            eps=float(get("attention.layer_norm_rms_epsilon")),
-        )
+            rope_base=file.metadata.get("llama.rope.freq_base", 10000.0),
+            eps=get("attention.layer_norm_rms_epsilon"),
+        ).checked()
+
+    def checked(self):
+        """Itself. Raises: ValueError naming a size that cannot be, such as a corrupt file may hold."""
+        for name in ("vocab", "dim", "depth", "heads", "kv_heads", "head_dim", "hidden", "context"):
+            n = getattr(self, name)
+            if type(n) is not int or not 1 <= n <= LARGEST:
+                raise ValueError(f"{name} must be an integer in 1..{LARGEST}, got {n!r}")
+        for name in ("rope_base", "eps"):
+            x = getattr(self, name)
+            if type(x) is not float or not 0 < x < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {x!r}")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"heads must be a multiple of kv_heads and head_dim even, got {self.heads}, {self.kv_heads}, "
+                f"{self.head_dim}"
+            )
+        return self
 
 
 class Rows(NamedTuple):
@@ -165,12 +184,9 @@ def llama_from_gguf(file, config, *, dtype="float32", keep_quantized=False) -> L
 def init_llama(rng, config: LlamaConfig) -> LlamaWeights:
     """Weights drawn by a NumPy Generator: normal, standard deviation 1/sqrt(in), the embedding 1; unit norms.
 
-    Raises: ValueError if heads is not a multiple of kv_heads or a size is under 1.
+    Raises: ValueError for sizes that cannot be, see `LlamaConfig.checked`.
     """
-    c = config
-    sizes = (c.vocab, c.dim, c.depth, c.heads, c.kv_heads, c.head_dim, c.hidden, c.context)
-    if min(sizes) < 1 or c.heads % c.kv_heads:
-        raise ValueError(f"sizes must be at least 1 and heads a multiple of kv_heads, got {config}")
+    c = config.checked()
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     w = lambda m, n: rng.standard_normal((c.depth, m, n)) / np.sqrt(m)
     return LlamaWeights(
@@ -234,8 +250,8 @@ def candidate_logits(weights: LlamaWeights, ids, candidates):
 
     Args: ids [T], candidates [T, k]: token ids to score at each position; log p = logits - logsumexp.
     """
+    ids, candidates = np.asarray(ids), np.asarray(candidates)
     dims(ids=(ids, "T"), candidates=(candidates, "T k"))
-    candidates = np.asarray(candidates)
     check_ids("candidates", candidates, weights)
     x, _, _ = _run(weights, ids, None, 0)
     logits = (_rows(weights.embed, candidates) @ x[..., None])[..., 0]
@@ -372,11 +388,12 @@ def llama_costs(config: LlamaConfig, *, context, n_in, kind="Q4_1", head_kind=No
 
 def _run(weights, ids, cache, position):
     """Final norm [T, d] of the tokens, the new cache, and the hidden states [n + 2, T, d]."""
+    ids = np.asarray(ids)
     T = check_length(weights, ids, position)
     check_call(weights, ids, cache, position)
     cache = init_cache(weights, 0) if cache is None else cache
     angles = weights.angles[position : position + T]
-    x = _rows(weights.embed, np.asarray(ids))
+    x = _rows(weights.embed, ids)
     depth, kv_heads, D = _cache_shape(weights)
     new = np.zeros((depth, 2, kv_heads, max(cache.shape[-2], position + T), D))
     new[..., : cache.shape[-2], :] = cache

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import accel.models.llama as accel_llama
 from accel.language.smollm2 import load_smollm2 as load_on_device
+from ref.blocks.bpe import Tokenizer
 from ref.language.smollm2 import load_smollm2, tiny_smollm2
 from ref.models import llama
+from ref.models.gguf import load_gguf
 from tests.models.gguf_bytes import gguf_bytes, llama_file
 
 WEIGHTS, _ = tiny_smollm2()
@@ -53,6 +57,8 @@ def test_models_llama_prefills_scores_and_generates_as_ref():
     near(logits, want[-1])
     near(held, want_cache)
     near(hidden, want_hidden[:, -1])
+    np.testing.assert_array_equal(accel_llama.prefill(device, IDS.tolist(), return_hidden=True)[0], logits)
+    np.testing.assert_array_equal(llama.forward(rounded, IDS.tolist())[0], want)
     candidates = np.arange(30).reshape(10, 3)
     for got, expected in zip(
         accel_llama.candidate_logits(device, IDS, candidates),
@@ -131,6 +137,13 @@ def test_models_llama_names_what_is_wrong_with_a_file(tmp_path):
         (lambda m, t: t.pop("blk.0.ffn_up.weight"), "no tensor 'blk.0.ffn_up.weight'"),
         (swap, r"attn_q.weight has shape \[32, 64\], but the configuration says \[64, 64\]"),
         (lambda m, t: t.update({"output.weight": t["token_embd.weight"]}), "head of its own"),
+        (
+            lambda m, t: m.update({"llama.context_length": 2**31}),
+            r"context must be an integer in 1\.\.1048576",
+        ),
+        (lambda m, t: m.update({"llama.block_count": "two"}), "depth must be an integer"),
+        (lambda m, t: m.update({"llama.rope.freq_base": 0.0}), "rope_base must be a positive number"),
+        (lambda m, t: m.update({"llama.attention.head_count_kv": 3}), "multiple of kv_heads"),
     ):
         with pytest.raises(ValueError, match=words):
             load(change)
@@ -138,3 +151,37 @@ def test_models_llama_names_what_is_wrong_with_a_file(tmp_path):
         load(lambda m, t: None, dtype="bfloat16")
     with pytest.raises(ValueError, match='dtype must be "float32", "bfloat16" or "float64"'):
         load_on_device(tmp_path / "file.gguf", dtype="float16")
+
+
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3],
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+METADATA, TENSORS = llama_file(
+    np.random.default_rng(0), depth=1, dim=32, heads=2, kv_heads=1, hidden=32, vocab=8
+)
+GOOD = gguf_bytes(METADATA | TOKENIZER, TENSORS)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+@example(0, 0)
+def test_models_llama_survives_corrupted_files(tmp_path_factory, seed, n):
+    """Random bytes in the head of a file: weights and tokenizer load, or a ValueError says why not."""
+    rng = np.random.default_rng(seed)
+    content = bytearray(GOOD)
+    for at in rng.integers(0, GOOD.index(b"token_embd") + 300, n):
+        content[at] = rng.choice([0, 1, 2, 8, 9, 255, rng.integers(256)])
+    path = tmp_path_factory.mktemp("llama") / "file"
+    path.write_bytes(content)
+    load_tokenizer = lambda path: Tokenizer.from_gguf(load_gguf(path)).encode("abab<e>").tolist()
+    for load in (load_smollm2, load_tokenizer):
+        try:
+            got = load(path)
+        except ValueError:
+            assert n
+        else:
+            assert n or got == [2, 2, 3] or got.embed.shape == (8, 32)
