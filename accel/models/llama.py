@@ -147,7 +147,7 @@ def generate(
 
 
 def _prepare(weights, ids, cache, position):
-    """Check what is known of the arguments: (ids, a cache that is long enough, the position) as arrays."""
+    """Check what is known of the arguments: (ids, a cache that is long enough, the position)."""
     ids = np.asarray(ids) if isinstance(ids, list | tuple) else ids
     known = _known(position)
     position = int(position) if known else position
@@ -159,7 +159,7 @@ def _prepare(weights, ids, cache, position):
     if short > 0:
         longer = min(-(-(position + T) // BUCKET) * BUCKET, len(weights.angles))
         cache = jnp.pad(cache, [(0, 0)] * 3 + [(0, longer - cache.shape[-2]), (0, 0)])
-    return ids, cache, jnp.asarray(position, jnp.int32)
+    return ids, cache, position
 
 
 def _known(x):
@@ -217,7 +217,7 @@ def _candidates(weights, ids, candidates):
 
 def _run(weights, ids, cache, position, return_hidden):
     """Final norm of the tokens, the cache with them in it (without one: their keys and values), hidden."""
-    T = len(ids)
+    T, position = len(ids), jnp.asarray(position, jnp.result_type(int))
     depth, _, D, dtype = _cache_form(weights)
     x = _rows(weights.embed, ids)
     x = x.astype(wide(x.dtype))

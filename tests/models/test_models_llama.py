@@ -51,6 +51,17 @@ def test_models_llama_decodes_as_ref_and_never_clamps():
     assert np.isnan(beyond).all()
 
 
+def test_models_llama_is_exact_under_x64():
+    """With float64 weights a decode step is ref's, whatever integers ids and positions come in."""
+    _, rounded, (want, want_cache, _) = both()
+    with jax.enable_x64(True):
+        device = accel_llama.to_device(rounded, jnp.float64)
+        held = accel_llama.init_cache(device, 12).at[..., :9, :].set(want_cache[..., :9, :])
+        logits, _ = accel_llama.decode_step(device, np.int64(IDS[9]), held, np.int32(9))
+        assert logits.dtype == jnp.float64
+        np.testing.assert_allclose(logits, want[9], rtol=0, atol=1e-9)
+
+
 def test_models_llama_prefills_scores_and_generates_as_ref():
     device, rounded, (want, want_cache, want_hidden) = both()
     logits, held, hidden = accel_llama.prefill(device, IDS, return_hidden=True)
