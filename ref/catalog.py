@@ -60,6 +60,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="llm_int8",
+        part="compression",
+        title="LLM.int8()",
+        paper="LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+        year=2022,
+        arxiv="2208.07339",
+        idea="Int8 products with a scale a row, and the few columns that hold outliers in float beside them.",
+        core=(
+            "quantize_rowwise",
+            "int8_matmul",
+            "dequantize_matmul",
+            "llm_int8_linear",
+            "llm_int8_linear_vjp",
+            "quantization_ladder",
+        ),
+    ),
+    Technique(
         slug="pruning",
         part="compression",
         title="Pruning",

@@ -1,0 +1,193 @@
+"""LLM.int8(): laws on ref, golden vectors in ref and accel, kernels, gradients, bad inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import accel
+import ref
+from ref.catalog import technique
+from tests.compression import laws_llm_int8
+from tests.golden_runner import golden, run, run_accel
+from tests.laws import law_tests
+
+globals().update(law_tests(laws_llm_int8))
+
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+@golden("llm_int8")
+def test_llm_int8_golden_ref(case):
+    run(case, ref.llm_int8)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["llm_int8_float32", "llm_int8_float64"])
+@golden("llm_int8", only=technique("llm_int8").core)
+def test_llm_int8_golden_accel(case, x64):
+    run_accel(case, accel.llm_int8, x64=x64)
+
+
+def problem(seed=0, T=20, K=96, N=24, columns=(3, 50, 77)):
+    """x with outliers in `columns`, a layer with bias; T, N no multiple of a tile."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((T, K)).astype(np.float32)
+    for k in columns:
+        x[rng.integers(T), k] = 25.0
+    w = (rng.standard_normal((N, K)) / 8).astype(np.float32)
+    return x, w, rng.standard_normal(N).astype(np.float32), rng
+
+
+def rounding(x, layer):
+    """Scales, their product, the bias and the outliers' sums: 8 + K roundings of the largest term."""
+    K = x.shape[-1]
+    largest = np.abs(x).max() * layer.w_absmax.max()
+    return EPS32 * ((8 + K) * largest + np.abs(x).max() * np.abs(layer.w_absmax).max() * K)
+
+
+@pytest.mark.parametrize("impl", ["xla", "triton", "tpu"], ids=lambda i: f"llm_int8_{i}")
+@pytest.mark.parametrize(
+    "most", [None, 8, 2], ids=["llm_int8_masked", "llm_int8_gathered", "llm_int8_too_few"]
+)
+def test_llm_int8_accel_matches_ref(impl, most):
+    """Masked, gathered, and gathered with more outlier columns than asked for: the same product."""
+    x, w, b, _ = problem()
+    layer = ref.llm_int8.convert_linear(w, b, keep_float=most == 8)
+    options = {} if impl == "xla" else {"impl": impl, "interpret": True}
+    got = accel.llm_int8.llm_int8_linear(x, layer, max_outliers=most, **options)
+    assert got.dtype == jnp.float32
+    want = ref.llm_int8.llm_int8_linear(x, layer)
+    np.testing.assert_allclose(got, want, rtol=0, atol=rounding(x, layer))
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"llm_int8_{i}")
+def test_llm_int8_kernel_takes_tiles_and_leading_axes(impl):
+    x, w, _, _ = problem(T=66, K=300, N=130, columns=())
+    layer = ref.llm_int8.convert_linear(w)
+    tiles = {"triton": (32, 16, 64), "tpu": (32, 128, 128)}[impl]
+    sizes = dict(zip(("block_t", "block_n", "block_k"), tiles, strict=True))
+    call = lambda **kw: accel.llm_int8.llm_int8_linear(x.reshape(2, 33, 300), layer, threshold=0.0, **kw)
+    got = call(impl=impl, interpret=True, **sizes)
+    assert got.shape == (2, 33, 130)
+    np.testing.assert_allclose(got, call(), rtol=0, atol=8 * EPS32 * np.abs(call()).max())
+
+
+def test_llm_int8_kernel_lowers_for_tpu():
+    from accel.kernels.llm_int8_tpu import int8_product
+
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    i8, f32 = jnp.int8, jnp.float32
+    args = shape(i8, 20, 576), shape(i8, 24, 576), shape(f32, 20), shape(f32, 24), shape(f32, 24)
+    strip = shape(f32, 20, 7), shape(f32, 24, 7)
+    text = export.export(jax.jit(int8_product), platforms=["tpu"])(*args, strip).mlir_module()
+    assert "tpu_custom_call" in text
+
+
+def test_llm_int8_accel_integers_are_those_of_ref_in_every_dtype():
+    x, _, _, _ = problem()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        y = jnp.asarray(x, dtype)
+        got = accel.llm_int8.quantize_rowwise(y, threshold=6.0)
+        for g, w in zip(got, ref.llm_int8.quantize_rowwise(np.asarray(y), threshold=6.0), strict=True):
+            np.testing.assert_array_equal(g, w)
+        linear = lambda y: accel.llm_int8.llm_int8_linear(y, ref.llm_int8.convert_linear(x[:3]))
+        assert jax.eval_shape(linear, y).dtype == dtype
+
+
+def test_llm_int8_ladder_accel_matches_ref():
+    x, w, _, _ = problem()
+    rungs = [(s, split) for s in ("absmax", "zeropoint", "row", "vector") for split in (False, True)]
+    each = lambda m: [m.llm_int8.quantization_ladder(x, w, scheme=s, decompose=d) for s, d in rungs]
+    for got, want in zip(jax.jit(lambda: each(accel))(), each(ref), strict=True):
+        # integers agree (no entry sits on a tie), then a few roundings of terms of this size
+        np.testing.assert_allclose(got, want, rtol=0, atol=128 * EPS32 * np.abs(x).max() * np.abs(w).max())
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["llm_int8_only", "llm_int8_with_float"])
+def test_llm_int8_gradient_is_passed_straight_through(keep):
+    """jax.grad equals ref's backward; float weights get grad_y^T x, integers and scales nothing."""
+    x, w, b, rng = problem(T=6)
+    layer = ref.llm_int8.convert_linear(w, b, keep_float=keep)
+    dy = rng.standard_normal((6, 24)).astype(np.float32)
+    loss = lambda x, layer: jnp.sum(dy * accel.llm_int8.llm_int8_linear(x, layer, max_outliers=4))
+    grad_x, grads = jax.grad(loss, argnums=(0, 1), allow_int=True)(x, layer)
+    want_x, want_b = ref.llm_int8.llm_int8_linear_vjp(layer, dy)
+    np.testing.assert_allclose(grad_x, want_x, rtol=0, atol=48 * EPS32 * np.abs(want_x).max())
+    np.testing.assert_allclose(grads.bias, want_b, rtol=0, atol=12 * EPS32 * np.abs(dy).sum(axis=0).max())
+    assert not np.asarray(grads.w_absmax).any()
+    if keep:
+        want = dy.T.astype(np.float64) @ x
+        np.testing.assert_allclose(grads.float_weight, want, rtol=0, atol=12 * EPS32 * np.abs(want).max())
+
+
+def test_llm_int8_gathers_fewer_products_than_it_masks():
+    """What `max_outliers` is for: the compiled float work falls from T N K to T N R, int8 work stays."""
+    x, w, b, _ = problem()
+    layer = ref.llm_int8.convert_linear(w, b)
+
+    def products(most):
+        call = lambda x: accel.llm_int8.llm_int8_linear(x, layer, max_outliers=most)
+        dots = [e for e in _equations(jax.make_jaxpr(call)(x)) if e.primitive.name == "dot_general"]
+        return sorted((e.outvars[0].aval.dtype.name, e.invars[0].aval.shape[1]) for e in dots)
+
+    assert products(None) == [("float32", 96), ("int32", 96)]
+    assert products(8) == [("float32", 8), ("float32", 96), ("int32", 96)]  # one of the float two is run
+
+
+def _equations(jaxpr):
+    for e in jaxpr.eqns:
+        yield e
+        for sub in jax.tree.leaves(
+            list(e.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
+                yield from _equations(sub if hasattr(sub, "eqns") else sub.jaxpr)
+
+
+X, W = np.ones((4, 6), np.float32), np.ones((3, 6), np.float32)
+LAYER = ref.llm_int8.convert_linear(W)
+BAD = {
+    "K": ("llm_int8_linear", (X[:, 1:], LAYER), {}, "axis K is 5 in x"),
+    "nan": ("llm_int8_linear", (X * np.nan, LAYER), {}, "x must be finite"),
+    "infinity": ("quantize_rowwise", (X * np.inf,), {}, "x must be finite"),
+    "threshold": ("quantize_rowwise", (X,), {"threshold": -1.0}, "threshold must be at least 0"),
+    "empty": ("quantize_rowwise", (X[:0],), {}, "x must not be empty"),
+    "weight dtype": ("llm_int8_linear", (X, LAYER._replace(w_q=W)), {}, "w_q must be int8"),
+    "integer dtype": ("int8_matmul", (X, LAYER.w_q), {}, "x_q must be int8"),
+    "long sums": ("int8_matmul", (np.zeros((1, 133145), np.int8),) * 2, {}, "at most 133144 are safe"),
+    "scales": ("dequantize_matmul", (np.zeros((4, 3), np.int32), np.ones(5), np.ones(3)), {}, "x_absmax"),
+    "bias": ("llm_int8_linear", (X, LAYER._replace(bias=np.ones(2))), {}, "bias.shape"),
+    "most": ("llm_int8_linear", (X, LAYER), {"max_outliers": 0}, "max_outliers must be None or at least 1"),
+    "scheme": ("quantization_ladder", (X, W), {"scheme": "group"}, "scheme must be one of"),
+    "ladder K": ("quantization_ladder", (X[:, 1:], W), {"scheme": "row"}, "axis K is 5 in x"),
+    "convert": ("convert_linear", (W * np.nan,), {}, "w must be finite"),
+    "convert bias": ("convert_linear", (W, np.ones(4)), {}, "axis N is 3 in w"),
+    "grad": ("llm_int8_linear_vjp", (LAYER, np.ones((4, 2), np.float32)), {}, "axis N is 2 in grad_y"),
+    "share": ("int8_share", (7, 6), {}, r"outliers must be in 0\.\.k"),
+}
+
+
+@pytest.mark.parametrize("layer", [ref, accel], ids=["llm_int8_ref", "llm_int8_accel"])
+@pytest.mark.parametrize("name", BAD, ids=lambda n: n.replace(" ", "_"))
+def test_llm_int8_rejects_bad_input(name, layer):
+    fn, args, options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        getattr(layer.llm_int8, fn)(*args, **options)
+
+
+def test_llm_int8_impl_asked_by_name_runs_or_says_why_not():
+    for impl, error, message in (
+        ("cuda", ValueError, "impl must be"),
+        ("hopper", NotImplementedError, "is not written yet"),
+        ("tpu", NotImplementedError, "needs a TPU"),
+        ("triton", NotImplementedError, "needs a GPU"),
+    ):
+        if impl == "triton" and jax.default_backend() == "gpu":
+            continue
+        with pytest.raises(error, match=message):
+            accel.llm_int8.llm_int8_linear(X, LAYER, impl=impl)
+    with pytest.raises(ValueError, match="tile sizes are for"):
+        accel.llm_int8.llm_int8_linear(X, LAYER, block_t=16)
+    with pytest.raises(ValueError, match="block_k must be a power of two"):
+        accel.llm_int8.llm_int8_linear(X, LAYER, impl="triton", interpret=True, block_k=48)
