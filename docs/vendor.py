@@ -1,6 +1,6 @@
-"""Fetch what the book shows offline (KaTeX) into docs/assets/vendor, once, with checksums: python docs/vendor.py.
+"""Fetch what the book shows offline (KaTeX) into docs/assets/vendor, once, with checksums.
 
-Without it the book still builds; equations then stay readable TeX.
+`python docs/vendor.py`. Without it the book still builds; equations then stay readable TeX.
 """
 
 import hashlib
@@ -24,7 +24,9 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", folder], check=True, stdout=subprocess.DEVNULL
+            ["npm", "pack", "--silent", f"{name}@{version}", "--pack-destination", folder],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         (archive,) = Path(folder).glob("*.tgz")
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
