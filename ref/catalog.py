@@ -40,6 +40,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="rum",
+        part="memory",
+        title="RUM",
+        paper="Rotational Unit of Memory: A Novel Representation Unit for RNNs with Scalable Applications",
+        year=2019,
+        arxiv="1710.09537",
+        idea="A recurrent state turned from input towards target: rotations keep lengths and bind key to value.",
+        core=("rotate", "rotate_vjp", "rotation_matrix", "rum_cell", "rum", "rum_vjp"),
+    ),
+    Technique(
         slug="pitome",
         part="vision",
         title="PiToMe",
@@ -97,6 +107,24 @@ CATALOG = (
             "movement_linear_vjp",
             "obs_prune_row",
             "bsr_matmul",
+        ),
+    ),
+    Technique(
+        slug="vvma",
+        part="compression",
+        title="VVMA",
+        paper="Vector-Vector-Matrix Architecture: A Novel Hardware-Aware Framework for Low-Latency Inference "
+        "in NLP Applications",
+        year=2020,
+        arxiv="2010.08412",
+        idea="Every tile of a weight matrix is one shared matrix with scaled columns: load it once, keep it.",
+        core=(
+            "vvma_linear",
+            "vvma_linear_vjp",
+            "vvma_dense",
+            "vvma_lstm_cell",
+            "vvma_mlp",
+            "vvma_attention",
         ),
     ),
     Technique(
