@@ -59,7 +59,7 @@ def flash_attention(
       visible scores, natural log, before dropout. A query that sees no key gives o = 0 and lse = -inf.
     Raises: ValueError naming the argument at fault.
     """
-    _check_blocks(block_q, block_k)
+    check_blocks(block_q, block_k)
     q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale, dropout_mask, dropout_p)
     if order == "q_outer":
         o, lse = _forward_q_outer(q, k, v, opt, causal, block_q, block_k)
@@ -131,7 +131,7 @@ def flash_attention_bwd(
     Source: Algorithm 4, in the deterministic form with two passes: one over key tiles for dk and dv, one over
     query tiles for dq.
     """
-    _check_blocks(block_q, block_k)
+    check_blocks(block_q, block_k)
     kv_heads = k.shape[-3] if k.ndim > 2 else 1
     q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale, dropout_mask, dropout_p)
     dims(do=(do, "... L Dv"), o=(o, "... L Dv"), q=(q, "... L D"), v=(v, "... S Dv"), lse=(lse, "... L"))
@@ -244,7 +244,8 @@ def _finite_where(seen, v):
     return np.where(np.any(seen, axis=-2)[..., None], v, 0.0)
 
 
-def _check_blocks(block_q, block_k):
+def check_blocks(block_q, block_k):
+    """Raise ValueError for a tile that holds nothing."""
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q and block_k must be at least 1, got {block_q=}, {block_k=}")
 

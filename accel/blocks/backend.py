@@ -1,0 +1,28 @@
+"""Which implementation runs: the rule behind `impl` and `interpret` of every accel function."""
+
+import jax
+
+IMPLS = ("auto", "xla", "hopper", "triton", "tpu")
+NEEDS = {"hopper": "gpu", "triton": "gpu", "tpu": "tpu"}
+
+
+def choose_impl(impl, *, interpret=False, auto=(), obstacles=None):
+    """The implementation to run: `impl` itself, or for "auto" the first of `auto` that can, else "xla".
+
+    Args: interpret: kernels run in Pallas's interpreter, on any device, if asked for by name.
+      auto: kernels that pay, best first. obstacles: {impl: why it cannot run this call, or None}.
+    Raises: ValueError for an unknown impl; NotImplementedError, saying why, for one asked for by name that
+      cannot run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
+    obstacles = obstacles or {}
+    backend = jax.default_backend()
+    if impl == "auto":
+        runs = [i for i in auto if NEEDS[i] == backend and obstacles.get(i) is None]
+        return runs[0] if runs else "xla"
+    if why := obstacles.get(impl):
+        raise NotImplementedError(f'impl="{impl}" {why}')
+    if impl in NEEDS and NEEDS[impl] != backend and not interpret:
+        raise NotImplementedError(f'impl="{impl}" needs a {NEEDS[impl].upper()}, and JAX runs on {backend}')
+    return impl
