@@ -128,6 +128,26 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="unified_norm",
+        part="compression",
+        title="Unified Normalization",
+        paper="Unified Normalization for Accelerating and Stabilizing Transformers",
+        year=2022,
+        arxiv="2208.01313",
+        idea="A norm that is a fixed scale at inference, smoothed in training by geometric means that shrug off "
+        "outliers.",
+        core=(
+            "un_train_forward",
+            "un_train_backward",
+            "un_train_step",
+            "un_train_steps",
+            "un_inference",
+            "amgm_gap",
+            "fuse_un_into_next_linear",
+            "fuse_un_into_previous_linear",
+        ),
+    ),
+    Technique(
         slug="wta_crs",
         part="training",
         title="WTA-CRS",
