@@ -4,10 +4,11 @@ Origin and licences: ref/data/ORIGIN.md. Everything is read through `importlib.r
 wheel, a zip and the reader's browser.
 """
 
-import io
 from importlib.resources import files
 
 import numpy as np
+
+from ref.models.tensor_files import load_npz
 
 
 def attention_inputs():
@@ -46,5 +47,4 @@ def text():
 
 
 def _arrays(name):
-    with np.load(io.BytesIO(files(__name__).joinpath(name).read_bytes()), allow_pickle=False) as z:
-        return {k: z[k] for k in z.files}
+    return load_npz(files(__name__).joinpath(name).read_bytes())

@@ -4,13 +4,10 @@ Source: Oquab et al. 2023 (arXiv 2304.07193). The backbone in this file was fine
 no classifier: `vit_forward` returns the normalised class token, on which one fits a linear probe.
 """
 
-import io
-import zipfile
-from pathlib import Path
-
 import numpy as np
 
 from ref.blocks.transformer import BlockParams
+from ref.models.tensor_files import load_onnx
 from ref.models.vit import ViTParams
 
 NUM_HEADS, PATCH = 6, 14
@@ -26,16 +23,9 @@ def load_dinov2(path, *, image_size=224) -> ViTParams:
 
     Args: path: the wheel, or the ONNX file in it. image_size: pixels a side, a multiple of 14; the table of
       positions, 37 x 37, is resized to it as the file's own graph does. Needs the package onnx.
+    Raises: ValueError if the file is damaged or another network's; OSError if it cannot be opened.
     """
-    from onnx import load
-    from onnx.numpy_helper import to_array
-
-    raw = zipfile.ZipFile(path).read(MEMBER) if zipfile.is_zipfile(path) else Path(path).read_bytes()
-    graph = load(io.BytesIO(raw)).graph
-    named = {i.name: to_array(i) for i in graph.initializer}
-    for node in graph.node:  # the exporter renamed the matrices; their path survives in the node's name
-        if node.op_type == "MatMul" and node.input[1] in named:
-            named[node.name.strip("/").replace("/", ".").removesuffix(".MatMul")] = named[node.input[1]]
+    named = load_onnx(path, member=MEMBER)
 
     def block(prefix):
         get = lambda name: named[f"{prefix}.{name}"]
@@ -53,6 +43,10 @@ def load_dinov2(path, *, image_size=224) -> ViTParams:
         )  # fmt: skip
 
     depth = sum(name.endswith(".norm1.weight") for name in named)
+    if not depth or image_size < PATCH or image_size % PATCH:
+        raise ValueError(
+            f"need blocks in {path} and image_size a multiple of {PATCH}, got {depth}, {image_size}"
+        )
     first, grid = (named[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962"))
     side = image_size // PATCH
     return ViTParams(
