@@ -39,6 +39,8 @@ def _kernel(rows_ref, all_ref, energy_ref, *, block, tokens, margin, alpha, pape
 
 
 def _unit(x):
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)  # so that no square overflows
+    x = x / jnp.where(largest == 0, 1.0, largest)
     square = jnp.sum(x * x, axis=1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.where(square == 0, 1.0, square))
 

@@ -1,12 +1,9 @@
-"""Token merging in JAX: PiToMe and ToMe with static shapes; see ref/vision/pitome.py for the definitions.
+"""PiToMe in JAX, with static shapes; see ref/vision/pitome.py for the definitions.
 
 How many tokens a layer loses follows from (N, ratio) on the host, so every layer is one compiled function.
-Similarities are taken in float32 at full precision (float64 for float64 input): they decide an order. Plans
-are
-integers, constant under differentiation; gradients flow through the merge.
+Similarities are taken in float32 at full precision (float64 for float64 input): they decide an order.
 """
 
-import operator
 from functools import partial
 
 import jax
@@ -14,31 +11,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from accel.blocks.attention import attention_dense, join_heads
+from accel.blocks.merging import (
+    MODES,
+    MergePlan,
+    best,
+    bipartite_soft_matching,
+    check_size,
+    descending,
+    identity_plan,
+    merge_tokens,
+    plan_of,
+    products,
+    proportional_attention,
+    random_plan,
+    take_rows,
+    tome_schedule,
+    unit_rows,
+    unmerge_tokens,
+)
 from accel.blocks.mlp import linear, mlp
 from accel.blocks.norms import layer_norm
-from accel.blocks.shapes import lift
-from accel.blocks.softmax import softmax, wide
+from accel.blocks.softmax import wide
 from accel.blocks.transformer import qkv
 from accel.models.vit import embed_patches, head
+from ref.blocks.quantize import check_finite
 from ref.blocks.transformer import BlockParams
 from ref.dims import dims
 from ref.models.vit import ViTParams
 from ref.vision.pitome import (
     METHODS,
-    MODES,
     MergeConfig,
-    MergePlan,
+    check_energy,
     check_method,
+    check_width,
+    energy_score_vjp,
     example,
-    expand_axes,
     layer_options,
     margin_schedule,
     merge_flops,
+    merge_tokens_vjp,
     pitome_token_schedule,
-    random_plan,
     removed_tokens,
     spectral_distance,
-    tome_schedule,
 )
 
 __all__ = [
@@ -48,10 +62,12 @@ __all__ = [
     "MergePlan",
     "bipartite_soft_matching",
     "energy_score",
+    "energy_score_vjp",
     "example",
     "margin_schedule",
     "merge_flops",
     "merge_tokens",
+    "merge_tokens_vjp",
     "merged_block",
     "pitome_matching",
     "pitome_text_matching",
@@ -74,7 +90,8 @@ def energy_score(metric, *, margin, alpha=1.0, paper_form=False, impl="auto", in
     block_t tokens; "auto" is "xla".
     """
     dims(metric=(metric, "... T D"))
-    _check_alpha(alpha)
+    check_energy(margin, alpha)
+    check_finite("metric", metric)
     energy = _energy(
         metric, float(margin), float(alpha), paper_form, _choose(impl, interpret), interpret, block_t
     )
@@ -93,13 +110,12 @@ def pitome_matching(
     impl="auto",
     interpret=False,
 ):
-    """Merge r = floor(T - T ratio) of the T tokens, taken from the 2r of highest energy; as ref, static
-    n_out.
-    """
+    """Merge r = floor(T - T ratio) of the T tokens, of the 2r of highest energy; as ref, n_out is static."""
     N, r = _removed(metric, ratio, class_token)
-    _check_alpha(alpha)
+    check_energy(margin, alpha)
+    check_finite("metric", metric)
     if r == 0:
-        return _identity(metric)
+        return identity_plan(metric)
     impl = _choose(impl, interpret)
     options = (float(margin), float(alpha), paper_form, bool(bsm), bool(class_token), impl, interpret)
     group = _pitome_group(jax.lax.stop_gradient(metric), r, *options)
@@ -108,60 +124,13 @@ def pitome_matching(
 
 def pitome_text_matching(metric, *, ratio, margin, class_token=False):
     """PiToMe for text: Gaussian energy of width 1 - margin; a is the first r by energy, b the next r."""
-    if margin >= 1:
-        raise ValueError(f"margin must be below 1 (the width is 1 - margin), got {margin}")
+    check_width(margin)
+    check_finite("metric", metric)
     N, r = _removed(metric, ratio, class_token)
     if r == 0:
-        return _identity(metric)
+        return identity_plan(metric)
     group = _text_group(jax.lax.stop_gradient(metric), r, float(margin), bool(class_token))
     return MergePlan(group, N - r)
-
-
-def bipartite_soft_matching(metric, *, r, class_token=False, distill_token=False):
-    """ToMe: tokens at even places may merge into tokens at odd places; the r most similar pairs do."""
-    N = dims(metric=(metric, "... N D"))["N"]
-    if r < 0:
-        raise ValueError(f"r must be at least 0, got {r}")
-    r = min(r, (N - class_token - distill_token) // 2)
-    if r <= 0:
-        return _identity(metric)
-    group = _tome_group(jax.lax.stop_gradient(metric), r, bool(class_token), bool(distill_token))
-    return MergePlan(group, N - r)
-
-
-def merge_tokens(x, group, n_out, *, size=None, mode="wavg"):
-    """One token a slot, -> (x' [..., n_out, C] in x's dtype, size' [..., n_out] in at least float32).
-
-    n_out is static. Sums are taken in at least float32. A slot outside 0..n_out - 1 is dropped.
-    """
-    dims(x=(x, "... N C"), group=(group, "... N"))
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    size = jnp.ones(group.shape, _wide(x.dtype)) if size is None else _sizes(size, x.dtype)
-    dims(size=(size, "... N"), group=(group, "... N"))
-    return _merge(x, group, size, operator.index(n_out), mode)
-
-
-@jax.jit
-def unmerge_tokens(y, group):
-    """Give every input token the value of its slot: y [..., n_out, C], group [..., N] -> [..., N, C]."""
-    dims(y=(y, "... M C"), group=(group, "... N"))
-    return _rows(y, group)
-
-
-def proportional_attention(q, k, v, size, *, scale=None):
-    """softmax(scale q k^T + log size) v, in q's dtype; logits and their softmax in at least float32."""
-    return _proportional(q, k, v, _sizes(size, q.dtype), scale)
-
-
-@partial(jax.jit, static_argnums=4)
-def _proportional(q, k, v, size, scale):
-    n = dims(q=(q, "... L D"), k=(k, "... S D"), v=(v, "... S Dv"))
-    size = jnp.expand_dims(size, expand_axes(size.shape, q.shape, n["S"]))
-    scale = n["D"] ** -0.5 if scale is None else scale
-    s = scale * jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide(q.dtype))
-    p = softmax(s + jnp.log(size)).astype(v.dtype)
-    return jnp.matmul(p, v, preferred_element_type=wide(v.dtype)).astype(q.dtype)
 
 
 def merged_block(
@@ -185,14 +154,12 @@ def merged_block(
     impl="auto",
     interpret=False,
 ):
-    """A pre-norm block that merges tokens between attention and MLP; -> (x' in x's dtype, size' in
-    float32).
-    """
+    """A pre-norm block that merges between attention and MLP; -> (x' in x's dtype, size' in float32)."""
     check_method(
         method, r=r, ratio=ratio, margin=margin, seed_groups=seed_groups, distill_token=distill_token
     )
     n = dims(x=(x, "... N C"))
-    size = jnp.ones((*n["..."], n["N"]), _wide(x.dtype)) if size is None else _sizes(size, x.dtype)
+    size = check_size(size, x, (*n["..."], n["N"]))
     static = (
         num_heads,
         method,
@@ -272,9 +239,7 @@ def _forward(img, params, groups, cfg, method, ratio, r, impl, interpret):
 
 
 def _choose(impl, interpret):
-    """The implementation of the energy that runs. At T <= 577 tokens the similarities fit a cache: auto is
-    xla.
-    """
+    """The implementation of the energy: auto is xla, since similarities of T <= 577 tokens fit a cache."""
     if impl not in ("auto", "xla", "hopper", "triton", "tpu"):
         raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
     if impl == "hopper":
@@ -331,23 +296,23 @@ def _pitome_group(metric, r, margin, alpha, paper_form, bsm, class_token, impl, 
     patches = metric[..., int(class_token) :, :]
     if impl == "xla":
         s = _similarity(patches)
-        order = _descending(_energy_of(s, margin, alpha, paper_form))
+        order = descending(_energy_of(s, margin, alpha, paper_form))
         pairs = lambda a, b: _pairs(s, a, b)
     else:  # only the pairs that may merge are compared again
-        order = _descending(_energy(patches, margin, alpha, paper_form, impl, interpret))
-        unit = _unit(patches)
-        pairs = lambda a, b: _products(_rows(unit, a), _rows(unit, b))
+        order = descending(_energy(patches, margin, alpha, paper_form, impl, interpret))
+        unit = unit_rows(patches)
+        pairs = lambda a, b: products(take_rows(unit, a), take_rows(unit, b))
     if bsm:
         a, b = order[..., 0::2], order[..., 1::2]
         scores = pairs(a, b)
-        ranked = _descending(scores.max(axis=-1))
-        target = jnp.take_along_axis(_argmax(scores), ranked, axis=-1)[..., :r]
+        ranked = descending(scores.max(axis=-1))
+        target = jnp.take_along_axis(best(scores), ranked, axis=-1)[..., :r]
         a = jnp.take_along_axis(a, ranked, axis=-1)
         kept, a = a[..., r:], a[..., :r]
     else:
         a, b, kept = order[..., 0 : 2 * r : 2], order[..., 1 : 2 * r : 2], order[..., 2 * r :]
-        target = _argmax(pairs(a, b))
-    return _slots(metric.shape[-2], kept, b, a, target, class_token)
+        target = best(pairs(a, b))
+    return plan_of(metric.shape[-2], kept, b, a, target, class_token)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -355,85 +320,15 @@ def _text_group(metric, r, margin, class_token):
     s = _similarity(metric[..., int(class_token) :, :])
     sigma = 1 - margin
     energy = jnp.exp(-jnp.square((1 - s) / sigma) / 2).mean(axis=-1) / (sigma * (2 * np.pi) ** 0.5)
-    order = _descending(energy)
+    order = descending(energy)
     a, b, kept = order[..., :r], order[..., r : 2 * r], order[..., 2 * r :]
-    return _slots(metric.shape[-2], kept, b, a, _argmax(_pairs(s, a, b)), class_token)
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _tome_group(metric, r, class_token, distill_token):
-    N = metric.shape[-2]
-    unit = _unit(metric)
-    scores = _products(unit[..., 0::2, :], unit[..., 1::2, :])
-    if class_token:
-        scores = scores.at[..., 0, :].set(-jnp.inf)
-    if distill_token:
-        scores = scores.at[..., :, 0].set(-jnp.inf)
-    ranked = _descending(scores.max(axis=-1))
-    target = jnp.take_along_axis(_argmax(scores), ranked, axis=-1)[..., :r]
-    moved, kept = ranked[..., :r], ranked[..., r:]
-    if class_token:
-        kept = jnp.sort(kept, axis=-1)
-    b = jnp.broadcast_to(
-        lift(jnp.arange(N // 2, dtype=jnp.int32), metric.ndim - 1), (*metric.shape[:-2], N // 2)
-    )
-    group = _slots(N, 2 * kept, 2 * b + 1, 2 * moved, target, False)
-    if not distill_token:
-        return group
-    n_kept = kept.shape[-1]  # the first b moves up to place 1, the a's behind it move down
-    place = np.r_[0, np.arange(2, n_kept + 1), 1, np.arange(n_kept + 1, N - r)].astype(np.int32)
-    return jnp.asarray(place)[group]
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _merge(x, group, size, n_out, mode):
-    lead, N, C = x.shape[:-2], x.shape[-2], x.shape[-1]
-    flat = x.astype(size.dtype).reshape(-1, N, C), group.reshape(-1, N), size.reshape(-1, N)
-
-    def one(x, g, s):
-        total = jax.ops.segment_sum(s, g, n_out)
-        if mode == "max":
-            return jax.ops.segment_max(x, g, n_out), total
-        if mode == "prune":  # the largest token, the first of equals
-            largest = s == jax.ops.segment_max(s, g, n_out)[g]
-            index = jnp.arange(N, dtype=jnp.int32)
-            first = jax.ops.segment_min(jnp.where(largest, index, N), g, n_out)
-            return x[first], s[first]
-        y = jax.ops.segment_sum(x * s[:, None] if mode == "wavg" else x, g, n_out)
-        if mode == "wavg":
-            return y / total[:, None], total
-        if mode == "mean":
-            return y / jax.ops.segment_sum(jnp.ones_like(s), g, n_out)[:, None], total
-        return y, total
-
-    y, total = jax.vmap(one)(*flat)
-    return y.astype(x.dtype).reshape(*lead, n_out, C), total.reshape(*lead, n_out)
-
-
-def _unit(metric):
-    x = metric.astype(wide(metric.dtype))
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(square == 0, 1, square))
-
-
-def _products(a, b):
-    """a b^T at full float32 precision: what is compared decides an order, so TF32 will not do."""
-    return jnp.matmul(a, b.swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
+    return plan_of(metric.shape[-2], kept, b, a, best(_pairs(s, a, b)), class_token)
 
 
 @jax.jit
 def _similarity(metric):
-    unit = _unit(metric)
-    return _products(unit, unit)
-
-
-def _descending(values):
-    """Indices by falling value; equal values by rising index."""
-    return jnp.argsort(-values, axis=-1, stable=True).astype(jnp.int32)
-
-
-def _argmax(scores):
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    unit = unit_rows(metric)
+    return products(unit, unit)
 
 
 def _pairs(s, a, b):
@@ -441,45 +336,6 @@ def _pairs(s, a, b):
     return jnp.take_along_axis(jnp.take_along_axis(s, a[..., None], axis=-2), b[..., None, :], axis=-1)
 
 
-def _rows(x, index):
-    return jnp.take_along_axis(x, index[..., None], axis=-2)
-
-
-def _slots(N, kept, b, a, target, class_token):
-    """The group of every token, for the output [class token, kept, b], where a[i] joins b[target[i]]."""
-    first, n_kept, lead = int(class_token), kept.shape[-1], kept.shape[:-1]
-    row = lambda n, start: jnp.broadcast_to(
-        lift(jnp.arange(start, start + n, dtype=jnp.int32), len(lead) + 1), (*lead, n)
-    )
-    tokens = jnp.concatenate([kept, b, a], axis=-1) + first
-    slots = jnp.concatenate([row(n_kept + b.shape[-1], first), target + first + n_kept], axis=-1)
-    group = jnp.zeros((*lead, N), jnp.int32)
-    return jnp.put_along_axis(group, tokens, slots, axis=-1, inplace=False)
-
-
 def _removed(metric, ratio, class_token):
     N = dims(metric=(metric, "... N D"))["N"]
     return N, removed_tokens(N - class_token, ratio)
-
-
-def _identity(metric):
-    N = metric.shape[-2]
-    every = lift(jnp.arange(N, dtype=jnp.int32), metric.ndim - 1)
-    return MergePlan(jnp.broadcast_to(every, metric.shape[:-1]), N)
-
-
-def _sizes(size, dtype):
-    """Sizes in at least float32; values can be checked only where they are concrete."""
-    if isinstance(size, np.ndarray) and (size <= 0).any():
-        raise ValueError(f"size must be positive, got a smallest of {size.min()}")
-    return jnp.asarray(size).astype(_wide(dtype))
-
-
-def _wide(dtype):
-    """The accumulator's dtype, for NumPy input too: float64 counts as float32 unless JAX has x64 on."""
-    return wide(jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _check_alpha(alpha):
-    if alpha <= 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")

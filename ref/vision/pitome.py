@@ -1,21 +1,34 @@
-"""Token merging that keeps the spectrum: PiToMe's energy score, and the ToMe baseline it improves.
+"""Token merging that keeps the spectrum: PiToMe's energy, its matching, and vision transformers that merge.
 
-Sources: Tran et al. 2024 (arXiv 2405.16148): equation 4 (energy), section 3.2 (the merging step); Bolya et
-al.
-2023 (arXiv 2210.09461): bipartite soft matching and proportional attention. A plan is one integer a token,
-the output slot it goes to; tokens that share a slot are merged.
+Source: Tran et al. 2024 (arXiv 2405.16148): equation 4 (energy), section 3.2 (the merging step), section 3.3
+(the spectrum). Plans, merging, proportional attention and the ToMe baseline are in ref/blocks/merging.py.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from ref.blocks.attention import attention_dense, join_heads
+from ref.blocks.merging import (
+    MODES,
+    MergePlan,
+    bipartite_soft_matching,
+    descending,
+    identity_plan,
+    merge_tokens,
+    merge_tokens_vjp,
+    plan_of,
+    proportional_attention,
+    random_plan,
+    row_lengths,
+    tome_schedule,
+    unit_rows,
+    unmerge_tokens,
+)
 from ref.blocks.mlp import linear, mlp
 from ref.blocks.norms import layer_norm
-from ref.blocks.softmax import softmax
+from ref.blocks.quantize import check_finite
 from ref.blocks.transformer import BlockParams, qkv
 from ref.dims import dims, float64
 from ref.example import Example
@@ -28,9 +41,12 @@ __all__ = [
     "MergePlan",
     "bipartite_soft_matching",
     "energy_score",
+    "energy_score_vjp",
+    "example",
     "margin_schedule",
     "merge_flops",
     "merge_tokens",
+    "merge_tokens_vjp",
     "merged_block",
     "pitome_matching",
     "pitome_text_matching",
@@ -43,15 +59,7 @@ __all__ = [
     "vit_forward_merged",
 ]
 
-MODES = ("wavg", "mean", "sum", "max", "prune")
 METHODS = ("pitome", "tome", "random", "none")
-
-
-class MergePlan(NamedTuple):
-    """Who merges with whom: group [..., N] int32, the output slot of every token; n_out slots."""
-
-    group: np.ndarray
-    n_out: int
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,15 @@ def energy_score(metric, *, margin, alpha=1.0, paper_form=False):
     Returns: [..., T] float64, in [-alpha (1 - e^(-1 - margin)), 1 - margin] unless paper_form.
     """
     dims(metric=(metric, "... T D"))
+    check_energy(margin, alpha)
+    check_finite("metric", metric)
     return _energy(_similarity(metric), margin, alpha, paper_form)
 
 
 def energy_score_vjp(metric, d_energy, *, margin, alpha=1.0, paper_form=False):
     """The gradient of `energy_score` for metric [..., T, D], from the cotangent d_energy [..., T]."""
     x, d_energy = float64(metric, d_energy)
-    norm = _norm(x)
+    norm = row_lengths(x)
     unit = x / norm
     u = unit @ np.swapaxes(unit, -1, -2) - margin
     slope = np.where(u >= 0 if paper_form else u > 0, 1.0, alpha * np.exp(u))
@@ -110,22 +120,23 @@ def pitome_matching(metric, *, ratio, margin, alpha=1.0, class_token=False, bsm=
     Raises: ValueError if ratio is outside (0, 1] or 2r > T.
     """
     N, r = _removed(metric, ratio, class_token)
+    check_energy(margin, alpha)
     if r == 0:
-        return _identity(metric)
+        return identity_plan(metric)
     patches = metric[..., int(class_token) :, :]
     s = _similarity(patches)
-    order = _descending(_energy(s, margin, alpha, paper_form))
+    order = descending(_energy(s, margin, alpha, paper_form))
     if bsm:
         a, b = order[..., 0::2], order[..., 1::2]
         scores = _pairs(s, a, b)
-        ranked = _descending(scores.max(axis=-1))
+        ranked = descending(scores.max(axis=-1))
         target = np.take_along_axis(scores.argmax(axis=-1), ranked, axis=-1)[..., :r]
         a = np.take_along_axis(a, ranked, axis=-1)
         kept, a = a[..., r:], a[..., :r]
     else:
         a, b, kept = order[..., 0 : 2 * r : 2], order[..., 1 : 2 * r : 2], order[..., 2 * r :]
         target = _pairs(s, a, b).argmax(axis=-1)
-    return _slots(N, kept, b, a, target, class_token)
+    return plan_of(N, kept, b, a, target, class_token)
 
 
 def pitome_text_matching(metric, *, ratio, margin, class_token=False):
@@ -133,123 +144,16 @@ def pitome_text_matching(metric, *, ratio, margin, class_token=False):
 
     Arguments and result as `pitome_matching`. Raises: ValueError also if margin >= 1.
     """
-    if margin >= 1:
-        raise ValueError(f"margin must be below 1 (the width is 1 - margin), got {margin}")
+    check_width(margin)
     N, r = _removed(metric, ratio, class_token)
     if r == 0:
-        return _identity(metric)
+        return identity_plan(metric)
     s = _similarity(metric[..., int(class_token) :, :])
     sigma = 1 - margin
     energy = np.exp(-(((1 - s) / sigma) ** 2) / 2).mean(axis=-1) / (sigma * np.sqrt(2 * np.pi))
-    order = _descending(energy)
+    order = descending(energy)
     a, b, kept = order[..., :r], order[..., r : 2 * r], order[..., 2 * r :]
-    return _slots(N, kept, b, a, _pairs(s, a, b).argmax(axis=-1), class_token)
-
-
-def bipartite_soft_matching(metric, *, r, class_token=False, distill_token=False):
-    """ToMe: tokens at even places may merge into tokens at odd places; the r most similar pairs do.
-
-    Args: metric [..., N, D]. r >= 0, cut to half of the tokens that may merge. class_token: token 0 stays;
-      the others that stay are then in their old order, else by similarity. distill_token: token 1 stays.
-    Returns: MergePlan; output order [a's that stay, all b], with distill_token [a0, b0, other a's, other
-      b's].
-    """
-    N = dims(metric=(metric, "... N D"))["N"]
-    if r < 0:
-        raise ValueError(f"r must be at least 0, got {r}")
-    r = min(r, (N - class_token - distill_token) // 2)
-    if r <= 0:
-        return _identity(metric)
-    unit = _unit(metric)
-    scores = unit[..., 0::2, :] @ np.swapaxes(unit[..., 1::2, :], -1, -2)
-    if class_token:
-        scores[..., 0, :] = -np.inf
-    if distill_token:
-        scores[..., :, 0] = -np.inf
-    ranked = _descending(scores.max(axis=-1))
-    target = np.take_along_axis(scores.argmax(axis=-1), ranked, axis=-1)[..., :r]
-    moved, kept = ranked[..., :r], ranked[..., r:]
-    if class_token:
-        kept = np.sort(kept, axis=-1)
-    b = np.broadcast_to(np.arange(N // 2), (*metric.shape[:-2], N // 2))
-    plan = _slots(N, 2 * kept, 2 * b + 1, 2 * moved, target, False)
-    if not distill_token:
-        return plan
-    n_kept = kept.shape[-1]  # the first b moves up to place 1, the a's behind it move down
-    place = np.r_[0, np.arange(2, n_kept + 1), 1, np.arange(n_kept + 1, plan.n_out)].astype(np.int32)
-    return MergePlan(place[plan.group], plan.n_out)
-
-
-def merge_tokens(x, group, n_out, *, size=None, mode="wavg"):
-    """One token a slot: sum(x size) / sum(size) over the tokens of the slot, and the sizes summed.
-
-    Args: x [..., N, C]; group [..., N] ints in 0..n_out - 1, every slot used; size [..., N] > 0, None = ones.
-      mode: "wavg"; "mean", "sum" or "max" of x without sizes; "prune": the largest token of the slot (the
-        first of equals) stays as it is, with its own size, and the others are dropped.
-    Returns: (x' [..., n_out, C], size' [..., n_out]) float64.
-    Raises: ValueError for an unknown mode, a size <= 0, or a slot outside the range or without a token.
-    """
-    n = dims(x=(x, "... N C"), group=(group, "... N"))
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    x = float64(x)
-    size = np.ones(group.shape) if size is None else _check_size(size)
-    dims(size=(size, "... N"), group=(group, "... N"))
-    x, size, group = (a.reshape(-1, *a.shape[len(n["..."]) :]) for a in (x, size, group))
-    slot = (np.arange(len(group))[:, None], group)
-    members = np.zeros((len(group), n_out))
-    if group.min(initial=0) < 0 or group.max(initial=0) >= n_out:
-        raise ValueError(f"group must be in 0..{n_out - 1}, got {group.min()}..{group.max()}")
-    np.add.at(members, slot, 1.0)
-    if not members.all():
-        raise ValueError(f"group leaves some of the n_out={n_out} slots empty")
-    total = np.zeros((len(group), n_out))
-    np.add.at(total, slot, size)
-    if mode == "max":
-        out = np.full_like(x, -np.inf, shape=(len(x), n_out, x.shape[-1]))
-        np.maximum.at(out, slot, x)
-    elif mode == "prune":
-        survivor = _survivors(size, group, n_out)
-        out, total = _rows(x, survivor), np.take_along_axis(size, survivor, axis=-1)
-    else:
-        out = np.zeros_like(x, shape=(len(x), n_out, x.shape[-1]))
-        np.add.at(out, slot, x * size[..., None] if mode == "wavg" else x)
-        out = out / {"wavg": total, "mean": members, "sum": np.ones(total.shape)}[mode][..., None]
-    return out.reshape(*n["..."], n_out, -1), total.reshape(*n["..."], n_out)
-
-
-def merge_tokens_vjp(x, group, n_out, size, dy, d_size):
-    """-> (dx, dsize) of `merge_tokens` in mode "wavg", from cotangents dy [..., n_out, C], d_size [...,
-    n_out].
-
-    With y = sum(s x) / S: dx = s dy / S and ds = (x - y) dy / S + dS, each at the token's own slot.
-    """
-    y, total = merge_tokens(x, group, n_out, size=size)
-    share = float64(size) / np.take_along_axis(total, group, axis=-1)
-    dy_back = unmerge_tokens(dy, group)
-    d_weight = np.sum((x - unmerge_tokens(y, group)) * dy_back, axis=-1)
-    d_weight = d_weight / np.take_along_axis(total, group, axis=-1)
-    return share[..., None] * dy_back, d_weight + np.take_along_axis(d_size, group, axis=-1)
-
-
-def unmerge_tokens(y, group):
-    """Give every input token the value of its slot: y [..., n_out, C], group [..., N] -> [..., N, C]."""
-    dims(y=(y, "... M C"), group=(group, "... N"))
-    return _rows(float64(y), group)
-
-
-def proportional_attention(q, k, v, size, *, scale=None):
-    """softmax(scale q k^T + log size) v: a key that stands for n tokens counts n times.
-
-    Args: q, k, v [..., N, D] (leading axes batch, then heads). size > 0: [N], or [B, N] with the batch axes
-      of
-      q; it is the same for all heads. scale: None is 1 / sqrt(D).
-    """
-    n = dims(q=(q, "... L D"), k=(k, "... S D"), v=(v, "... S Dv"))
-    q, k, v = float64(q, k, v)
-    size = np.expand_dims(_check_size(size), expand_axes(size.shape, q.shape, n["S"]))
-    scale = 1 / np.sqrt(n["D"]) if scale is None else scale
-    return softmax(scale * q @ np.swapaxes(k, -1, -2) + np.log(size)) @ v
+    return plan_of(N, kept, b, a, _pairs(s, a, b).argmax(axis=-1), class_token)
 
 
 def merged_block(
@@ -356,14 +260,18 @@ def check_method(method, *, r, ratio, margin, seed_groups, distill_token):
         raise ValueError('method "random" needs seed_groups, and either r or ratio')
 
 
-def expand_axes(size_shape, q_shape, keys):
-    """Where size [batch..., S] needs axes to fit logits [batch..., heads..., L, S]: before its last axis."""
-    lead = q_shape[: len(size_shape) - 1]
-    if size_shape[-1:] != (keys,) or size_shape[:-1] != lead or len(size_shape) > len(q_shape) - 1:
-        raise ValueError(
-            f"size must be [{keys}] or have the first axes of q {list(q_shape)}, got {list(size_shape)}"
-        )
-    return tuple(range(len(lead), len(q_shape) - 1))
+def check_energy(margin, alpha):
+    """Raise ValueError unless margin is finite and alpha positive."""
+    if not math.isfinite(margin):
+        raise ValueError(f"margin must be finite, got {margin}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+
+
+def check_width(margin):
+    """Raise ValueError unless the width 1 - margin of the Gaussian energy is positive."""
+    if not -math.inf < margin < 1:
+        raise ValueError(f"margin must be below 1 (the width is 1 - margin), got {margin}")
 
 
 def removed_tokens(tokens, ratio):
@@ -377,25 +285,6 @@ def removed_tokens(tokens, ratio):
     if 2 * r > tokens:
         raise ValueError(f"ratio={ratio} removes {r} of {tokens} tokens; at most half can be merged")
     return r
-
-
-def tome_schedule(depth, *, r, inflect=0.0):
-    """Tokens removed in each layer: list of `depth` ints.
-
-    Args: r: int, the mean a layer, or a list, padded with zeros. inflect: -1..1, the slope: 0 is constant, 1
-      runs from 0 to 2r, -1 from 2r to 0.
-    """
-    if isinstance(r, list | tuple):
-        if inflect != 0 or len(r) > depth or min(r, default=0) < 0:
-            raise ValueError(
-                f"a list r has at most {depth=} entries >= 0 and no inflect, got {r}, {inflect=}"
-            )
-        return [int(n) for n in r] + [0] * (depth - len(r))
-    if r < 0 or not -1 <= inflect <= 1:
-        raise ValueError(f"r must be at least 0 and inflect in -1..1, got {r=}, {inflect=}")
-    low = int(r * (1.0 - inflect))
-    step = (2 * r - low - low) / (depth - 1) if depth > 1 else 0.0
-    return [int(low + step * layer) for layer in range(depth)] if depth > 1 else [int(r)]
 
 
 def pitome_token_schedule(n, depth, *, ratio, class_token=True):
@@ -415,29 +304,11 @@ def margin_schedule(depth, *, m0=0.9):
     return [m0 - m0 * layer / depth for layer in range(depth)]
 
 
-def random_plan(rng, n, r, *, batch=1, class_token=True):
-    """The baseline: r random tokens go to random survivors. -> MergePlan, group [batch, n].
-
-    The class token neither moves nor receives. Survivors keep their order.
-    """
-    first = int(class_token)
-    if not 0 <= r < n - first:
-        raise ValueError(f"r must be in 0..{n - first - 1}, so that a survivor is left, got {r}")
-    group = np.empty((batch, n), np.int32)
-    for row in group:
-        moved = first + rng.permutation(n - first)[:r]
-        stays = np.setdiff1d(np.arange(n), moved)
-        row[stays] = np.arange(n - r)
-        row[moved] = rng.integers(first, n - r, size=r)
-    return MergePlan(group, n - r)
-
-
 def spectral_distance(W, group):
     """|| eig(L) - eig(L_lifted) ||_1 for the graph W and its merged form, both as normalised Laplacians.
 
     Args: W [N, N] symmetric, non-negative, with its diagonal; group [N] ints. The merged graph has the mean
-      of
-      W over I x J between slots I and J, and is lifted back by giving every pair the weight of its slots.
+      of W over I x J between slots I and J, and is lifted back by giving every pair the weight of its slots.
     """
     n = dims(W=(W, "N N"), group=(group, "N"))["N"]
     W = float64(W)
@@ -466,34 +337,16 @@ def merge_flops(depth, n, dim, *, ratio, class_token=True):
     return sum(12 * t * dim**2 + 2 * t**2 * dim for t in tokens)
 
 
-def _norm(x):
-    """Row lengths, and 1 for a row of zeros, which then is similar to nothing."""
-    norm = np.sqrt(np.sum(x * x, axis=-1, keepdims=True))
-    return np.where(norm == 0, 1.0, norm)
-
-
-def _unit(metric):
-    metric = float64(metric)
-    return metric / _norm(metric)
-
-
 def _similarity(metric):
-    unit = _unit(metric)
+    unit = unit_rows(metric)
     return unit @ np.swapaxes(unit, -1, -2)
 
 
 def _energy(s, margin, alpha, paper_form):
     """Mean over the last axis of the margin function of the similarities s [..., T, T]."""
-    if alpha <= 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
     u = s - margin
     below = alpha * (np.exp(u) - 1)
     return (np.where(u >= 0, s, below) if paper_form else np.where(u > 0, u, below)).mean(axis=-1)
-
-
-def _descending(values):
-    """Indices by falling value; equal values by rising index."""
-    return np.argsort(-values, axis=-1, kind="stable")
 
 
 def _pairs(s, a, b):
@@ -501,48 +354,10 @@ def _pairs(s, a, b):
     return np.take_along_axis(np.take_along_axis(s, a[..., None], axis=-2), b[..., None, :], axis=-1)
 
 
-def _rows(x, index):
-    return np.take_along_axis(x, index[..., None], axis=-2)
-
-
 def _removed(metric, ratio, class_token):
+    check_finite("metric", metric)
     N = dims(metric=(metric, "... N D"))["N"]
     return N, removed_tokens(N - class_token, ratio)
-
-
-def _identity(metric):
-    N = metric.shape[-2]
-    return MergePlan(np.broadcast_to(np.arange(N, dtype=np.int32), metric.shape[:-1]).copy(), N)
-
-
-def _slots(N, kept, b, a, target, class_token):
-    """The plan with output [class token, kept, b], where a[i] joins b[target[i]]."""
-    first, n_kept = int(class_token), kept.shape[-1]
-    group = np.zeros((*kept.shape[:-1], N), np.int32)
-    for tokens, slots in (
-        (kept, np.arange(n_kept)),
-        (b, n_kept + np.arange(b.shape[-1])),
-        (a, n_kept + target),
-    ):
-        slots = np.broadcast_to(first + slots, tokens.shape).astype(np.int32)
-        np.put_along_axis(group, first + tokens, slots, axis=-1)
-    return MergePlan(group, first + n_kept + b.shape[-1])
-
-
-def _survivors(size, group, n_out):
-    """The largest token of every slot, the first of equals: [B, n_out]."""
-    order = _descending(size)
-    slots = np.take_along_axis(group, order, axis=-1)
-    best = [
-        order[b, np.unique(row, return_index=True)[1]] for b, row in enumerate(slots)
-    ]  # first of each slot
-    return np.array(best).reshape(len(group), n_out)
-
-
-def _check_size(size):
-    if (np.asarray(size) <= 0).any():
-        raise ValueError(f"size must be positive, got a smallest of {np.min(size)}")
-    return float64(size)
 
 
 def example(seed=0):

@@ -107,7 +107,8 @@ def law_pitome_energy_ignores_scale_and_rotation(metric, margin, seed):
     want = energy_score(metric, margin=margin)
     scaled = metric * rng.uniform(0.1, 10, (*metric.shape[:2], 1))
     q, _ = np.linalg.qr(rng.standard_normal((metric.shape[-1],) * 2))
-    for other in (scaled, metric @ q):  # D products of numbers up to 1, slope 1: far below 64 D eps
+    huge = metric * 10.0 ** rng.choice((-200, 200), (*metric.shape[:2], 1))  # squares would overflow
+    for other in (scaled, metric @ q, huge):  # D products of numbers up to 1, slope 1: far below 64 D eps
         np.testing.assert_allclose(
             energy_score(other, margin=margin), want, rtol=0, atol=64 * EPS * metric.shape[-1]
         )

@@ -91,6 +91,24 @@ def test_pitome_kernel_energy_matches_ref(impl):
     np.testing.assert_allclose(grad, want, rtol=0, atol=2 * atol * np.abs(METRIC).max())
 
 
+def test_pitome_edge_shapes_and_sizes():
+    """No image, one token, nothing but the class token: empty or identical, in both layers; huge keys too."""
+    for m in (ref.pitome, accel.pitome):
+        plan = m.pitome_matching(METRIC[:0], ratio=0.7, margin=0.4, class_token=True)
+        assert plan.group.shape == (0, 17)
+        assert m.merge_tokens(METRIC[:0], *plan)[0].shape == (0, plan.n_out, 12)
+        for n in (1, 2):
+            plan = m.pitome_matching(METRIC[:, :n], ratio=0.6, margin=0.4, class_token=True)
+            np.testing.assert_array_equal(plan.group, [np.arange(n)] * 2)
+            assert plan.n_out == m.bipartite_soft_matching(METRIC[:, :1], r=3).n_out + n - 1
+        np.testing.assert_allclose(m.energy_score(METRIC[:, :1], margin=0.4), 0.6, rtol=2 * EPS32)
+    huge = METRIC * np.float32(1e30)
+    options = {"margin": 0.3, "impl": "triton", "interpret": True, "block_t": 16}
+    want = ref.pitome.energy_score(METRIC, margin=0.3)
+    for got in (accel.pitome.energy_score(huge, margin=0.3), accel.pitome.energy_score(huge, **options)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2 * (12 + 4 + 17) * EPS32)  # as the kernel's test
+
+
 def test_pitome_kernel_makes_the_plan():
     options = {"margin": 0.3, "ratio": 0.8}
     plan = accel.pitome.pitome_matching(METRIC, **options, impl="triton", interpret=True)
@@ -100,9 +118,10 @@ def test_pitome_kernel_makes_the_plan():
 def test_pitome_kernel_lowers_for_tpu():
     from accel.kernels.pitome_tpu import energy
 
-    fn = jax.jit(lambda m: energy(m, margin=0.3, alpha=1.0, paper_form=False))
-    text = export.export(fn, platforms=["tpu"])(jax.ShapeDtypeStruct((197, 64), jnp.float32)).mlir_module()
-    assert "tpu_custom_call" in text
+    fn = jax.jit(jax.vmap(lambda m: energy(m, margin=0.3, alpha=1.0, paper_form=False)))
+    for shape in ((2, 197, 64), (1, 577, 72)):
+        metric = jax.ShapeDtypeStruct(shape, jnp.float32)
+        assert "tpu_custom_call" in export.export(fn, platforms=["tpu"])(metric).mlir_module()
 
 
 def test_pitome_accel_merge_gradient_is_refs():
@@ -161,6 +180,13 @@ BAD = {
         "margin must be below 1",
     ),
     "alpha": ("energy_score", (METRIC,), {"margin": 0.5, "alpha": 0.0}, "alpha must be positive"),
+    "alpha nan": ("energy_score", (METRIC,), {"margin": 0.5, "alpha": np.nan}, "alpha must be positive"),
+    "margin nan": ("pitome_matching", (METRIC,), {"ratio": 1.0, "margin": np.nan}, "margin must be finite"),
+    "text margin nan": ("pitome_text_matching", (METRIC,), {"ratio": 0.9, "margin": np.nan}, "below 1"),
+    "nan": ("energy_score", (METRIC * np.nan,), {"margin": 0.5}, "metric must be finite"),
+    "infinity": ("pitome_matching", (METRIC * np.inf,), {"ratio": 1.0, "margin": 0.5}, "must be finite"),
+    "tome nan": ("bipartite_soft_matching", (METRIC * np.nan,), {"r": 1}, "metric must be finite"),
+    "size nan": ("merge_tokens", (X8, GROUP, 4), {"size": np.full((1, 8), np.nan)}, "size must be positive"),
     "rank": ("energy_score", (METRIC[0, 0],), {"margin": 0.5}, "metric must have shape"),
     "negative r": ("bipartite_soft_matching", (METRIC,), {"r": -1}, "r must be at least 0"),
     "mode": ("merge_tokens", (X8, GROUP, 4), {"mode": "min"}, "mode must be one of"),
