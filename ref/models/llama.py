@@ -229,6 +229,16 @@ def forward(weights: LlamaWeights, ids, *, cache=None, position=0, return_hidden
     return (*out, hidden) if return_hidden else out
 
 
+def forward_with(weights: LlamaWeights, ids, attend, *, cache=None, position=0):
+    """`forward` with an attention of one's own: attend(l, q, k, v) -> [H, T, D] in block l.
+
+    q [H, T, D] and k, v [Hkv, S, D] after the rotation, S = position + T: what a method may look at, mask or
+    keep. Returns: (logits [T, V], cache).
+    """
+    x, cache, _ = _run(weights, ids, cache, position, attend)
+    return _head(weights, x), cache
+
+
 def prefill(weights: LlamaWeights, ids, *, return_hidden=False):
     """(logits [V], cache) of a whole text: the last position only, so that the head is applied once.
 
@@ -386,7 +396,11 @@ def llama_costs(config: LlamaConfig, *, context, n_in, kind="Q4_1", head_kind=No
     }
 
 
-def _run(weights, ids, cache, position):
+def _causal(l, q, k, v):
+    return attention_dense(q, k, v, causal=True)
+
+
+def _run(weights, ids, cache, position, attend=_causal):
     """Final norm [T, d] of the tokens, the new cache, and the hidden states [n + 2, T, d]."""
     ids = np.asarray(ids)
     T = check_length(weights, ids, position)
@@ -405,7 +419,7 @@ def _run(weights, ids, cache, position):
         new[l, 0, :, position : position + T] = rope(heads(b.w_k), angles)
         new[l, 1, :, position : position + T] = heads(b.w_v)
         q, (k, v) = rope(heads(b.w_q), angles), new[l, :, :, : position + T]
-        x = x + project(join_heads(attention_dense(q, k, v, causal=True)), b.w_o)
+        x = x + project(join_heads(attend(l, q, k, v)), b.w_o)
         h = rms_norm(x, b.ffn_norm, eps=weights.eps)
         x = x + project(silu(project(h, b.w_gate)) * project(h, b.w_up), b.w_down)
         hidden.append(x)
