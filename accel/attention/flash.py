@@ -15,7 +15,7 @@ from accel.blocks.attention import attention_dense
 from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
-from accel.blocks.tiled_attention import tiled_attention, tiled_attention_bwd
+from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
 from ref.attention.flash import block_sizes, check_blocks, example, hbm_accesses
 from ref.blocks.attention import check_attention
 from ref.dims import dims
@@ -112,7 +112,7 @@ def flash_attention_bwd(
 
 
 def _static(q, causal, scale, block_q, block_k, dropout_p, impl, interpret):
-    obstacle = _obstacle(q, dropout_p)
+    obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(q)
     impl = choose_impl(
         impl,
         interpret=interpret,
@@ -131,46 +131,42 @@ def _static(q, causal, scale, block_q, block_k, dropout_p, impl, interpret):
     }
 
 
-def _obstacle(q, dropout_p):
-    """Why no kernel can run the call, or None."""
-    if dropout_p > 0:
-        return 'has no dropout; use impl="xla"'
-    if jnp.result_type(q) == jnp.float64:
-        return 'has no float64; use impl="xla"'
-    return None
+def kernel_obstacle(q):
+    """Why no kernel can run on queries of this dtype, or None."""
+    if jnp.result_type(q) in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return None
+    return f"has no {jnp.result_type(q)}"
 
 
 @partial(jax.jit, static_argnames=STATIC)
 def _flash(q, k, v, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret):
     heads = _with_heads(q, k, v)
-    options = _sight(*heads[:2], mask, key_lengths, causal)
     o, lse = tiled_attention(
         *heads,
         scale=scale,
-        keep=None if keep is None else lift(jnp.asarray(keep), heads[0].ndim),
         dropout_p=dropout_p,
         block_q=tiles[0],
         block_k=tiles[1],
-        **options,
+        kernel=kernel(impl, interpret),
+        **_options(*heads[:2], mask, key_lengths, keep, causal),
     )
-    return o.astype(q.dtype).reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
+    return o.astype(q.dtype).reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
 
 
 @partial(jax.jit, static_argnames=STATIC)
 def _flash_bwd(
     do, q, k, v, o, lse, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret
 ):
-    *heads, lse = *_with_heads(do, q, k, v, o), lse.reshape(*(lse.shape if q.ndim > 2 else (1, -1)))
-    options = _sight(heads[1], heads[2], mask, key_lengths, causal)
+    heads = _with_heads(do, q, k, v, o)
     grads = tiled_attention_bwd(
         *heads,
-        lse,
+        lse.reshape(heads[1].shape[:-1]),
         scale=scale,
-        keep=None if keep is None else lift(jnp.asarray(keep), heads[1].ndim),
         dropout_p=dropout_p,
         block_q=tiles[0],
         block_k=tiles[1],
-        **options,
+        kernel=None if impl == "xla" else partial(_kernel_bwd, impl, interpret),
+        **_options(*heads[1:3], mask, key_lengths, keep, causal),
     )
     return tuple(g.astype(x.dtype).reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
 
@@ -180,15 +176,106 @@ def _with_heads(*arrays):
     return tuple(x[None] if x.ndim == 2 else x for x in arrays)
 
 
-def _sight(q, k, mask, key_lengths, causal):
-    """The visible set as `tiled_attention` takes it: {"mask", "row_end", "hi"}, for q, k with heads."""
+def _options(q, k, mask, key_lengths, keep, causal):
+    """The visible set and dropout as `tiled_attention` takes them, for q, k with heads."""
     L, S = q.shape[-2], k.shape[-2]
-    mask = None if mask is None else lift(jnp.asarray(mask), q.ndim)
-    hi = S - L if causal else None
+    mask, keep = (None if x is None else lift(jnp.asarray(x), q.ndim) for x in (mask, keep))
+    found = {"mask": mask, "keep": keep, "hi": S - L if causal else None}
     if key_lengths is None:
-        return {"mask": mask, "row_end": None, "hi": hi}
+        return found
     end = lift(jnp.asarray(key_lengths, jnp.int32), q.ndim - 2)[..., None]  # [..., H or 1, 1]
     if causal:
         row = lift(jnp.arange(L, dtype=jnp.int32), q.ndim - 1)
         end = jnp.maximum(jnp.minimum(end, row + end - L + 1), 0)
-    return {"mask": mask, "row_end": end, "hi": hi}
+    return {**found, "row_end": end}
+
+
+def kernel(impl, interpret):
+    """What `tiled_attention` takes as its kernel; None for "xla"."""
+    return None if impl == "xla" else partial(_kernel, impl, interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernel(impl, interpret, plan: Plan, q, k, v, sight: Sight):
+    """The forward kernel on the grouped layout: q [..., G, L, D], k [..., S, D] -> (o, lse)."""
+    return _once(_forward, impl, interpret, plan, (q, k, v), sight)
+
+
+def _kernel_fwd(impl, interpret, plan, q, k, v, sight):
+    o, lse = _once(_forward, impl, interpret, plan, (q, k, v), sight)
+    return (o, lse), (q, k, v, o, lse, sight)
+
+
+def _kernel_rev(impl, interpret, plan, saved, cotangents):
+    *arrays, sight = saved
+    do, dlse = cotangents
+    return (*_kernel_bwd(impl, interpret, plan, do, *arrays, sight, dlse=dlse), None)
+
+
+_kernel.defvjp(_kernel_fwd, _kernel_rev)
+
+
+def _kernel_bwd(impl, interpret, plan, do, q, k, v, o, lse, sight, dlse=None):
+    """The backward kernels on the grouped layout, once differentiable: (dq, dk, dv)."""
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)  # equation 4 of the paper
+    if dlse is not None:
+        delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that saw nothing: exp(s - lse) = 0
+    return _once(_backward, impl, interpret, plan, (do, q, k, v, lse, delta), sight)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _once(fn, impl, interpret, plan, arrays, sight):
+    """fn of the same arguments, which says what is missing when asked for a derivative of its own."""
+    return fn(impl, interpret, plan, arrays, sight)
+
+
+@_once.defjvp
+def _no_derivative(fn, impl, interpret, plan, primals, tangents):
+    raise NotImplementedError(
+        f'impl="{impl}" is differentiable once, in reverse mode; use impl="xla" for second derivatives'
+    )
+
+
+def _forward(impl, interpret, plan, arrays, sight):
+    lead = arrays[0].shape[:-3]
+    operands, options = _flat(plan, lead, arrays, sight)
+    o, lse = kernel_module(impl).forward(*operands, **options, interpret=interpret)
+    return o.reshape(*lead, *o.shape[1:]), lse.reshape(*lead, *lse.shape[1:])
+
+
+def _backward(impl, interpret, plan, arrays, sight):
+    do, q, k, v, lse, delta = arrays
+    lead = q.shape[:-3]
+    flat = lambda x: x.reshape(-1, *x.shape[len(lead) :])
+    operands, options = _flat(plan, lead, (q, k, v), sight)
+    rows = flat(lse), flat(delta)
+    grads = kernel_module(impl).backward(
+        flat(do.astype(q.dtype)), *operands[:3], *rows, *operands[3:], **options, interpret=interpret
+    )
+    return tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
+
+
+def kernel_module(impl):
+    """The kernels' module, imported when first needed."""
+    if impl == "triton":
+        from accel.kernels import flash_triton as module
+    else:
+        from accel.kernels import flash_tpu as module
+    return module
+
+
+def _flat(plan, lead, arrays, sight):
+    """Operands with one leading axis and the options of a kernel: ([q, k, v, end, mask], {...})."""
+    q, k, v = (x.reshape(-1, *x.shape[len(lead) :]) for x in arrays)
+    (B, G, L), S = q.shape[:3], k.shape[1]
+    end = mask = None
+    if sight.row_end is not None:
+        end = jnp.broadcast_to(sight.row_end, (*lead, G, L)).reshape(B, G, L)
+    if sight.mask is not None:
+        mask = jnp.broadcast_to(sight.mask, (*sight.mask.shape[:-1], S)).astype(jnp.int8)
+        one = all(n == 1 for n in mask.shape[: len(lead)])
+        mask = jnp.broadcast_to(mask, (*((1,) * len(lead) if one else lead), *mask.shape[-3:]))
+        mask = mask.reshape(-1, *mask.shape[-3:])
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi}
+    return [q, k, v, end, mask], {**options, "block_q": plan.block_q, "block_k": plan.block_k}

@@ -48,6 +48,7 @@ def weigh(p, v):
     return jnp.matmul(p.astype(v.dtype), v, preferred_element_type=wide(v.dtype))
 
 
+@partial(jax.jit, inline=True)
 def merge(a, b):
     """State of the union of two disjoint sets of keys; the associative, commutative merge of ref."""
     m = jnp.maximum(a.m, b.m)
@@ -55,6 +56,7 @@ def merge(a, b):
     return SoftmaxState(m, fa * a.l + fb * b.l, fa[..., None] * a.acc + fb[..., None] * b.acc)
 
 
+@partial(jax.jit, inline=True)
 def finalize(state):
     """(o, lse) = (acc / l, m + log l); a row that saw no key gives o = 0 and lse = -inf."""
     seen = state.l > 0

@@ -61,6 +61,7 @@ def tiled_attention(
     hi=None,
     block_q=None,
     block_k=None,
+    kernel=None,
 ):
     """softmax(scale q k^T + bias over the visible keys) v -> (o [..., H, L, Dv], lse [..., H, L]).
 
@@ -69,48 +70,97 @@ def tiled_attention(
       row_end: int32, broadcastable to [..., H, L] with as many axes: a row sees keys below it.
       lo, hi: static bounds, lo <= j - i <= hi.
       block_q, block_k: queries and keys a tile; None: what fits a core's cache, 256 rows of 2048 keys.
-    Returns: float32 (float64 for float64 input). A row that sees no key: o = 0, lse = -inf, no gradient. Keys
-      and queries that nothing sees, or that see nothing, may hold NaN or infinities.
+      kernel: a function of (plan, q, k, v, sight) in the grouped layout to run in place of `attend`; it knows
+        neither bias nor dropout.
+    Returns: float32, or float64 for float64 input (a kernel's o: as it gives it). A row that sees no key:
+      o = 0, lse = -inf, no gradient. Keys and queries that nothing sees, or that see nothing, may hold NaN or
+      infinities.
     """
-    dtype = wide(q.dtype)
-    Hkv, lead = k.shape[-3], q.shape[:-3]
+    lead, heads, dtype = q.shape[:-3], q.shape[-3], wide(q.dtype)
     if q.size == 0 or k.shape[-2] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
-    group = partial(_group, kv_heads=Hkv)
-    qg, bias, mask, keep = (group(x, axis=-3) for x in (q, bias, mask, keep))
+    L, S = q.shape[-2], k.shape[-2]
+    group = partial(_group, kv_heads=k.shape[-3])
+    q, bias, mask, keep = (group(x, axis=-3) for x in (q, bias, mask, keep))
     row_end = group(row_end, axis=-2)
-    plan = _plan(qg, k, scale, lo, hi, block_q, block_k, dropout_p)
-    keys, rows = used(mask, row_end, q.shape[-2], k.shape[-2], lo, hi)
-    qg, k, v = (x.astype(dtype) for x in (qg, k, v))
-    bias = None if bias is None else bias.astype(dtype)
-    (qg,), (k, v) = zero_unless(rows, qg), zero_unless(keys, k, v)
-    o, lse = _attend(plan, qg, k, v, bias, Sight(mask, row_end, keep))
-    (o,) = zero_unless(rows, o)  # a cotangent that is not finite must not come back through padding either
-    heads = q.shape[-3]
-    return o.reshape(*lead, heads, *o.shape[-2:]), lse.reshape(*lead, heads, lse.shape[-1])
+    plan = _plan(q, scale, lo, hi, block_q, block_k, dropout_p)
+    keys, rows = _used(mask, row_end, L, S, lo, hi)
+    (q,), (k, v) = _zero_unless(rows, q), _zero_unless(keys, k, v)
+    if kernel is None:
+        bias = None if bias is None else bias.astype(dtype)
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        o, lse = attend(plan, q, k, v, bias, Sight(mask, row_end, keep))
+    else:
+        o, lse = kernel(plan, q, k, v, Sight(mask, row_end, None))
+    (o,) = _zero_unless(rows, o)  # a cotangent that is not finite must not come back through padding either
+    return o.reshape(*lead, heads, *o.shape[-2:]), lse.reshape(*lead, heads, L)
 
 
-def tiled_attention_bwd(do, q, k, v, o, lse, *, scale, mask=None, row_end=None, keep=None, dropout_p=0.0,
-                        lo=None, hi=None, block_q=None, block_k=None):  # fmt: skip
-    """(dq, dk, dv) in float32 (float64) from a given o and lse: the transpose of the tangent."""
-    dtype = wide(q.dtype)
+def tiled_attention_bwd(
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    *,
+    scale,
+    mask=None,
+    row_end=None,
+    keep=None,
+    dropout_p=0.0,
+    lo=None,
+    hi=None,
+    block_q=None,
+    block_k=None,
+    kernel=None,
+):
+    """(dq, dk, dv) from a given o and lse, in float32 (float64; a kernel's as it gives them).
+
+    kernel: a function of (plan, do, q, k, v, o, lse, sight) to run in place of the tangent's transpose.
+    """
+    shape, dtype = q.shape, wide(q.dtype)
     if q.size == 0 or k.size == 0:
         return tuple(jnp.zeros(x.shape, dtype) for x in (q, k, v))
+    L, S = q.shape[-2], k.shape[-2]
     group = partial(_group, kv_heads=k.shape[-3])
-    qg, dog, og, mask, keep = (group(x, axis=-3) for x in (q, do, o, mask, keep))
+    q, do, o, mask, keep = (group(x, axis=-3) for x in (q, do, o, mask, keep))
     lse, row_end = group(lse, axis=-2), group(row_end, axis=-2)
-    plan = _plan(qg, k, scale, lo, hi, block_q, block_k, dropout_p)
-    keys, rows = used(mask, row_end, q.shape[-2], k.shape[-2], lo, hi)
-    qg, dog, og, lse, k, v = (x.astype(dtype) for x in (qg, dog, og, lse, k, v))
-    (qg, dog, og), (k, v) = zero_unless(rows, qg, dog, og), zero_unless(keys, k, v)
+    plan = _plan(q, scale, lo, hi, block_q, block_k, dropout_p)
+    keys, rows = _used(mask, row_end, L, S, lo, hi)
+    (q, do, o), (k, v) = _zero_unless(rows, q, do, o), _zero_unless(keys, k, v)
+    if kernel is not None:
+        dq, dk, dv = kernel(plan, do, q, k, v, o, lse, Sight(mask, row_end, None))
+        return dq.reshape(shape), dk, dv
+    q, do, o, lse, k, v = (x.astype(dtype) for x in (q, do, o, lse, k, v))
     sight = Sight(mask, row_end, keep)
-    along = lambda dq, dk, dv: _tangent(plan, (qg, k, v, None, sight), (og, lse), (dq, dk, dv, None))[0]
-    dq, dk, dv = jax.linear_transpose(along, qg, k, v)(dog)
-    return dq.reshape(q.shape), dk, dv
+    along = lambda dq, dk, dv: _tangent(plan, (q, k, v, None, sight), (o, lse), (dq, dk, dv, None))[0]
+    dq, dk, dv = jax.linear_transpose(along, q, k, v)(do)
+    return dq.reshape(shape), dk, dv
+
+
+def span(first, last, n, lo, hi):
+    """(start, stop): the keys of n that some query of first..last may see, lo <= j - i <= hi.
+
+    span(last, first, ...) are those that all of them may see; with (-hi, -lo), the queries that see a key.
+    """
+    start = 0 if lo is None else jnp.clip(first + lo, 0, n)
+    stop = n if hi is None else jnp.clip(last + hi + 1, 0, n)
+    return start, stop
+
+
+def below(n, block):
+    """Tiles that end at or before n >= 0: n // block, without the signs that `//` takes care of."""
+    return n // block if isinstance(n, int) else lax.div(n, jnp.asarray(block, n.dtype))
+
+
+def above(n, block):
+    """Tiles that begin before n >= 0: n / block rounded up."""
+    return below(n + block - 1, block)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, bias, sight):
+def attend(plan, q, k, v, bias, sight):
     """q [..., Hkv, G, L, D], k [..., Hkv, S, D] -> (o [..., Hkv, G, L, Dv], lse [..., Hkv, G, L])."""
 
     def head(q, bias, sight, k, v):
@@ -120,9 +170,9 @@ def _attend(plan, q, k, v, bias, sight):
     return _by_heads(head, q.shape, k.shape[-2], (q, bias, sight, k, v))
 
 
-@_attend.defjvp
+@attend.defjvp
 def _attend_jvp(plan, primals, tangents):
-    out = _attend(plan, *primals)
+    out = attend(plan, *primals)
     return out, _tangent(plan, primals, out, tangents[:4])
 
 
@@ -339,7 +389,7 @@ def _group(x, kv_heads, axis):
     return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
 
 
-def used(mask, row_end, L, S, lo=None, hi=None):
+def _used(mask, row_end, L, S, lo=None, hi=None):
     """(keys [..., Hkv, S], rows [..., Hkv, G, L]): which are seen, and see, at all; (None, None): all are.
 
     mask [..., Hkv or 1, G or 1, L or 1, S or 1]; row_end the same without S. Without a mask, a key below some
@@ -365,13 +415,13 @@ def used(mask, row_end, L, S, lo=None, hi=None):
     return seen.any(axis=(-3, -2)), seen.any(axis=-1)
 
 
-def zero_unless(keep, *arrays):
+def _zero_unless(keep, *arrays):
     """The arrays [..., n, D] with rows where keep [..., n] is False set to 0; keep None keeps all."""
     if keep is None:
         return arrays
     return tuple(jnp.where(lift(keep[..., None], x.ndim), x, 0) for x in arrays)
 
 
-def _plan(qg, k, scale, lo, hi, block_q, block_k, dropout_p):
-    block_q = max(8, 256 // qg.shape[-3]) if block_q is None else block_q
+def _plan(q, scale, lo, hi, block_q, block_k, dropout_p):
+    block_q = max(8, 256 // q.shape[-3]) if block_q is None else block_q
     return Plan(float(scale), lo, hi, block_q, 2048 if block_k is None else block_k, float(dropout_p))

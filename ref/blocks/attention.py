@@ -119,7 +119,7 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
 
 def check_lengths(name, lengths, lead, S, *, least=0):
     """Raise ValueError unless `lengths` are integers in least..S, broadcastable to `lead`."""
-    dtype, shape = np.result_type(lengths), np.shape(lengths)
+    dtype, shape = getattr(lengths, "dtype", None) or np.result_type(lengths), np.shape(lengths)
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{name} must be integers, got dtype {dtype}")
     if not _broadcasts(shape, lead):

@@ -1,19 +1,139 @@
-"""FlashAttention: laws on ref, golden vectors in ref and accel, bad inputs."""
+"""FlashAttention: laws on ref, golden vectors in ref and accel, kernels, bad inputs, what hardware pays."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
+import accel
 import ref
+from ref.catalog import technique
 from tests.attention import laws_flash
-from tests.golden_runner import golden, run
+from tests.golden_runner import golden, run, run_accel
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_flash))
+
+EPS32 = float(np.finfo(np.float32).eps)
+KERNELS = {"triton": {"block_q": 16, "block_k": 16}, "tpu": {"block_q": 16, "block_k": 128}}
+kernels = pytest.mark.parametrize("impl", KERNELS, ids=lambda i: f"flash_{i}")
 
 
 @golden("flash")
 def test_flash_golden_ref(case):
     run(case, ref.flash)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["flash_float32", "flash_float64"])
+@golden("flash", only=technique("flash").core)
+def test_flash_golden_accel(case, x64):
+    """float64 with the case's tiles, float32 with the tiles that accel chooses."""
+    run_accel(case, accel.flash, x64=x64, options={} if x64 else {"block_q": 128, "block_k": 128})
+
+
+def problem(B=2, H=4, Hkv=2, L=21, S=37, D=12, Dv=6, dtype=np.float32):
+    """q, k, v, do and the cotangent of lse, sizes off every tile."""
+    rng = np.random.default_rng(0)
+    shapes = (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv), (B, H, L)
+    return [rng.standard_normal(s).astype(dtype) for s in shapes]
+
+
+def bound(q, k, v, times=1.0):
+    """laws_flash.rounding in float32, for gradients times the size of what they are multiplied by."""
+    return times * laws_flash.rounding(q, k, v, q.shape[-1] ** -0.5, EPS32)
+
+
+def check_kernel(impl, options, *, interpret):
+    """Values, lse and all gradients of a kernel against ref; lengths 37 (all), 9 (rows that see nothing)."""
+    q, k, v, do, _ = problem()
+    lengths = np.array([[37], [9]])
+    bad_k, bad_v = k.copy(), v.copy()
+    bad_k[1, :, 9:], bad_v[1, :, 9:] = np.nan, np.inf  # padding must not leak
+
+    def loss(q, k, v):
+        o, lse = accel.flash.flash_attention(
+            q,
+            k,
+            v,
+            causal=True,
+            key_lengths=lengths,
+            return_lse=True,
+            impl=impl,
+            interpret=interpret,
+            **options,
+        )
+        return jnp.sum(o * do), (o, lse)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, (o, lse)), grads = step(*map(jnp.asarray, (q, bad_k, bad_v)))
+    call = {"causal": True, "key_lengths": lengths}
+    want_o, want_lse = ref.flash.flash_attention(q, k, v, return_lse=True, **call)
+    assert np.isneginf(want_lse[1, :, :12]).all()  # 21 queries on 9 keys: the first 12 see none
+    np.testing.assert_allclose(o, want_o, rtol=0, atol=bound(q, k, v))
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=bound(q, k, v) + 8 * EPS32)
+    want = ref.flash.flash_attention_bwd(do, q, k, v, want_o, want_lse, **call)
+    # dP = do v^T has Dv terms; dq, dk and dv add up to 37 of those, times k, q and 1
+    most = 37 * np.abs(do).max() * max(np.abs(k).max(), np.abs(q).max())
+    for g, w in zip(grads, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound(q, k, v, most))
+
+
+@kernels
+def test_flash_kernel_matches_ref(impl):
+    check_kernel(impl, KERNELS[impl], interpret=True)
+
+
+@pytest.mark.gpu
+def test_flash_kernel_matches_ref_on_a_gpu():
+    check_kernel("triton", {}, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["flash_full", "flash_causal"])
+@pytest.mark.parametrize("D", [64, 128], ids=["flash_D64", "flash_D128"])
+def test_flash_kernel_in_bfloat16_on_a_gpu(causal, D):
+    """Half-precision tiles of full size: within the rounding of P, dS and the results to bfloat16."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (jnp.asarray(rng.standard_normal((1, 2, 1000, D)), jnp.bfloat16) for _ in range(4))
+
+    def grads(q, k, v, impl):
+        f = lambda *x: accel.flash.flash_attention(*x, causal=causal, impl=impl)
+        o, pull = jax.vjp(f, q, k, v)
+        return o, *pull(do.astype(o.dtype))
+
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    with jax.default_matmul_precision("highest"):
+        want = grads(*wide, "xla")
+    for got, w in zip(grads(q, k, v, "triton"), want, strict=True):
+        scale = float(jnp.abs(w).max())
+        np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-8 * scale)
+
+
+def test_flash_kernels_lower_for_their_devices():
+    """Both passes, causal and with lengths, compiled down to the device's own language without the device."""
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    q, k = shape(jnp.bfloat16, 2, 2, 300, 64), shape(jnp.bfloat16, 2, 300, 64)
+    row, end = shape(jnp.float32, 2, 2, 300), shape(jnp.int32, 2, 2, 300)
+    for impl, platform in (("tpu", "tpu"), ("triton", "cuda")):
+        module = accel.flash.kernel_module(impl)
+        forward = lambda q, k, v, end, m=module: m.forward(q, k, v, end, scale=0.1, hi=0)
+        backward = lambda do, q, k, v, lse, delta, end, m=module: m.backward(
+            do, q, k, v, lse, delta, end, scale=0.1, hi=0
+        )
+        fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+        for fn, args in ((forward, (q, k, k, end)), (backward, (q, q, k, k, row, row, end))):
+            exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
+            assert {"tpu": "tpu_custom_call", "cuda": "triton"}[platform] in exported.mlir_module()
+
+
+def test_flash_extra_memory_is_no_square():
+    """Forward and backward of 8,192 tokens, as compiled: below a sixteenth of their float32 score matrix."""
+    N = 8192
+    x = jax.ShapeDtypeStruct((1, N, 16), jnp.float32)
+    f = lambda q, k, v: accel.flash.flash_attention(q, k, v).sum()
+    compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * N**2 / 16
 
 
 def _qkv(L=4, S=5, D=3, Dv=2, H=None, Hkv=None):
@@ -36,16 +156,64 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("layer", [ref, accel], ids=["flash_ref", "flash_accel"])
 @pytest.mark.parametrize("name", BAD, ids=lambda n: n.replace(" ", "_"))
-def test_flash_ref_rejects_bad_input(name):
+def test_flash_rejects_bad_input(name, layer):
     args, options, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        ref.flash.flash_attention(*args, **options)
+        layer.flash.flash_attention(*args, **options)
+    q, k, v = args
+    do, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.zeros(q.shape[:-1])
+    with pytest.raises(ValueError, match=message):
+        layer.flash.flash_attention_bwd(do, q, k, v, do, lse, **options)
 
 
-def test_flash_ref_rejects_unknown_order_and_small_sram():
+@pytest.mark.parametrize("layer", [ref, accel], ids=["flash_ref", "flash_accel"])
+def test_flash_backward_rejects_what_does_not_fit(layer):
+    q, k, v = _qkv()
+    do, lse = np.zeros((4, 2)), np.zeros(4)
+    for args, message in (
+        ((do[:3], q, k, v, do, lse), "axis L is 3 in do|do.shape"),
+        ((do, q, k, v, do[:, :1], lse), "o.shape"),
+        ((do, q, k, v, do, lse[:3]), "lse.shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.flash.flash_attention_bwd(*args)
+
+
+def test_flash_impl_asked_by_name_runs_or_says_why_not():
+    q, k, v = (x.astype(np.float32) for x in _qkv())
+    call = accel.flash.flash_attention
+    for impl, error, message in (
+        ("cuda", ValueError, "impl must be"),
+        ("hopper", NotImplementedError, "is not there yet"),
+        ("tpu", NotImplementedError, "needs a TPU"),
+        ("triton", NotImplementedError, "needs a GPU"),
+    ):
+        if impl == "triton" and jax.default_backend() == "gpu":
+            continue
+        with pytest.raises(error, match=message):
+            call(q, k, v, impl=impl)
+    kernel = {"impl": "triton", "interpret": True}
+    with pytest.raises(NotImplementedError, match="has no dropout"):
+        call(q, k, v, dropout_p=0.5, dropout_mask=np.ones((4, 5), bool), **kernel)
+    with pytest.raises(NotImplementedError, match="has no int32"):
+        call(*(x.astype(np.int32) for x in (q, k, v)), **kernel)
+    with pytest.raises(ValueError, match="block_q must be a power of two"):
+        call(q, k, v, block_q=24, **kernel)
+    with pytest.raises(ValueError, match="block_k must be a multiple of 128"):
+        call(q, k, v, block_k=64, impl="tpu", interpret=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        jax.eval_shape(jax.hessian(lambda q: call(q, k, v, **kernel).sum()), q)
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jvp(lambda q: call(q, k, v, **kernel), (q,), (q,))
+
+
+def test_flash_rejects_unknown_order_and_small_sram():
     with pytest.raises(ValueError, match="order must be"):
         ref.flash.flash_attention(*_qkv(), order="sideways")
+    with pytest.raises(ValueError, match='order must be "q_outer" in accel'):
+        accel.flash.flash_attention(*_qkv(), order="k_outer")
     with pytest.raises(ValueError, match="at least 4 d"):
         ref.flash.block_sizes(15, 4)
     with pytest.raises(ValueError, match="algorithm must be"):

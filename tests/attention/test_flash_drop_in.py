@@ -1,0 +1,274 @@
+"""`accel.dot_product_attention` against `jax.nn`'s: every option, odd sizes, derivatives."""
+
+import inspect
+from functools import partial
+from itertools import combinations, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import accel
+from accel.attention.flash import kernel
+from accel.blocks.tiled_attention import tiled_attention
+
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+# (B, T, S, N, K, H): odd sizes, several query heads on a key head, one key head for all, T longer and shorter
+SHAPES = ((2, 7, 9, 4, 2, 5), (1, 9, 9, 2, 2, 4), (2, 9, 5, 3, 1, 8))
+LEVELS = {
+    "shape": SHAPES,
+    "dtype": ("float32", "bfloat16", "float16"),
+    "bias": (None, "full", "broadcast"),
+    "mask": (None, "full", "broadcast"),
+    "is_causal": (False, True),
+    "lengths": (None, "key", "both"),
+    "window": (None, 2, (1, 3)),
+    "scale": (None, 0.3),
+}
+
+
+def covering():
+    """Rows of options such that any two options meet in every pair of their values, chosen greedily."""
+    names = list(LEVELS)
+    pairs = lambda row: {(a, b, row[a], row[b]) for a, b in combinations(range(len(names)), 2)}
+    every = [range(len(v)) for v in LEVELS.values()]
+    missing = set().union(
+        *(
+            {(a, b, x, y) for x, y in product(every[a], every[b])}
+            for a, b in combinations(range(len(names)), 2)
+        )
+    )
+    rng, rows = np.random.default_rng(0), []
+    while missing:
+        tries = [tuple(int(rng.integers(len(v))) for v in every) for _ in range(300)]
+        rows.append(max(tries, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return [{n: LEVELS[n][i] for n, i in zip(names, row, strict=True)} for row in rows]
+
+
+ROWS = covering()
+
+
+def draw(options, seed=0):
+    """(query, key, value, keyword arguments) in float32, as `options` say."""
+    B, T, S, N, K, H = options["shape"]
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal(s) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    forms = (B, 1, 1, S), (1, 1, T, 1), (1, N, 1, 1), (1, 1, T, S), (B, N, T, 1)
+    form = lambda which: (B, N, T, S) if which == "full" else forms[rng.integers(len(forms))]
+    kw = {
+        "is_causal": options["is_causal"],
+        "local_window_size": options["window"],
+        "scale": options["scale"],
+    }
+    if options["bias"]:
+        kw["bias"] = rng.standard_normal(form(options["bias"])).astype(np.float32)
+    if options["mask"]:
+        kw["mask"] = rng.random(form(options["mask"])) < 0.7
+    if options["lengths"] == "both":
+        kw["query_seq_lengths"] = rng.integers(1, T + 1, B).astype(np.int32)
+    if options["lengths"]:
+        kw["key_value_seq_lengths"] = rng.integers(1, S + 1, B).astype(np.int32)
+    return [x.astype(np.float32) for x in (q, k, v)], kw
+
+
+def visible(T, S, kw, shape):
+    """[B, N, T, S] by the words of the documentation, in NumPy."""
+    B, N = shape[0], shape[3]
+    i, j = np.arange(T)[:, None], np.arange(S)
+    seen = np.ones((B, N, T, S), bool)
+    if kw["is_causal"]:
+        seen &= j <= i
+    if kw["local_window_size"] is not None:
+        w = kw["local_window_size"]
+        left, right = (w, w) if isinstance(w, int) else w
+        seen &= (i - left <= j) & (j <= i + right)
+    if "mask" in kw:
+        seen &= kw["mask"]
+    if "query_seq_lengths" in kw:
+        seen &= i < kw["query_seq_lengths"][:, None, None, None]
+    if "key_value_seq_lengths" in kw:
+        seen &= j < kw["key_value_seq_lengths"][:, None, None, None]
+    return seen
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_drop_in_equals_jax(row):
+    """Values, residual and gradients, with cotangents on the rows that see something (JAX averages the rest).
+
+    JAX runs in float32 on the same rounded numbers. Scores of at most 5 terms near 3 and sums of 9 keys: 64
+    float32 roundings of the largest entry; a half-precision result adds half an ulp of its own.
+    """
+    options = ROWS[row]
+    (q, k, v), kw = draw(options, seed=row)
+    dtype, eps = options["dtype"], EPS[options["dtype"]]
+    seen = visible(q.shape[1], k.shape[1], kw, options["shape"])
+    some = np.moveaxis(seen.any(axis=-1), 1, 2)  # [B, T, N]
+    narrow = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    wide = [x.astype(jnp.float32) for x in narrow]
+    weight = np.random.default_rng(1).standard_normal(q.shape) * some[..., None]
+    weight = jnp.asarray(weight, dtype).astype(jnp.float32)  # the cotangent of a narrow result is narrow
+    bias = kw.pop("bias", None)
+    more = () if bias is None else (jnp.asarray(bias),)
+    at = tuple(range(3 + len(more)))
+
+    def step(attend):
+        def loss(q, k, v, bias=None):
+            o, residual = attend(q, k, v, bias, return_residual=True, **kw)
+            return jnp.sum(o.astype(jnp.float32) * weight), (o, residual)
+
+        return jax.jit(jax.value_and_grad(loss, at, has_aux=True))
+
+    (_, want), want_grads = step(jax.nn.dot_product_attention)(*wide, *more)
+    (_, got), grads = step(accel.dot_product_attention)(*narrow, *more)
+    assert got[0].dtype == got[1].dtype == narrow[0].dtype
+    assert not np.asarray(got[0], np.float32)[~some].any()
+    assert np.isneginf(np.asarray(got[1], np.float32)[~some]).all()
+    for n, (g, w) in enumerate(zip((*got, *grads), (*want, *want_grads), strict=True)):
+        g, w = np.asarray(g, np.float32), np.asarray(w)
+        g, w = (g[some], w[some]) if n < 2 else (g, w)
+        atol = (64 * EPS["float32"] + eps) * max(1.0, np.abs(w).max(initial=0))
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol)
+
+
+def test_drop_in_has_the_signature_of_jax():
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+        for f in (accel.dot_product_attention, jax.nn.dot_product_attention)
+    )
+    assert sorted(ours, key=str) == sorted(theirs, key=str)
+    positional = [p for p in ours if p[1] == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [p for p in theirs if p[1] == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def small(seed=0, B=1, T=5, N=2):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal((B, T, N, 4)), jnp.float32) for _ in range(3)]
+
+
+def test_drop_in_padding_and_blind_rows_do_not_leak():
+    """NaN beyond the lengths changes neither values nor gradients; no key, no gradient."""
+    q, k, v = small(B=2)
+    lengths = {
+        "query_seq_lengths": jnp.array([4, 3], jnp.int32),
+        "key_value_seq_lengths": jnp.array([3, 0], jnp.int32),
+    }
+    loss = lambda q, k, v: jnp.sum(accel.dot_product_attention(q, k, v, **lengths) ** 2)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    clean = step(q, k, v)
+    q, k, v = q.at[0, 4:].set(jnp.nan), k.at[0, 3:].set(jnp.nan), v.at[0, 3:].set(jnp.inf)
+    dirty = step(q.at[1].set(jnp.nan), k.at[1].set(jnp.inf), v.at[1].set(jnp.nan))
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert all(not g[1].any() for g in clean[1])
+
+
+def test_drop_in_forward_mode_and_second_order():
+    """A tangent of the gradient along a direction, forward over reverse, as JAX's own."""
+    args, along = small(), small(1)
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal((1, 1, 5, 5)), jnp.float32)
+
+    def both(attend):
+        f = lambda q, k, v, b: jnp.sum(attend(q, k, v, b, is_causal=True) ** 3)
+        return jax.jit(lambda x, d: jax.jvp(jax.value_and_grad(f, (0, 1, 2, 3)), x, d))(
+            (*args, bias), (*along, bias)
+        )
+
+    got, want = (
+        jax.tree.leaves(both(f)) for f in (accel.dot_product_attention, jax.nn.dot_product_attention)
+    )
+    for g, w in zip(got, want, strict=True):  # two derivatives of a cube: sums of some 50 products near 10
+        np.testing.assert_allclose(g, w, rtol=0, atol=512 * EPS["float32"] * max(1.0, np.abs(w).max()))
+
+
+def test_drop_in_composes_with_vmap_checkpoint_and_names():
+    """vmap over examples with masks of their own; remat changes nothing; the program names the call."""
+    q, k, v = (jnp.stack([a, b]) for a, b in zip(small(), small(1), strict=True))
+    masks = jnp.asarray(np.random.default_rng(0).random((2, 1, 2, 5, 5)) < 0.7)
+    one = lambda q, k, v, m: accel.dot_product_attention(q, k, v, mask=m, local_window_size=(3, 1))
+    got = jax.jit(jax.vmap(one))(q, k, v, masks)
+    want = [
+        jax.nn.dot_product_attention(q[i], k[i], v[i], mask=masks[i], local_window_size=(3, 1))
+        for i in (0, 1)
+    ]
+    some = visible(5, 5, {"is_causal": False, "local_window_size": (3, 1)}, (1, 5, 5, 2))
+    some = np.moveaxis((some & np.asarray(masks)).any(-1), -1, -2)
+    np.testing.assert_allclose(np.asarray(got)[some], np.stack(want)[some], rtol=0, atol=64 * EPS["float32"])
+    loss = lambda q: jnp.sum(one(q, k[0], v[0], masks[0]) ** 2)
+    with jax.named_scope("mine"):
+        lowered = jax.jit(jax.grad(jax.checkpoint(loss))).lower(q[0])
+    assert "dot_product_attention" in lowered.as_text(debug_info=True)
+    np.testing.assert_array_equal(lowered.compile()(q[0]), jax.jit(jax.grad(loss))(q[0]))
+
+
+def test_drop_in_takes_three_axes_arrays_as_scale_and_wide_floats():
+    q, k, v = (x[0] for x in small())
+    scale = jnp.float32(0.3)
+    f = lambda attend, s: jnp.sum(attend(q, k, v, scale=s) ** 2)
+    got, want = (
+        jax.jit(jax.value_and_grad(partial(f, attend)))(scale)
+        for attend in (accel.dot_product_attention, jax.nn.dot_product_attention)
+    )
+    np.testing.assert_allclose(got, want, rtol=64 * EPS["float32"])
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)]
+        got = accel.dot_product_attention(*wide)
+        s = np.einsum("tnh,snh->nts", *wide[:2]) / 2
+        p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+        np.testing.assert_allclose(got, np.einsum("nts,snh->tnh", p, wide[2]), rtol=0, atol=64 * 2.0**-52)
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"])
+def test_drop_in_kernels_know_windows_and_masks(impl):
+    """What the drop-in asks of a kernel beyond `flash_attention`: bounds on both sides, and a mask."""
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in small(T=37))
+    tiles = {"triton": (16, 16), "tpu": (16, 128)}[impl]
+    mask = jnp.asarray(np.random.default_rng(0).random((1, 1, 37, 37)) < 0.7)
+
+    def run(**how):
+        f = lambda q, k, v: tiled_attention(q, k, v, scale=0.5, lo=-9, hi=3, mask=mask, **how)
+        step = lambda q, k, v: (f(q, k, v), jax.grad(lambda *x: jnp.sum(f(*x)[0] ** 2), (0, 1, 2))(q, k, v))
+        return jax.tree.leaves(jax.jit(step)(q, k, v))
+
+    got = run(kernel=kernel(impl, True), block_q=tiles[0], block_k=tiles[1])
+    for g, w in zip(got, run(), strict=True):  # sums of at most 13 keys and 13 queries
+        np.testing.assert_allclose(g, w, rtol=0, atol=64 * EPS["float32"] * max(1.0, np.abs(w).max()))
+
+
+Q = np.zeros((2, 3, 4, 8), np.float32)
+BAD = {
+    "implementation": ({"implementation": "fast"}, "implementation must be one of"),
+    "heads": ({"key": Q[:, :, :3], "value": Q[:, :, :3]}, "not a multiple of the K=3"),
+    "key": ({"key": Q[..., :7]}, "axis H is 8 in query"),
+    "value": ({"value": Q[:, :2]}, "axis S is 3 in key"),
+    "axes": ({"query": Q[None]}, "query must have at most 4 axes"),
+    "dtype": ({"key": Q.astype(np.float16)}, "one floating dtype"),
+    "whole numbers": ({n: Q.astype(np.int32) for n in ("query", "key", "value")}, "one floating dtype"),
+    "mask dtype": ({"mask": np.ones((1, 1, 3, 3), np.float32)}, "mask must be boolean"),
+    "mask shape": ({"mask": np.ones((1, 2, 3, 3), bool)}, "mask of shape"),
+    "bias shape": ({"bias": np.ones((1, 1, 3, 5), np.float32)}, "bias of shape"),
+    "lengths dtype": ({"query_seq_lengths": np.ones(2, np.float32)}, "query_seq_lengths must be integers"),
+    "lengths shape": (
+        {"key_value_seq_lengths": np.ones(3, np.int32)},
+        "key_value_seq_lengths must have shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD, ids=lambda n: n.replace(" ", "_"))
+def test_drop_in_rejects(name):
+    options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        accel.dot_product_attention(**{"query": Q, "key": Q, "value": Q, **options})
+
+
+def test_drop_in_implementation_asked_by_name_says_why_not():
+    for options, message in (
+        ({"implementation": "hopper"}, "is not there yet"),
+        ({"implementation": "tpu"}, "needs a TPU"),
+        ({"implementation": "triton", "bias": np.zeros((1, 1, 3, 3), np.float32)}, "has no bias"),
+        ({"implementation": "triton", "scale": jnp.float32(1)}, "needs a scale that is a number"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            accel.dot_product_attention(Q, Q, Q, **options)
