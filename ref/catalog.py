@@ -134,6 +134,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="nas",
+        part="compression",
+        title="Architecture search",
+        paper="A Survey of Techniques for Optimizing Transformer Inference (neural architecture search)",
+        year=2023,
+        arxiv="2307.07982",
+        idea="Train one network whose slices are all the others; evolve the slice that fits the device.",
+        core=(
+            "super_linear",
+            "super_linear_vjp",
+            "super_layer_norm",
+            "super_transformer",
+            "zero_cost_score",
+            "saliency_maps",
+        ),
+    ),
+    Technique(
         slug="vvma",
         part="compression",
         title="VVMA",
