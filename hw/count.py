@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from hw.errors import UnknownTripCount
 from hw.fusion import groups, touched, written
-from hw.program import Op, Program, Reduction
+from hw.program import Op, Program
 from hw.traffic import kernel_bytes
 
 
@@ -171,7 +171,7 @@ def _full_bytes(t, op):
 
 def work(op: Op) -> Counts:
     """Operations of one execution, by the dims record alone."""
-    d = op.dims.dims if isinstance(op.dims, Reduction) else op.dims
+    d = op.dims
     if op.kind in ("matmul", "conv"):
         return Counts(macs=d.macs, flops=2 * d.macs)
     ops = {
@@ -190,6 +190,8 @@ def kernel_work(kernel, cond: str = "max") -> Counts:
     def visit(block):
         total = Counts()
         for op in block.ops:
+            if op.kind == "loop" and op.dims.trips is None:
+                raise UnknownTripCount(op.dims.name)
             if op.kind == "branch" and not op.attrs.get("resolved"):
                 total += _combine([visit(b) for b in op.blocks], cond)
             elif op.blocks:

@@ -1,4 +1,4 @@
-"""The four refusals of `hw`: each says what was met, where, and what would help."""
+"""The refusals of `hw`: each says what was met, where, and what would help."""
 
 
 class UnsupportedPrimitive(NotImplementedError):
@@ -19,6 +19,23 @@ class UnknownTripCount(ValueError):
             f"the while loop {scope!r} has an unknown trip count: pass "
             f"trace(..., trip_counts={{{scope!r}: n}}), or run it with execute, which counts"
         )
+
+
+class NotTraceable(TypeError):
+    """A function that JAX cannot trace because it needs the values of its arrays."""
+
+
+class DynamicShape(ValueError):
+    """A value whose shape is not known before the program runs."""
+
+
+class SideEffect(ValueError):
+    """A function that does something besides returning values: a callback, a print."""
+
+    def __init__(self, name, scope="", source=""):
+        self.name, self.scope, self.source = name, scope, source
+        at = f" at {source}" if source else ""
+        super().__init__(f"{name} in {scope or 'the top level'}{at} has a side effect, which has no price")
 
 
 class NonConsecutiveRevisit(ValueError):

@@ -70,11 +70,7 @@ def fused_peak_bytes(program: Program) -> int:
 
 def _held(program):
     """Bytes that the caller keeps throughout."""
-    return sum(
-        t.nbytes
-        for t in program.tensors.values()
-        if t.producer is None and t.role in ("input", "weight", "const")
-    )
+    return sum(program.bytes(role) for role in ("input", "weight", "const"))
 
 
 class _State:

@@ -300,27 +300,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """A window or scatter reduction whose combining function is a block of two scalars."""
-
-    dims: object
-    combine: Block
-
-    @property
-    def blocks(self) -> tuple:
-        """Nothing to price beyond `dims`."""
-        return ()
-
-
-@dataclass(frozen=True)
 class Program:
-    """A traced function. `inputs` and `outputs` name the leaves of its arguments and results."""
+    """A traced function. input_names, output_names: the leaves of its `arguments` and results, as paths."""
 
     name: str
     tensors: dict[int, Tensor]
     body: Block
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -342,10 +330,12 @@ class Program:
         return self.tensors[i]
 
     def bytes(self, role: str) -> int:
-        """Bytes of all tensors of a role; the outputs are counted as the function returns them."""
+        """Bytes of the inputs, weights, constants or outputs, the outputs as the function returns them."""
         if role == "output":
             return sum(self.tensors[i].nbytes for i in self.body.outputs)
-        return sum(t.nbytes for t in self.tensors.values() if t.role == role and t.producer is None)
+        if role == "const":
+            return sum(t.nbytes for t in self.tensors.values() if t.role == "const")
+        return sum(t.nbytes for i in self.body.inputs if (t := self.tensors[i]).role == role)
 
     def to_json(self) -> str:
         """The program as JSON text."""
@@ -421,7 +411,6 @@ _RECORDS = {
         KernelOperand,
         Kernel,
         Shard,
-        Reduction,
         Program,
     )
 }

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from hw.errors import NonConsecutiveRevisit, UnsupportedPrimitive
-from hw.program import Kernel, walk
+from hw.program import Kernel, itemsize, walk
 
 WALK_LIMIT = 10**6  # grid steps beyond which a projection is counted in closed form
 
@@ -188,6 +188,9 @@ def kernel_bytes(kernel: Kernel) -> tuple[int, int]:
     for o in kernel.operands:
         if o.memory == "any":
             continue  # the body moves it by its own copies
+        if o.memory == "prefetch":
+            read += int(-(-prod(o.array) * itemsize(o.dtype) // 1))  # whole, before the first step
+            continue
         if o.moved is None:
             raise UnsupportedPrimitive(
                 "pallas_call",
