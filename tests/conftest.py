@@ -20,6 +20,7 @@ for laws in Path(__file__).parent.rglob(
         ".".join(laws.relative_to(Path(__file__).parent.parent).with_suffix("").parts)
     )
 
+SHARED = ("tests/blocks/", "tests/models/", "tests/tasks/")
 BUDGET_S = 8.0  # seconds a technique may take in the suite, generic laws included
 
 quiet = [HealthCheck.too_slow, HealthCheck.differing_executors]  # shared laws run under two collectors
@@ -34,10 +35,11 @@ _SLUGS = sorted(BY_SLUG, key=len, reverse=True)
 
 
 def pytest_runtest_logreport(report):
-    """Add each test's time to the technique that its name carries; model and GPU tests are outside the
-    budget.
+    """Add each test's time to the technique that its name carries.
+
+    Model and GPU tests are outside the budget, and so are those of shared ground, which no one technique owns.
     """
-    if {"model", "gpu"} & set(report.keywords):
+    if {"model", "gpu"} & set(report.keywords) or report.nodeid.startswith(SHARED):
         return
     name = report.nodeid.split("::", 1)[-1]
     slug = next((s for s in _SLUGS if s in name), None)
