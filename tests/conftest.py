@@ -37,7 +37,7 @@ _SLUGS = sorted(BY_SLUG, key=len, reverse=True)
 def pytest_runtest_logreport(report):
     """Add each test's time to the technique that its name carries.
 
-    Model and GPU tests are outside the budget, and so are those of shared ground, which no one technique owns.
+    Model and GPU tests are outside the budget, and so are those of shared ground, which nobody owns alone.
     """
     if {"model", "gpu"} & set(report.keywords) or report.nodeid.startswith(SHARED):
         return
