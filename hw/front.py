@@ -87,9 +87,9 @@ def pareto(fn, *args, targets, formats=(None,), parallelism=(None,), memory=(Non
     """Quality against seconds, joules and bytes over number formats, parallelism and memory.
 
     Args: fn, args: a JAX function and its arguments, values included. targets: targets to start from.
-      formats: policies or formats that fn is executed in (None: as written). parallelism: {field: value} of the
-        target to set, for example {"cores": 4}; None leaves it. memory: likewise, {"hbm_gb": 8}. A field that a
-        target does not have is a ValueError.
+      formats: policies or formats that fn is executed in (None: as written). parallelism: {field: value} of
+        the target to set, for example {"cores": 4}; None leaves it. memory: likewise, {"hbm_gb": 8}. A field
+        that a target does not have is a ValueError.
       quality: function (outputs, exact outputs) -> float, larger is better; snr_db if None.
     Returns: a table with a row for each combination that fits, `best` marking those that no other beats in
       quality, seconds, joules and bytes alike; combinations that fail say why.

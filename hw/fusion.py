@@ -14,11 +14,13 @@ from hw.traffic import kernel_bytes
 # Movements that a fused loop does by indexing.
 INDEXING = frozenset(
     "reshape squeeze expand_dims broadcast_in_dim transpose rev slice pad concatenate iota tile stack split "
-    "bitcast_convert_type copy copy_p optimization_barrier device_put dynamic_slice reduce_precision".split()
+    "bitcast_convert_type copy copy_p optimization_barrier device_put dynamic_slice reduce_precision "
+    "stop_gradient name pvary".split()
 )
 # Movements that change no order of bytes: the result can share its operand's buffer.
 VIEWS = frozenset(
-    "reshape squeeze expand_dims optimization_barrier device_put random_wrap random_unwrap pvary".split()
+    "reshape squeeze expand_dims optimization_barrier device_put random_wrap random_unwrap pvary "
+    "stop_gradient name".split()
 )
 _PRODUCTS = ("matmul", "conv")
 

@@ -112,12 +112,22 @@ def _with_blocks(dims, blocks):
 class FloatPolicy:
     """Every op in the arithmetic of its dtypes, as JAX computes it."""
 
-    def enter(self, tensor, value):
+    name = "as written"
+
+    def dtype(self, tensor) -> str:
+        """The dtype that stores a tensor."""
+        return tensor.dtype
+
+    def carrier(self, dtype: str) -> np.dtype:
+        """The NumPy type that carries values of a dtype."""
+        return numpy_dtype(dtype)
+
+    def enter(self, tensor, value, trace=None):
         """The value that an input or a constant has on the machine."""
         return value
 
-    def compute(self, op, args, outs, trace):
-        """Results of a leaf op."""
+    def compute(self, op, args, ins, outs, trace):
+        """Results of a leaf op; ins, outs: the records of its operands and results."""
         return numerics.compute(op, args, outs)
 
 
@@ -131,9 +141,8 @@ def run_program(program: Program, args, *, policy=None, per_op: bool = False):
     """
     values = _arguments(program, args)
     run = _Run(program.tensors, policy or FloatPolicy(), per_op)
-    values = [
-        run.policy.enter(program.tensors[i], v) for i, v in zip(program.body.inputs, values, strict=True)
-    ]
+    pairs = zip(program.body.inputs, values, strict=True)
+    values = [run.policy.enter(program.tensors[i], v, run.trace) for i, v in pairs]
     outputs = run.block(program.body, values)
     single = program.output_names == ("result",)
     return outputs[0] if single else tuple(outputs), run.trace
@@ -168,7 +177,7 @@ class _Run:
     def constant(self, i):
         if i not in self.constants:
             t = self.tensors[i]
-            self.constants[i] = self.policy.enter(t, t.array)
+            self.constants[i] = self.policy.enter(t, t.array, self.trace)
         return self.constants[i]
 
     def block(self, block: Block, args):
@@ -207,7 +216,8 @@ class _Run:
             return [np.int32(self.grid[op.attrs["axis"]])]
         outs = [self.tensors[o] for o in op.outputs]
         try:
-            results = self.policy.compute(op, args, outs, self.trace)
+            ins = [self.tensors[i] for i in op.inputs]
+            results = self.policy.compute(op, args, ins, outs, self.trace)
         except NotImplementedError as e:
             shape = outs[0].shape if outs else ()
             raise UnsupportedPrimitive(op.prim, shape, op.scope, op.source, str(e)) from e
@@ -243,7 +253,7 @@ class _Run:
         if rows:
             return np.stack([np.asarray(r) for r in rows])
         t = self.tensors[o]
-        return np.zeros(t.shape, numpy_dtype(t.dtype))
+        return np.zeros(t.shape, self.policy.carrier(t.dtype))
 
     def branch(self, op, args):
         n = len(op.dims.branches)
@@ -266,11 +276,11 @@ class _Run:
         """
         k: Kernel = op.dims
         inputs = [np.asarray(a) for a in args]
-        outputs = [_unwritten(self.tensors[o]) for o in op.outputs]
+        outputs = [self._blank(self.tensors[o].shape, self.tensors[o].dtype) for o in op.outputs]
         for i, o in k.aliases:
             outputs[o] = inputs[i].astype(outputs[o].dtype)
         arrays = [*inputs, *outputs]
-        scratch = [_blank(s, d) for s, d in k.scratch]
+        scratch = [self._blank(s, d) for s, d in k.scratch]
         prefetch = arrays[: k.prefetch]
         places = [[] for _ in k.operands]
         before = self.step, self.grid
@@ -283,7 +293,7 @@ class _Run:
                     continue
                 at = self._index(o, prefetch)
                 places[n].append(at)
-                ref, edge = _window(x, at, o)
+                ref, edge = _window(x, at, o, self._blank)
                 refs.append(ref)
                 if edge and o.output:
                     back.append((x, *edge))
@@ -293,6 +303,12 @@ class _Run:
         self.step, self.grid = before
         self._moved(op, places)
         return outputs
+
+    def _blank(self, shape, dtype):
+        x = np.zeros(shape, self.policy.carrier(dtype))
+        if is_float(dtype):
+            x[...] = np.nan
+        return x
 
     def _index(self, o, prefetch):
         steps = [np.int32(s) for s in self.step]
@@ -389,18 +405,7 @@ _REFERENCE = frozenset(
 )
 
 
-def _blank(shape, dtype):
-    x = np.zeros(shape, numpy_dtype(dtype))
-    if is_float(dtype):
-        x[...] = np.nan
-    return x
-
-
-def _unwritten(t):
-    return _blank(t.shape, t.dtype)
-
-
-def _window(x, at, o):
+def _window(x, at, o, blank):
     """(block as the body sees it, None) or, over an edge, (padded copy, (inside, copy, its part))."""
     inside, part, whole = [], [], True
     for d, (i, b, n) in enumerate(zip(at, o.block, o.array, strict=True)):
@@ -413,7 +418,7 @@ def _window(x, at, o):
     drop = tuple(0 if d in o.squeezed else slice(None) for d in range(len(o.block)))
     if whole:
         return x[inside][drop], None
-    copy = _blank(o.block, o.dtype)
+    copy = blank(o.block, o.dtype)
     copy[part] = x[inside]
     return copy[drop], (inside, copy, part)
 

@@ -22,6 +22,8 @@ def compute(op, args, outs):
         return [_elementwise(_ELEMENTWISE[prim], args, outs[0].dtype)]
     if prim in _WIDE:
         return [_transcendental(_WIDE[prim], args, outs[0].dtype)]
+    if prim == "dot_general":
+        return [_dot_general(op, args, outs)]
     fn = _RULES.get(prim)
     if fn is None:
         raise NotImplementedError(f"running {prim!r} is not implemented")
@@ -343,18 +345,22 @@ def _matmul(a, b, dtype):
     return (a.astype(wide) @ b.astype(wide)).astype(numpy_dtype(dtype))
 
 
-def _dot_general(args, attrs, outs):
-    (lc, rc), (lb, rb) = attrs["dimension_numbers"]
+def dot_operands(op, args):
+    """Operands of a dot_general as a [B, M, K], b [B, K, N]."""
+    (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
     a, b = np.asarray(args[0]), np.asarray(args[1])
     lf = [i for i in range(a.ndim) if i not in (*lc, *lb)]
     rf = [i for i in range(b.ndim) if i not in (*rc, *rb)]
     size = lambda x, axes: math.prod(x.shape[i] for i in axes)
-    a = a.transpose([*lb, *lf, *lc])
-    b = b.transpose([*rb, *rc, *rf])
-    nb, m, k, n = size(args[0], lb), size(args[0], lf), size(args[0], lc), size(args[1], rf)
+    batch, m, k, n = size(a, lb), size(a, lf), size(a, lc), size(b, rf)
+    return a.transpose([*lb, *lf, *lc]).reshape(batch, m, k), b.transpose([*rb, *rc, *rf]).reshape(
+        batch, k, n
+    )
+
+
+def _dot_general(op, args, outs):
     with np.errstate(all="ignore"):
-        out = _matmul(a.reshape(nb, m, k), b.reshape(nb, k, n), outs[0].dtype)
-    return out.reshape(outs[0].shape)
+        return _matmul(*dot_operands(op, args), outs[0].dtype).reshape(outs[0].shape)
 
 
 def _ragged_dot(args, attrs, outs):
@@ -775,7 +781,6 @@ _RULES = {
     "cumlogsumexp": lambda *a: _cumulative(_cumlogsumexp, *a),
     "sort": _sort,
     "top_k": _top_k,
-    "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _conv,
     "reduce_window": _reduce_window,

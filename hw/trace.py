@@ -60,13 +60,16 @@ def trace(fn, *args, weights=(), static=None, trip_counts=None) -> Program:
       are
         not used. weights: names (or positions) of arguments that are parameters, there before the program
         runs.
-      static: keyword options, taken as they are. trip_counts: {name: trips} for while loops whose count is
-      not
+      static: keyword options, taken as they are. trip_counts: {name: trips} for while loops whose count is not
         known from constants; the names are those that `UnknownTripCount` reports.
     Raises: UnsupportedPrimitive, NotTraceable for a function that needs values (not a JAX function),
-      SideEffect,
-      DynamicShape, ValueError for a name in weights or trip_counts that does not exist.
+      SideEffect, DynamicShape, ValueError for a name in weights or trip_counts that does not exist.
     """
+    return trace_equations(fn, *args, weights=weights, static=static, trip_counts=trip_counts)[0]
+
+
+def trace_equations(fn, *args, weights=(), static=None, trip_counts=None):
+    """(program, {op id: JAX's equation it was made from}): `trace`, for comparing op by op with JAX."""
     names = _argument_names(fn, len(args))
     unknown = [w for w in weights if w not in names and not (isinstance(w, int) and 0 <= w < len(args))]
     if unknown:
@@ -94,7 +97,8 @@ def trace(fn, *args, weights=(), static=None, trip_counts=None) -> Program:
         raise ValueError(f"trip_counts names {sorted(left)[0]!r}, but the while loops are {known}")
     outs = jax.tree_util.tree_flatten_with_path(shape)[0]
     out_names = tuple("result" + jax.tree_util.keystr(p) for p, _ in outs)
-    return Program(title, finish(t.tensors, block), block, tuple(labels), out_names, tuple(names))
+    program = Program(title, finish(t.tensors, block), block, tuple(labels), out_names, tuple(names))
+    return program, t.equations
 
 
 def _make_jaxpr(call, args):
@@ -162,7 +166,7 @@ class _Tracer:
 
     def __init__(self, trip_counts):
         self.tensors, self.trip_counts = {}, trip_counts
-        self.next_op = 0
+        self.next_op, self.equations = 0, {}
         self.literals, self.while_names, self.scopes = {}, set(), {}
         self.mesh = {}
         self.kernel = None
@@ -283,6 +287,7 @@ class _Tracer:
             raise refuse("the op program has no rule for it")
         kind, dims = found
         made = self.append(ops, kind, name, args, avals, dims, scope, attrs, recompute, self.source(eqn))
+        self.equations[ops[-1].id] = eqn
         if name in _FOLDS and self.kernel is None and self.tensors[args[0]].role in ("weight", "const"):
             if self.tensors[args[0]].size > 1:
                 ops[-1] = dataclasses.replace(ops[-1], attrs=attrs | {"folded": True})
