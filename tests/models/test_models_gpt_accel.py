@@ -1,0 +1,34 @@
+"""GPT-2 in accel against ref: blocks in a tuple or stacked, with any attention of the house."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from accel.attention.flash import flash_attention
+from accel.blocks.attention import attention_dense
+from accel.models import gpt
+from ref.models.gpt import gpt_forward, init_gpt
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["tuple", "stacked"])
+@pytest.mark.parametrize("attention", [attention_dense, flash_attention], ids=["dense", "tiled"])
+def test_models_gpt_accel_matches_ref(stacked, attention):
+    """Two layers: some ten products and norms of width 8, each within a few roundings of logits near 1."""
+    params = init_gpt(np.random.default_rng(0), vocab=11, context=6, dim=8, depth=2, std=0.3)
+    ids = np.random.default_rng(1).integers(0, 11, (2, 5))
+    device = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    device = gpt.stack_blocks(device) if stacked else device
+    got = jax.jit(lambda p, i: gpt.gpt_forward(i, p, num_heads=2, attention=attention))(device, ids)
+    want = gpt_forward(ids, params, num_heads=2)
+    np.testing.assert_allclose(got, want, rtol=0, atol=256 * EPS * np.abs(want).max())
+
+
+def test_models_gpt_accel_says_what_is_wrong():
+    params = init_gpt(np.random.default_rng(0), vocab=11, context=6, dim=8, depth=1)
+    with pytest.raises(ValueError, match="exceeds the context of 6"):
+        gpt.gpt_embed(np.zeros(7, np.int32), params)
+    device = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    assert np.isnan(gpt.gpt_embed(jnp.array([11]), device)).all()
