@@ -60,8 +60,8 @@ def trace(fn, *args, weights=(), static=None, trip_counts=None) -> Program:
       are
         not used. weights: names (or positions) of arguments that are parameters, there before the program
         runs.
-      static: keyword options, taken as they are. trip_counts: {name: trips} for while loops whose count is not
-        known from constants; the names are those that `UnknownTripCount` reports.
+      static: keyword options, taken as they are. trip_counts: {name: trips} for while loops whose count
+        is not known from constants; the names are those that `UnknownTripCount` reports.
     Raises: UnsupportedPrimitive, NotTraceable for a function that needs values (not a JAX function),
       SideEffect, DynamicShape, ValueError for a name in weights or trip_counts that does not exist.
     """

@@ -13,6 +13,7 @@ import ref
 from tests.claims import smollm2 as claims
 from tests.claims.record import is_fresh, load
 from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.language import laws_smollm2
 from tests.laws import law_tests
 
@@ -21,6 +22,46 @@ globals().update(law_tests(laws_smollm2))
 WEIGHTS, TOKENIZER = ref.smollm2.tiny_smollm2()
 VOCAB = len(WEIGHTS.embed)
 IDS = np.array([5, 17, 260, 3, 3, 40, 271, 99, 0, 12], np.int32)
+
+
+def specs(c, T):
+    """(weights, ids) of a configuration as (dtype, shape)."""
+    f = lambda *shape: ("float32", shape)
+    n, d, h, q, kv = c.depth, c.dim, c.hidden, c.heads * c.head_dim, c.kv_heads * c.head_dim
+    block = WEIGHTS.blocks._replace(
+        attn_norm=f(n, d), ffn_norm=f(n, d), w_q=f(n, d, q), w_k=f(n, d, kv), w_v=f(n, d, kv),
+        w_o=f(n, q, d), w_gate=f(n, d, h), w_up=f(n, d, h), w_down=f(n, h, d),
+    )  # fmt: skip
+    angles, ids = f(c.context, c.head_dim // 2), ("int32", (T,))
+    return WEIGHTS._replace(embed=f(c.vocab, d), blocks=block, norm=f(d), angles=angles, eps=f()), ids
+
+
+def forward_macs(weights, ids):
+    """Every matrix once a token, the head too, and two products on all pairs of positions in every layer."""
+    b, T = weights.blocks, len(ids)
+    (n, _, q), matrices = b.w_q.shape, (b.w_q, b.w_k, b.w_v, b.w_o, b.w_gate, b.w_up, b.w_down)
+    return T * sum(w.size for w in matrices) + T * weights.embed.size + 2 * n * q * T * T
+
+
+def forward_bytes(weights, ids):
+    """Weights and ids in, logits [T, V] and a cache of keys and values out."""
+    leaves = [*weights.blocks, weights.embed, weights.norm, weights.angles, weights.eps]
+    T, (n, _, kv) = len(ids), weights.blocks.w_k.shape
+    return size(*leaves, ids) + 4 * (T * len(weights.embed) + n * 2 * T * kv)
+
+
+HW = {
+    "forward": Cost(
+        macs=forward_macs,
+        bytes=forward_bytes,
+        bound={"xeon_6154": "dram", "raspberry_pi5": "dram", "iphone14pro": "hbm"},
+        large=specs(ref.smollm2.SmolLM2Config(), 1),  # one token: every weight is read for one product
+    ),
+    "dequantize": Cost(
+        macs=lambda raw, *, kind: 0,
+        bytes=lambda raw, *, kind: raw.size + 4 * raw.size // 20 * 32,  # 20 bytes hold 32 weights
+    ),
+}
 
 
 @golden("smollm2")

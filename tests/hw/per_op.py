@@ -1,0 +1,123 @@
+"""Every op of an execution against JAX's own primitive on the same operands, compiled in one go.
+
+Elementwise ops of one primitive and dtype are joined into one long vector, and of others with the same
+parameters and shapes the first is run, so that few ops are compiled.
+Bounds: movement, comparison, selection and integers bit for bit; + - * / and kin 1 ulp; other functions 4
+ulp; a contraction or reduction over n terms 2 n 2^-24 sum |terms| (each side is within half of that).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hw.primitives import CUMULATIVE, INDEX_ONLY, RANDOM, TRANSCENDENTAL, WINDOW
+
+SUMS = {"reduce_sum", "reduce_prod", "dot_general", "ragged_dot_general", "conv_general_dilated",
+        "scatter-add", "scatter-mul", "select_and_scatter_add", *WINDOW, *CUMULATIVE}  # fmt: skip
+
+
+def differences(recorded):
+    """["primitive shapes: by how much"] of (record, equation) pairs beyond the bound."""
+    groups = {}
+    for r, eqn in recorded:
+        if r.op.prim not in INDEX_ONLY:
+            groups.setdefault(_signature(r, eqn), []).append((r, eqn))
+    jobs = [_join(entries) for entries in groups.values()]
+    run = jax.jit(lambda given: [_bind(job[0], args) for job, args in zip(jobs, given, strict=True)])
+    found = []
+    results = run([args for _, args, _, _ in jobs]) if jobs else []
+    for (eqn, args, got, op), want in zip(jobs, results, strict=True):
+        for g, w in zip(got, want, strict=True):
+            if said := _beyond(op, args, np.asarray(g), np.asarray(w)):
+                shapes = [list(np.shape(a)) for a in args]
+                found.append(f"{eqn.primitive.name} {shapes} {np.asarray(w).dtype}: {said}")
+    return found
+
+
+def _signature(r, eqn):
+    """What ops share that are joined (elementwise, all of one shape) or, else, of which the first is run."""
+    dtypes = tuple(str(np.asarray(a).dtype) for a in r.inputs)
+    options = tuple(sorted((k, str(v)) for k, v in eqn.params.items() if k not in ("sharding", "accuracy")))
+    shapes = () if _flat(r) else tuple(np.shape(a) for a in r.inputs)
+    return r.op.prim, dtypes, options, shapes
+
+
+def _flat(r):
+    return r.op.kind == "elementwise" and all(np.shape(a) == np.shape(r.outputs[0]) for a in r.inputs)
+
+
+def _join(entries):
+    """(equation, operands, our results, op) of ops that are run as one: flat vectors end to end."""
+    r, eqn = entries[0]
+    if len(entries) == 1 or not _flat(r):
+        return eqn, [np.asarray(a) for a in r.inputs], [np.asarray(o) for o in r.outputs], r.op
+    line = lambda parts: np.concatenate([np.asarray(x).reshape(-1) for x in parts])
+    args = [line(column) for column in zip(*(r.inputs for r, _ in entries), strict=True)]
+    return eqn, args, [line(r.outputs[0] for r, _ in entries)], r.op
+
+
+def _bind(eqn, args):
+    params = dict(eqn.params)
+    out = eqn.primitive.bind(*args, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _beyond(op, args, got, want):
+    """What is wrong, or an empty text."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"{got.dtype} {got.shape} for {want.dtype} {want.shape}"
+    if (
+        not jnp.issubdtype(want.dtype, jnp.floating)
+        or op.kind in ("move", "gather", "sort")
+        or op.prim in EXACT
+    ):
+        same = (got == want) | ((got != got) & (want != want))
+        return "" if same.all() else f"{int((~same).sum())} of {same.size} entries differ"
+    g, w = got.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(w)
+    if not np.array_equal(np.where(finite, 0, w), np.where(np.isfinite(g), 0, g), equal_nan=True):
+        return "not finite at other places"
+    eps = float(jnp.finfo(want.dtype).eps)
+    tiny = float(jnp.finfo(want.dtype).tiny)
+    room = _room(op, args, w, eps) + tiny  # XLA flushes subnormal numbers
+    error = np.abs(np.where(finite, g, 0) - np.where(finite, w, 0))
+    worst = (error / np.where(finite, room, 1)).max(initial=0)
+    return f"{worst:.2g} of the bound" if worst > 1 else ""
+
+
+EXACT = frozenset(RANDOM) | frozenset(
+    "reduce_max reduce_min max min neg abs sign floor ceil round select_n clamp convert_element_type copy "
+    "stop_gradient scatter scatter-max scatter-min cummax cummin is_finite".split()
+)
+
+
+def _room(op, args, want, eps):
+    if op.prim in SUMS:
+        terms, n = _terms(op, args, want)
+        return n * eps * terms + eps * np.abs(want)  # 2 n 2^-24 = n eps in float32
+    ulps = 4 if op.prim in TRANSCENDENTAL or op.prim in ("integer_pow", "rem") else 1
+    if op.prim == "erfc":  # exp(-x^2) p(x): the rounding of x^2 moves it by x^2 2^-24 of itself
+        ulps = ulps + np.square(np.asarray(args[0], np.float64))
+    return ulps * eps * np.abs(want)
+
+
+def _terms(op, args, want):
+    """(sum of |terms| of each result or a bound of it, number of terms)."""
+    size = [np.abs(np.asarray(a, np.float64)) for a in args]
+    if op.prim == "dot_general":
+        (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
+        out = jax.lax.dot_general(*(jnp.asarray(s, jnp.float32) for s in size[:2]), ((lc, rc), (lb, rb)))
+        return np.asarray(out, np.float64), max(op.dims.k, 1)
+    if op.prim == "reduce_sum":
+        return size[0].sum(axis=tuple(op.attrs["axes"])), max(op.dims.length, 1)
+    if op.prim in ("reduce_prod", "cumprod"):
+        return np.abs(want), max(op.dims.length, 1)
+    if op.prim in CUMULATIVE:
+        axis = op.attrs["axis"]
+        return np.broadcast_to(size[0].sum(axis=axis, keepdims=True) + 1, want.shape), op.dims.length
+    total = size[0].sum() if op.prim.startswith("reduce_window") else sum(s.sum() for s in size[::2])
+    if op.prim == "conv_general_dilated":
+        total = size[0].max(initial=0) * size[1].sum()
+    if op.prim == "ragged_dot_general":
+        total = (size[0].max(initial=0) * size[1].max(initial=0)) * op.dims.k
+    return total, max(getattr(op.dims, "length", 0), getattr(op.dims, "k", 0), size[-1].size)
