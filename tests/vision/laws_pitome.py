@@ -508,3 +508,59 @@ def law_pitome_every_method_leaves_the_tokens_it_promises():
     assert vit_forward_merged(images, params, cfg, ratio=0.8).shape == (2, 4)
     got = vit_forward_merged(images, params, cfg, method="random", r=(4, 3), seed_groups=[drawn, one])
     assert np.isfinite(got).all()
+
+
+# The chapter's exercises; the first, the counterexample, stands above.
+
+
+# --8<-- [start:ratio]
+def ratio_that_halves(depth=12, n=197, dim=384):
+    """The largest ratio, in steps of a thousandth, that halves the multiply-accumulates of ViT-S/16."""
+    whole = merge_flops(depth, n, dim, ratio=1.0)
+    return max(k / 1000 for k in range(500, 1001) if merge_flops(depth, n, dim, ratio=k / 1000) <= whole / 2)
+    # --8<-- [end:ratio]
+
+
+def law_pitome_exercise_which_ratio_halves_the_work():
+    ratio = ratio_that_halves()
+    whole = merge_flops(12, 197, 384, ratio=1.0)
+    assert (
+        merge_flops(12, 197, 384, ratio=ratio) <= whole / 2 < merge_flops(12, 197, 384, ratio=ratio + 0.001)
+    )
+    assert 0.8 < ratio < 0.9
+
+
+# --8<-- [start:duplicates]
+def three_copies():
+    """One query, three copies of one key beside another: attention over all, merged, merged without sizes."""
+    q, k, v = np.ones((1, 2)), np.array([[1.0, 0]] * 3 + [[0, 0.5]]), np.array([[1.0]] * 3 + [[0]])
+    group = np.array([0, 0, 0, 1])
+    merged, size = merge_tokens(np.hstack([k, v]), group, 2)
+    k2, v2 = merged[:, :2], merged[:, 2:]
+    every = attention_dense(q, k, v)
+    return [
+        float(o[0, 0]) for o in (every, proportional_attention(q, k2, v2, size), attention_dense(q, k2, v2))
+    ]
+    # --8<-- [end:duplicates]
+
+
+def law_pitome_exercise_sizes_keep_the_softmax():
+    every, merged, unsized = three_copies()
+    assert abs(every - merged) < 1e-15
+    assert every - unsized > 0.1
+
+
+# --8<-- [start:parity]
+def pairs_at_one_parity():
+    """Four equal tokens at even places, strangers between: slots where both kinds meet, (ToMe, PiToMe)."""
+    x = np.zeros((1, 8, 5))
+    x[0, 0::2, 0] = 1
+    x[0, 1::2, 1:] = np.eye(4)
+    across = lambda plan: sum(len(set(np.flatnonzero(plan.group[0] == s) % 2)) > 1 for s in range(plan.n_out))
+    return across(bipartite_soft_matching(x, r=2)), across(pitome_matching(x, ratio=0.75, margin=0.5))
+    # --8<-- [end:parity]
+
+
+def law_pitome_exercise_parity_decides_what_tome_may_merge():
+    """ToMe merges two of the four into a stranger; PiToMe merges them with one another."""
+    assert pairs_at_one_parity() == (1, 0)

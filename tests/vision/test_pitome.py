@@ -9,6 +9,8 @@ from jax import export
 import accel
 import ref
 from ref.blocks.transformer import BlockParams
+from tests.claims import pitome as claims
+from tests.claims.record import is_fresh, load
 from tests.golden_runner import golden, run, run_accel
 from tests.laws import law_tests
 from tests.vision import laws_pitome
@@ -236,3 +238,69 @@ def test_pitome_impl_asked_by_name_runs_or_says_why_not():
             continue
         with pytest.raises(error, match=message):
             accel.pitome.energy_score(METRIC, margin=0.5, impl=impl)
+
+
+# The experiment behind the chapter.
+
+
+def test_pitome_claims_forward_is_that_of_the_library():
+    """The experiment's network, whose methods are plans, equals `vit_forward_merged`."""
+    params, images = laws_pitome.small_vit()
+    params = params._replace(blocks=params.blocks[:1])
+    options = {"num_heads": 3}
+    cfg = ref.pitome.MergeConfig(**options)
+    table = {(name, ratio): plan for name, ratio, plan, _ in claims.methods(16, 1, (0.8,))}
+    removed = claims.counts(16, 1, 0.8)
+    for key, kwargs in ((("pitome", 0.8), {"ratio": 0.8}), (("tome", 0.8), {"method": "tome", "r": removed})):
+        got = claims.forward(images.astype(np.float32), params, table[key], **options)
+        want = ref.pitome.vit_forward_merged(images.astype(np.float32), params, cfg, **kwargs)
+        # one block, sums of at most 48 terms, entries of order 1
+        np.testing.assert_allclose(got, want, rtol=0, atol=512 * EPS32 * max(1, np.abs(want).max()))
+    shuffled = table[("a and b at random", 0.8)](METRIC, 0, np.random.default_rng(0))
+    assert sorted(set(shuffled.group[0].tolist())) == list(range(shuffled.n_out))
+    assert shuffled.n_out == 17 - removed[0]
+
+
+def test_pitome_claims_probe_and_counts():
+    """A probe finds what is linear; the published counts are met to the last digit; text merges to size."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((90, 8)), rng.integers(0, 3, 90)
+    x[np.arange(90), labels] += 4
+    assert claims.judged(x, x, labels, labels)["refitted"] > 0.9
+    for r in claims.flops():
+        digits = len(r["published"].split(".")[1])
+        assert f"{r['macs'] / 1e9:.{digits}f}" == r["published"]
+    from ref.models.bert import init_bert
+
+    params = init_bert(rng, vocab=20, context=16, dim=12, depth=2)
+    for method in ("pitome", "tome", "random"):
+        v, left = claims.merged_bert(
+            np.arange(11), params, num_heads=3, method=method, ratio=0.8, eps=1e-12, rng=rng
+        )
+        assert (v.shape, left) == ((12,), 8)
+    rows = claims.planted(trials=3)
+    assert all(r["pitome"] < r["random"] for r in rows)
+
+
+def test_pitome_stored_results_are_fresh_and_ordered():
+    """What the chapter quotes was measured with this code, and says what the chapter says."""
+    assert is_fresh("pitome")
+    results = load("pitome")["results"]
+    assert results["flops"] == claims.flops()
+    rows = {(r["method"], r["ratio"]): r for r in results["vision"]["rows"]}
+    for ratio in {r for m, r in rows if m == "tome"}:
+        three = [rows[m, ratio] for m in ("random", "pitome", "tome")]
+        assert len({r["macs"] for r in three}) == 1
+        assert three[0]["cosine"] < min(three[1]["cosine"], three[2]["cosine"])
+    assert rows["none", 1.0]["cosine"] == pytest.approx(1)
+    text = {(r["method"], r["ratio"]): r["pearson"] for r in results["text"]}
+    assert abs(text["none", 1.0] - 0.656) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["xla", "triton"], ids=lambda i: f"pitome_gpu_{i}")
+def test_pitome_energy_runs_on_the_gpu(impl):
+    metric = np.random.default_rng(0).standard_normal((3, 257, 64)).astype(np.float32)
+    got = accel.pitome.energy_score(metric, margin=0.3, impl=impl)
+    want = ref.pitome.energy_score(metric, margin=0.3)
+    np.testing.assert_allclose(got, want, rtol=0, atol=(64 + 4 + 257) * EPS32)
