@@ -23,6 +23,7 @@ from ref.compression.llm_int8 import (
     check_layer,
     check_rows,
     check_scales,
+    check_terms,
     convert_linear,
     example,
     int8_linear_bytes,
@@ -90,7 +91,7 @@ def llm_int8_linear(
     Gradients: as `llm_int8_linear_vjp`; with float_weight its gradient is grad_y^T x, and what is quantised
       is not updated by it.
     """
-    check_layer(x, layer, max_outliers)
+    check_terms(check_layer(x, layer, max_outliers)["K"])
     check_rows(x, threshold)
     impl = _choose(impl, interpret)
     tiles = (block_t, block_n, block_k)

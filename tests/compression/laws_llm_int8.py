@@ -278,3 +278,78 @@ def law_llm_int8_halves_the_bytes():
     assert int8_share(7, 12288) > 0.999
     # and the converse: small layers pay for their scales
     assert 2 * 64 * 64 / int8_linear_bytes(64, 64) < 1.99
+
+
+# The chapter's exercises.
+
+
+def law_llm_int8_exercise_how_much_is_left_in_float():
+    """At 13 B: 6 outlier features of 5120 reach q, k, v and the first MLP matrix, none the other two."""
+    # --8<-- [start:share]
+    d, outliers = 5120, 6
+    reads_norm = 3 * d * d + 4 * d * d  # q, k, v; the MLP's first matrix
+    reads_else = d * d + 4 * d * d  # the map after attention; the MLP's second
+    share = (reads_norm * int8_share(outliers, d) + reads_else * int8_share(0, d)) / (reads_norm + reads_else)
+    # --8<-- [end:share]
+    assert int8_share(outliers, d) < 0.999 < share < 0.9994
+
+
+# --8<-- [start:whole]
+def whole_columns_apart(x, layer, threshold=6.0):
+    """LLM.int8() with the scales of what is left when outlier columns, not elements, are taken out."""
+    mask = (np.abs(x) >= threshold).any(axis=0)
+    rest, loud = np.where(mask, 0.0, x), np.where(mask, x, 0.0)
+    return llm_int8_linear(rest, layer, threshold=0.0) + loud @ layer.float_weight.T
+
+
+def error_of_both(seed=0):
+    """Root mean square errors (library's scales, whole columns apart): quiet rows with a wide column."""
+    rng = np.random.default_rng(seed)
+    x, w = 0.15 * rng.standard_normal((64, 256)), rng.standard_normal((48, 256)) / 16
+    x[:, 7] = rng.uniform(-12, 12, 64)  # half of it is below the threshold
+    layer, exact = convert_linear(w, keep_float=True), x @ w.T
+    rms = lambda y: np.sqrt(np.mean((y - exact) ** 2))
+    return rms(llm_int8_linear(x, layer)), rms(whole_columns_apart(x, layer))
+    # --8<-- [end:whole]
+
+
+def law_llm_int8_exercise_what_an_outlier_column_hides():
+    """Elements of up to 6 set the scale of rows whose other entries stay below 1: over twice the error."""
+    library, whole = error_of_both()
+    assert library > 2 * whole
+
+
+# --8<-- [start:neighbour]
+def with_and_without_neighbour():
+    """The first token's result alone, and beside a token whose feature 3 is an outlier: not the same."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 32)), rng.standard_normal((4, 32))
+    x[1, 3] = 40.0
+    layer = convert_linear(w)
+    return llm_int8_linear(x[:1], layer)[0], llm_int8_linear(x, layer)[0]
+    # --8<-- [end:neighbour]
+
+
+def law_llm_int8_exercise_a_neighbour_changes_a_token():
+    alone, beside = with_and_without_neighbour()
+    assert (alone != beside).all()
+    assert np.abs(alone - beside).max() < 0.05
+
+
+def law_llm_int8_exercise_planting_is_felt_by_one_scale_only():
+    """Gains times 50 and weights through 50: the same function; one scale for all is ruined."""
+    # --8<-- [start:plant]
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((64, 256)), rng.standard_normal((48, 256)) / 16
+    scale = np.ones(256)
+    scale[[10, 99]] = 50.0
+    planted_x, planted_w = x * scale, w / scale
+    # --8<-- [end:plant]
+    exact = x @ w.T
+    np.testing.assert_allclose(planted_x @ planted_w.T, exact, rtol=0, atol=1e-12)
+    rms = lambda y: np.sqrt(np.mean((y - exact) ** 2))
+    calm = rms(quantization_ladder(x, w, scheme="absmax"))
+    loud = rms(quantization_ladder(planted_x, planted_w, scheme="absmax"))
+    split = rms(quantization_ladder(planted_x, planted_w, scheme="vector", decompose=True))
+    assert loud > 10 * calm
+    assert split < 2 * calm  # elements below 6 of the planted columns still raise some rows' scales

@@ -9,6 +9,8 @@ from jax import export
 import accel
 import ref
 from ref.catalog import technique
+from tests.claims import llm_int8 as claims
+from tests.claims.record import is_fresh, load
 from tests.compression import laws_llm_int8
 from tests.golden_runner import golden, run, run_accel
 from tests.laws import law_tests
@@ -78,10 +80,11 @@ def test_llm_int8_kernel_lowers_for_tpu():
 
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
     i8, f32 = jnp.int8, jnp.float32
-    args = shape(i8, 20, 576), shape(i8, 24, 576), shape(f32, 20), shape(f32, 24), shape(f32, 24)
-    strip = shape(f32, 20, 7), shape(f32, 24, 7)
-    text = export.export(jax.jit(int8_product), platforms=["tpu"])(*args, strip).mlir_module()
-    assert "tpu_custom_call" in text
+    for T, R in ((20, 7), (1, None)):
+        args = shape(i8, T, 576), shape(i8, 24, 576), shape(f32, T), shape(f32, 24), shape(f32, 24)
+        strip = None if R is None else (shape(f32, T, R), shape(f32, 24, R))
+        text = export.export(jax.jit(int8_product), platforms=["tpu"])(*args, strip).mlir_module()
+        assert "tpu_custom_call" in text
 
 
 def test_llm_int8_accel_integers_are_those_of_ref_in_every_dtype():
@@ -156,6 +159,15 @@ BAD = {
     "weight dtype": ("llm_int8_linear", (X, LAYER._replace(w_q=W)), {}, "w_q must be int8"),
     "integer dtype": ("int8_matmul", (X, LAYER.w_q), {}, "x_q must be int8"),
     "long sums": ("int8_matmul", (np.zeros((1, 133145), np.int8),) * 2, {}, "at most 133144 are safe"),
+    "long rows": (
+        "llm_int8_linear",
+        (
+            np.ones((1, 133145), np.float32),
+            ref.llm_int8.Int8Linear(np.zeros((1, 133145), np.int8), np.ones(1)),
+        ),
+        {},
+        "at most 133144 are safe",
+    ),
     "scales": ("dequantize_matmul", (np.zeros((4, 3), np.int32), np.ones(5), np.ones(3)), {}, "x_absmax"),
     "bias": ("llm_int8_linear", (X, LAYER._replace(bias=np.ones(2))), {}, "bias.shape"),
     "most": ("llm_int8_linear", (X, LAYER), {"max_outliers": 0}, "max_outliers must be None or at least 1"),
@@ -191,3 +203,83 @@ def test_llm_int8_impl_asked_by_name_runs_or_says_why_not():
         accel.llm_int8.llm_int8_linear(X, LAYER, block_t=16)
     with pytest.raises(ValueError, match="block_k must be a power of two"):
         accel.llm_int8.llm_int8_linear(X, LAYER, impl="triton", interpret=True, block_k=48)
+
+
+# The experiment behind the chapter.
+
+
+def test_llm_int8_claims_script_on_drawn_layers():
+    """One seed: every one-format product falls at the first outlier, LLM.int8() does not; bytes halve."""
+    calm, loud = claims.drawn(seeds=1, counts=(0, 2), T=32, K=256, N=16)
+    for name in claims.SCHEMES:
+        assert loud[name] > 4 * calm[name], name
+    assert loud[claims.MAIN] < 1.5 * calm[claims.MAIN]
+    assert loud[claims.MAIN] < loud[claims.ONLY] < loud["vector-wise"]
+    small, large = claims.halves()
+    assert small["ratio"] < 1.6
+    assert large["ratio"] > 1.99
+
+
+def test_llm_int8_claims_script_on_a_tiny_network():
+    """A network of ref multiplied by rungs: planting leaves float alone, one scale for all feels it most."""
+    weights, tokenizer = ref.smollm2.tiny_smollm2()
+    louder = {n: 10 * getattr(weights.blocks, n) for n in claims.MATRICES}  # drawn small: logits are flat
+    weights = weights._replace(blocks=weights.blocks._replace(**louder))
+    ids = tokenizer.encode("Little by little the model reads what was written.")[:16]
+    forward = lambda w: ref.smollm2.forward(w, ids)[0]
+    planted = claims.plant_llama(weights, count=2)
+    want = forward(weights)
+    np.testing.assert_allclose(forward(planted), want, rtol=0, atol=1e-10 * np.abs(want).max())
+    kl = {}
+    for name, network in (("calm", weights), ("planted", planted)):
+        runs, shares = claims.llama_runs(network, forward)
+        kl[name] = {row["name"]: row["kl"] for row in claims.ladder(ids, runs)}
+    assert 0 < shares[claims.MAIN].floats < shares[claims.MAIN].all
+    assert kl["planted"]["absmax"] > 4 * kl["calm"]["absmax"]
+    assert kl["planted"][claims.MAIN] < kl["planted"]["vector-wise"] < kl["planted"]["absmax"]
+
+
+def test_llm_int8_claims_script_plants_in_an_encoder():
+    """Scaling values up and the map behind them down changes nothing; blocks of rungs nearly nothing."""
+    from ref.models.bert import bert_encode, init_bert
+
+    params = init_bert(np.random.default_rng(0), vocab=20, context=8, dim=24, depth=1, std=0.3)
+    run = lambda p: bert_encode(np.arange(6), p, num_heads=3)
+    want = run(params)
+    np.testing.assert_allclose(run(claims.plant_bert(params, count=2)), want, rtol=0, atol=1e-10)
+    got = run(claims.bert_rung(params, claims.MAIN, 6.0))
+    assert 0 < np.abs(got - want).max() < 0.1
+
+
+def test_llm_int8_stored_results_are_fresh_and_ordered():
+    """What the chapter quotes was measured with this code, and says what the chapter says."""
+    assert is_fresh("llm_int8")
+    results = load("llm_int8")["results"]
+    calm, planted = ({r["name"]: r for r in results["language"][k]} for k in ("as it is", "planted"))
+    order = ["absmax", "row-wise", "vector-wise", claims.MAIN]
+    for rows in (calm, planted):
+        kl = [rows[n]["kl"] for n in order]
+        assert kl == sorted(kl, reverse=True)
+    assert calm[claims.MAIN]["perplexity"] < 1.03 * calm["float"]["perplexity"]
+    assert planted["absmax"]["perplexity"] > 10 * planted["float"]["perplexity"]
+    np.testing.assert_allclose(planted["float"]["perplexity"], calm["float"]["perplexity"], rtol=1e-6)
+    added = planted[claims.MAIN]["kl"] - calm[claims.MAIN]["kl"]
+    assert planted[claims.MAIN]["kl"] - planted[claims.WHOLE]["kl"] > 0.8 * added  # what the chapter explains
+    kl = [calm[f"{claims.MAIN} at {t:g}"]["kl"] for t in (1, 2, 4, 6, 10)]
+    assert kl == sorted(kl)
+    shares = [calm[f"{claims.MAIN} at {t:g}"]["float_share"] for t in claims.THRESHOLDS]
+    assert shares == sorted(shares, reverse=True)
+    words = {r["name"]: r for r in results["sentences"]["as it is"]}
+    assert abs(words[claims.MAIN]["pearson"] - words["float"]["pearson"]) < 0.005
+    assert words[claims.MAIN]["cosine"] > 0.999 > words["absmax"]["cosine"]
+
+
+@pytest.mark.gpu
+def test_llm_int8_kernel_runs_on_the_gpu():
+    """The Triton kernel compiled, on shapes off its tiles, against ref."""
+    for T, K, N in ((1, 577, 130), (70, 300, 66)):
+        x, w, b, _ = problem(T=T, K=K, N=N)
+        layer = ref.llm_int8.convert_linear(w, b)
+        got = accel.llm_int8.llm_int8_linear(x, layer, max_outliers=8, impl="triton")
+        want = ref.llm_int8.llm_int8_linear(x, layer)
+        np.testing.assert_allclose(got, want, rtol=0, atol=rounding(x, layer))
