@@ -13,11 +13,75 @@ from tests.claims import llm_int8 as claims
 from tests.claims.record import is_fresh, load
 from tests.compression import laws_llm_int8
 from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_llm_int8))
 
 EPS32 = float(np.finfo(np.float32).eps)
+
+
+def products(x, w):
+    """T N K."""
+    return x.size * len(w)
+
+
+def outputs(x, w):
+    """Bytes of [T, N] in 32 bits."""
+    return 4 * x.size // x.shape[-1] * len(w)
+
+
+def linear_in_ref(x, layer, *, threshold, **_):
+    """ref multiplies the columns that hold an outlier, and no others, a second time."""
+    columns = (np.abs(x).reshape(-1, x.shape[-1]) >= threshold).any(axis=0).sum()
+    return products(x, layer.w_q) + x.size // x.shape[-1] * len(layer.w_q) * columns
+
+
+HW = {
+    "quantize_rowwise": Cost(
+        macs=lambda x, **_: 0,
+        bytes=lambda x, **_: size(x) + x.size + 4 * x.size // x.shape[-1] + x.shape[-1],
+    ),
+    "int8_matmul": Cost(
+        macs=products,
+        bytes=lambda x_q, w_q: x_q.size + w_q.size + outputs(x_q, w_q),
+        bound={"t4": "tensor", "raspberry_pi5": "arithmetic"},  # 2048 tokens share every weight
+        large=(("int8", (2048, 4096)), ("int8", (4096, 4096))),
+        ref="the counting array is float64, and these are int8",
+    ),
+    "dequantize_matmul": Cost(
+        macs=lambda acc, x_absmax, w_absmax: 0,
+        bytes=lambda acc, x_absmax, w_absmax: size(acc, x_absmax, w_absmax) + 4 * acc.size,
+    ),
+    "llm_int8_linear": Cost(
+        # the int8 product, and the float one: over all columns, masked, which is also the dearer branch
+        macs=lambda x, layer, **_: 2 * products(x, layer.w_q),
+        bytes=lambda x, layer, **_: size(x, *jax.tree.leaves(layer)) + outputs(x, layer.w_q),
+        bound={
+            "h200": "hbm",
+            "orin": "hbm",
+            "raspberry_pi5": "dram",
+        },  # one token: weights are read for it alone
+        large=(
+            ("float32", (1, 4096)),
+            ref.llm_int8.Int8Linear(("int8", (4096, 4096)), ("float32", (4096,))),
+        ),
+        options={"threshold": 0.0},
+        ref=linear_in_ref,
+    ),
+    "llm_int8_linear_vjp": Cost(
+        macs=lambda layer, grad_y: grad_y.size * layer.w_q.shape[1],
+        bytes=lambda layer, grad_y: (
+            size(*jax.tree.leaves(layer), grad_y)
+            + 4 * grad_y.size // len(layer.w_q) * layer.w_q.shape[1]
+            + 4 * len(layer.w_q)
+        ),
+    ),
+    "quantization_ladder": Cost(
+        macs=lambda x, w, *, scheme, decompose: (1 + decompose) * products(x, w),
+        bytes=lambda x, w, **_: size(x, w) + outputs(x, w),
+    ),
+}
 
 
 @golden("llm_int8")

@@ -12,6 +12,7 @@ from ref.blocks.transformer import BlockParams
 from tests.claims import pitome as claims
 from tests.claims.record import is_fresh, load
 from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.laws import law_tests
 from tests.vision import laws_pitome
 
@@ -20,6 +21,101 @@ globals().update(law_tests(laws_pitome))
 EPS32 = float(np.finfo(np.float32).eps)
 RNG = np.random.default_rng(0)
 METRIC = RNG.standard_normal((2, 17, 12)).astype(np.float32)
+
+
+def plan_bytes(metric, **_):
+    """Keys in; a slot a token and their number out."""
+    return size(metric) + 4 * metric.shape[0] * metric.shape[1] + 4
+
+
+def similarity_macs(tokens, metric):
+    """All pairs of `tokens` tokens, in every image."""
+    return metric.shape[0] * tokens**2 * metric.shape[2]
+
+
+def tome_macs(metric, **_):
+    """Tokens at even places against tokens at odd ones."""
+    B, N, D = metric.shape
+    return B * (N - N // 2) * (N // 2) * D
+
+
+def block_macs(x, p, *, num_heads, ratio, margin):
+    """Four maps and two products on N tokens, the keys' similarities, and the MLP on what is left."""
+    (B, N, C), F = x.shape, p.w_fc1.shape[1]
+    left = N - ref.vision.pitome.removed_tokens(N - 1, ratio)
+    keys = np.empty((B, N, C // num_heads))
+    return B * (4 * N * C * C + 2 * N * N * C + 2 * left * C * F) + similarity_macs(N - 1, keys)
+
+
+def block_bytes(x, p, *, num_heads, ratio, margin):
+    """Tokens and weights in; the tokens left and their sizes out."""
+    B, N, C = x.shape
+    left = N - ref.vision.pitome.removed_tokens(N - 1, ratio)
+    return size(x, *p) + 4 * B * left * (C + 1)
+
+
+def vit_macs(images, params, cfg, *, ratio):
+    """Patches, the blocks one after another, and the head on one token."""
+    n, (_, _, _, C) = len(params.pos_embed), params.w_patch.shape
+    total, x = (
+        len(images) * ((n - 1) * params.w_patch.size + params.w_head.size),
+        np.empty((len(images), n, C)),
+    )
+    for p in params.blocks:
+        total += block_macs(x, p, num_heads=cfg.num_heads, ratio=ratio, margin=0)
+        x = x[:, ref.vision.pitome.removed_tokens(x.shape[1] - 1, ratio) :]
+    return total
+
+
+def specs(B, N, C):
+    """(x, params) of a block of ViT-S as (dtype, shape)."""
+    f = lambda *shape: ("float32", shape)
+    maps = [f(C, C), f(C)] * 4
+    return f(B, N, C), BlockParams(f(C), f(C), *maps, f(C), f(C), f(C, 4 * C), f(4 * C), f(4 * C, C), f(C))
+
+
+patch_pairs = lambda metric, **_: similarity_macs(metric.shape[1] - 1, metric)  # without the class token
+HW = {
+    "bipartite_soft_matching": Cost(macs=tome_macs, bytes=plan_bytes),
+    "energy_score": Cost(
+        macs=lambda metric, **_: similarity_macs(metric.shape[1], metric),
+        bytes=lambda metric, **_: size(metric) + 4 * metric.shape[0] * metric.shape[1],
+    ),
+    "pitome_matching": Cost(macs=patch_pairs, bytes=plan_bytes),
+    "pitome_text_matching": Cost(macs=patch_pairs, bytes=plan_bytes),
+    "merge_tokens": Cost(
+        macs=lambda x, group, *, n_out: 0,
+        bytes=lambda x, group, *, n_out: size(x, group) + 4 * len(x) * n_out * (x.shape[2] + 1),
+        bound={"h200": "hbm", "orin": "hbm", "raspberry_pi5": "dram"},  # nothing is multiplied
+        large=(("float32", (64, 197, 384)), ("int32", (64, 197))),
+        options={"n_out": 177},
+    ),
+    "unmerge_tokens": Cost(
+        macs=lambda y, group: 0,
+        bytes=lambda y, group: size(y, group) + 4 * group.size * y.shape[2],
+    ),
+    "proportional_attention": Cost(
+        macs=lambda q, k, v, sizes: q.size * k.shape[-2] + q.size // q.shape[-1] * v.shape[-2] * v.shape[-1],
+        bytes=lambda q, k, v, sizes: size(q, k, v, sizes) + 4 * q.size // q.shape[-1] * v.shape[-1],
+    ),
+    "merged_block": Cost(
+        macs=block_macs,
+        bytes=block_bytes,
+        bound={
+            "h200": "tensor",
+            "t4": "tensor",
+            "raspberry_pi5": "arithmetic",
+        },  # 64 pictures share the weights
+        large=specs(64, 197, 384),
+        options={"num_heads": 6, "ratio": 0.9, "margin": 0.5},
+    ),
+    "vit_forward_merged": Cost(
+        macs=vit_macs,
+        bytes=lambda images, params, cfg, *, ratio: (
+            size(images, *jax.tree.leaves(params)) + 4 * len(images) * len(params.b_head)
+        ),
+    ),
+}
 
 
 def house_block(tree):
