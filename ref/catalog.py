@@ -40,6 +40,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="lean",
+        part="attention",
+        title="Lean Attention",
+        paper="Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of Transformers",
+        year=2024,
+        arxiv="2405.10480",
+        idea="Decode attention as one line of tiles in equal runs: no worker idles, whatever the lengths.",
+        core=("lean_attention", "flash_decoding_attention", "combine_partials", "merge", "finalize"),
+    ),
+    Technique(
         slug="rum",
         part="memory",
         title="RUM",

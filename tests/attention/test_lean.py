@@ -1,0 +1,212 @@
+"""Lean Attention: laws on ref, golden vectors, bad inputs; accel in every implementation; costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import accel
+import ref
+from accel.kernels import lean_tpu, lean_triton
+from ref.catalog import BY_SLUG
+from tests.attention import laws_lean
+from tests.claims import record
+from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
+from tests.laws import law_tests
+
+globals().update(law_tests(laws_lean))
+BUILD = {"state": lambda tree: ref.lean.SoftmaxState(**tree)}
+
+
+@golden("lean")
+def test_lean_golden_ref(case):
+    run(case, ref.lean, build=BUILD)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@golden("lean", only=set(BY_SLUG["lean"].core))
+def test_lean_golden_accel(case, x64):
+    build = {"state": lambda tree: accel.lean.SoftmaxState(**tree)}
+    run_accel(case, accel.lean, build=build, x64=x64)
+
+
+L = ref.lean
+Q, K = np.ones((2, 4, 8)), np.ones((2, 2, 16, 8))
+PLAN = {"block_n": 4, "num_workers": 3}
+BAD = {
+    "zero": (lambda: L.lean_attention(Q, K, K, lengths=np.array([0, 3])), r"lengths must be in 1\.\.16"),
+    "long": (lambda: L.lean_attention(Q, K, K, lengths=np.array([17, 3])), r"lengths must be in 1\.\.16"),
+    "float": (lambda: L.lean_attention(Q, K, K, lengths=np.array([1.0, 3.0])), "lengths must be integers"),
+    "batch": (lambda: L.lean_attention(Q, K, K, lengths=np.array([1, 2, 3])), "does not broadcast"),
+    "block": (lambda: L.lean_attention(Q, K, K, block_n=0), "block_n must be at least 1"),
+    "workers": (lambda: L.lean_attention(Q, K, K, num_workers=0), "num_workers must be at least 1"),
+    "heads": (lambda: L.lean_attention(Q[:, :3], K, K), "not a multiple of the Hkv=2"),
+    "width": (lambda: L.lean_attention(Q[..., :7], K, K), r"k\.shape\[3\] = 8, but axis D is 7"),
+    "values": (lambda: L.lean_attention(Q, K, K[:, :, :15]), r"v\.shape\[2\] = 15"),
+    "no_key": (lambda: L.lean_attention(Q, K[:, :, :0], K[:, :, :0]), "at least one key"),
+    "grid": (lambda: L.stream_k_schedule(np.array([3]), 1, grid="some", **PLAN), "grid must be"),
+    "plan_heads": (lambda: L.stream_k_schedule(np.array([3]), 0, **PLAN), "num_heads must be at least 1"),
+    "plan_lengths": (lambda: L.stream_k_schedule(np.array([3, 0]), 1, **PLAN), "each at least 1"),
+    "splits": (lambda: L.flash_decoding_attention(Q, K, K, num_splits=0), "num_splits must be at least 1"),
+    "method": (lambda: L.decode_makespan([3], 1, method="split", **PLAN), "method must be one of"),
+    "makespan_splits": (
+        lambda: L.decode_makespan([3], 1, method="flash_decoding", num_splits=0, **PLAN),
+        "num_splits must be at least 1",
+    ),
+    "heuristic": (lambda: L.num_splits_heuristic(1, 1, 0), "num_tiles must be at least 1"),
+    "axis": (lambda: L.combine_partials(np.ones((2, 3)), np.ones(2), axis=1), r"axis must be in -1\.\.0"),
+    "partials": (lambda: L.combine_partials(np.ones((2, 3)), np.ones(3)), "lse"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_lean_rejects_bad_input(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+SIZE = (2, 4, 2, 50, 8, 4, 2)  # B, H, Hkv, S, D, Dv, L
+IMPLS = {"xla": {}, "triton": {"interpret": True}, "tpu": {"interpret": True}}
+
+
+def inputs(dtype=np.float32):
+    """q, k, v, lengths, with NaN and infinity where no key may be seen."""
+    B, H, Hkv, S, D, Dv, rows = SIZE
+    q, k, v = laws_lean.qkv(0, B, H, Hkv, S, D, Dv, L=rows)
+    lengths = np.array([S, 13], np.int32)
+    k[1, :, 13:], v[1, :, 13:] = np.nan, np.inf
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), lengths
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lean_accel_matches_ref(impl):
+    """Fewer workers than tiles and more, lengths known and traced; padding of NaN never counts."""
+    q, k, v, lengths = inputs()
+    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
+    want = ref.lean.lean_attention(*exact, lengths=lengths, return_lse=True)
+    options = {"block_n": 16, "return_lse": True, "impl": impl, **IMPLS[impl]}
+    f = lambda q, k, v, n, w: accel.lean.lean_attention(q, k, v, lengths=n, num_workers=w, **options)
+    # scores of up to about 10 in float32 carry eps * D * 10, which exp passes on to weights of |v| <= 4
+    atol = 64 * 2.0**-23 * 10
+    for got in (f(q, k, v, lengths, 3), jax.jit(f, static_argnums=4)(q, k, v, lengths, 40)):
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=0, atol=atol)
+
+
+def test_lean_kernel_in_bfloat16_and_its_derivative():
+    q, k, v, lengths = inputs(jnp.bfloat16)
+    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
+    want = ref.lean.lean_attention(*exact, lengths=lengths)
+    options = {"lengths": lengths, "block_n": 16, "num_workers": 3}
+    call = lambda q, **o: accel.lean.lean_attention(q, k, v, **options, **o)
+    got, pull = jax.vjp(lambda q: call(q, impl="triton", interpret=True), q)
+    assert got.dtype == jnp.bfloat16
+    # probabilities and the result are rounded to 8 bits: two halves of 2^-8 of values up to 4
+    np.testing.assert_allclose(got.astype(np.float32), want, rtol=0, atol=4 * 2.0**-8 * 2)
+    one = jnp.ones_like(got)
+    np.testing.assert_array_equal(pull(one)[0], jax.vjp(lambda q: call(q, impl="xla"), q)[1](one)[0])
+
+
+def test_lean_kernels_lower_for_their_devices():
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    n, run = [shape(jnp.int32, 140)] * 4, shape(jnp.int32, 133)
+    qkv = [shape(jnp.bfloat16, 8, r, 64) for r in (4, 4000, 4000)]
+    options = {"scale": 0.1, "block_n": 256}
+    tpu = lambda *a: lean_tpu.partial_states(*a, most=2, **options)
+    triton = lambda *a: lean_triton.partial_states(*a, **options)
+    fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    for fn, args, platform, call in (
+        (tpu, (*n, *qkv), "tpu", "tpu_custom_call"),
+        (triton, (run, *n, *qkv), "cuda", "triton"),
+    ):
+        exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
+        assert call in exported.mlir_module()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(8192, 1000), (777, 65536)], ids=["short", "long"])
+def test_lean_triton_on_a_gpu(lengths):
+    """The compiled kernel against the float32 form, bfloat16, grouped heads."""
+    rng = np.random.default_rng(0)
+    S = max(lengths)
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in
+               ((2, 32, 128), (2, 8, S, 128), (2, 8, S, 128)))  # fmt: skip
+    options = {"lengths": np.array(lengths), "return_lse": True, "num_workers": 132}
+    got = accel.lean.lean_attention(q, k, v, impl="triton", block_n=128, **options)
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in (q, k, v)]
+        want = accel.lean.lean_attention(*wide, impl="xla", **options)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g.astype(np.float32), w, rtol=0, atol=2 * 2.0**-8 * max(1, abs(w).max()))
+
+
+def test_lean_impl_asked_for_by_name_says_why_not():
+    q, k, v, _ = inputs()
+    for options, message in (
+        ({"impl": "hopper"}, "is not there yet"),
+        ({"impl": "triton"}, "needs a GPU"),
+        ({"impl": "triton", "interpret": True, "block_n": 24}, "a power of two, at least 16"),
+        ({"impl": "tpu", "interpret": True, "block_n": 12}, "a multiple of 8"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            accel.lean.lean_attention(q, k, v, **options)
+    with pytest.raises(ValueError, match="impl must be"):
+        accel.lean.lean_attention(q, k, v, impl="cuda")
+    with pytest.raises(ValueError, match="lengths must be in"):
+        accel.lean.lean_attention(q, k, v, lengths=np.array([0, 3]))
+    with pytest.raises(ValueError, match="num_splits must be at least 1"):
+        accel.lean.flash_decoding_attention(q, k, v, num_splits=0)
+
+
+def test_lean_stored_results_are_fresh():
+    """`python -m tests.claims.lean` again if not (--gpu on a GPU)."""
+    for name in ("lean", "lean_gpu"):
+        if (record.DATA / f"{name}.json").exists():
+            assert record.is_fresh(name), name
+            assert record.load(name)["results"]["rows"]
+    assert record.is_fresh("lean")
+
+
+def per_key(q, k, v):
+    return q.shape[1] * (k.shape[-1] + v.shape[-1])
+
+
+def whole_cache(q, k, v, **options):
+    """MACs of accel on a CPU, which masks what ref does not visit."""
+    return per_key(q, k, v) * q.shape[0] * k.shape[2]
+
+
+def padded_cache(q, k, v, **options):
+    """The same in equal parts of whole tiles."""
+    tiles = -(-k.shape[2] // options["block_n"])
+    parts = ref.lean.num_splits_heuristic(q.shape[0] * k.shape[1], options["num_workers"], tiles)
+    return per_key(q, k, v) * q.shape[0] * -(-tiles // parts) * parts * options["block_n"]
+
+
+def seen_keys(q, k, v, **options):
+    """MACs of ref: the tail of a cache is not read."""
+    return per_key(q, k, v) * int(np.sum(options["lengths"]))
+
+
+def once(q, k, v, **options):
+    return size(q, k, v) + 4 * q.size // q.shape[-1] * v.shape[-1]
+
+
+HW = {
+    "lean_attention": Cost(
+        macs=whole_cache,
+        bytes=once,
+        ref=seen_keys,
+        bound={"h200": "hbm", "xeon_6154": "dram"},  # decoding reads the cache once, whatever the schedule
+        large=(("bfloat16", (1, 32, 128)), *((("bfloat16", (1, 8, 65536, 128)),) * 2)),
+    ),
+    "flash_decoding_attention": Cost(macs=padded_cache, bytes=once, ref=seen_keys),
+    "combine_partials": Cost(
+        macs=lambda o, lse: 0, bytes=lambda o, lse: size(o, lse) + 4 * (o[0].size + lse[0].size)
+    ),
+    "merge": Cost(macs=lambda a, b: 0, bytes=lambda a, b: size(*a, *b, *a)),
+    "finalize": Cost(macs=lambda s: 0, bytes=lambda s: size(*s) + 4 * (s.acc.size + s.l.size)),
+}
