@@ -122,19 +122,25 @@ def run_accel(case, module, *, build=None, outs=None, x64=False, options=None, s
         fn = resolve(module, case.meta["fn"])
         args = call_args(case, fn, build, convert)
         given = {**args, **(options or {})}
-        result = fn(**given)
         tol = None if x64 else 512 * EPS32 * slack
-        compare(case, outs(case, result) if outs else result, least=tol)
-        if case.meta.get("grads"):
+        shown = lambda result: outs(case, result) if outs else result
+        if not case.meta.get("grads"):
+            compare(case, shown(fn(**given)), least=tol)
+        else:
             # A number or a flag is an option, not something to differentiate; everything else with floats is.
             leaves = {n: a for n, a in args.items() if n in case.meta["args"] and _has_floats(a)}
             rest = {n: a for n, a in given.items() if n not in leaves}
 
-            def scalar(leaves):
-                out = fn(**leaves, **rest)
-                return _weighted(case, outs(case, out) if outs else out, floats)
+            @jax.jit  # one program for the values and the gradients
+            def both(leaves):
+                def scalar(leaves):
+                    result = shown(fn(**leaves, **rest))
+                    return _weighted(case, result, floats), result
 
-            grads = jax.grad(scalar, allow_int=True)(leaves)
+                return jax.value_and_grad(scalar, has_aux=True, allow_int=True)(leaves)
+
+            (_, result), grads = both(leaves)
+            compare(case, result, least=tol)
             for path, key in case.meta["grads"].items():
                 _check(case, key, _at(grads, path.split(".")), least=tol)
 

@@ -1,0 +1,144 @@
+"""Generated tasks for recurrent networks: copying after a delay, recall by key, and stories with questions.
+
+Source: copying as in Arjovsky, Shah and Bengio 2016 (section 4.1), recall as in Ba et al. 2016 with the
+sizes of Dangovski et al. 2019 (section 4); the stories are a re-creation in the manner of Weston et al. 2015
+(bAbI).
+Every generator takes a NumPy Generator or a seed.
+"""
+
+import numpy as np
+
+PEOPLE = ("mary", "john", "sandra", "daniel")
+PLACES = ("kitchen", "garden", "office", "hallway", "bathroom", "bedroom")
+THINGS = ("ball", "milk", "apple", "book")
+VERBS = ("went", "took", "dropped")
+ASKED = ("where", "is", "was", "before", "in", "how", "many", "has", "?")
+ANSWERS = ("yes", "no", "0", "1", "2", "3", "4")
+STORY_WORDS = (*PEOPLE, *PLACES, *THINGS, *VERBS, *ASKED, *ANSWERS)  # a token is a place in this tuple
+# kind -> the fewest facts that can hold an answer
+STORY_KINDS = {"one_fact": 1, "two_facts": 2, "three_facts": 3, "yes_no": 1, "counting": 1}
+
+
+def copying_task(key, batch, delay, *, n_symbols=10):
+    """(tokens, targets, weight), each [batch, delay + 2 n_symbols]: repeat n_symbols symbols after a delay.
+
+    Vocabulary of 10: 0 blank, 1..8 symbols, 9 marker. tokens: the symbols, delay - 1 blanks, the marker,
+    n_symbols blanks. targets: blanks, then the symbols. weight is 1 everywhere: the loss is the mean over all
+    steps, and one without memory reaches n_symbols ln 8 / (delay + 2 n_symbols) at best.
+    """
+    if min(batch, delay, n_symbols) < 1:
+        raise ValueError(f"batch, delay and n_symbols must be at least 1, got {batch}, {delay}, {n_symbols}")
+    rng = np.random.default_rng(key)
+    symbols = rng.integers(1, 9, (batch, n_symbols), dtype=np.int32)
+    tokens = np.zeros((batch, delay + 2 * n_symbols), np.int32)
+    tokens[:, :n_symbols] = symbols
+    tokens[:, n_symbols + delay - 1] = 9
+    targets = np.zeros_like(tokens)
+    targets[:, n_symbols + delay :] = symbols
+    return tokens, targets, np.ones(tokens.shape)
+
+
+def copying_baseline(delay, *, n_symbols=10):
+    """n_symbols ln 8 / (delay + 2 n_symbols): mean cross-entropy, in nats, of one who remembers nothing."""
+    return n_symbols * np.log(8) / (delay + 2 * n_symbols)
+
+
+def recall_task(key, batch, length):
+    """(tokens, targets, weight), each [batch, length + 3]: which digit followed this key?
+
+    length / 2 distinct keys 1..length / 2 in random order, each followed by a digit length / 2 + 1 + (0..9);
+    then 0, 0 and one of the keys. targets holds the digit 0..9 at the last step, the only one with weight 1.
+    Vocabulary: length / 2 + 11.
+    """
+    if length < 2 or length % 2 or batch < 1:
+        raise ValueError(f"length must be even and at least 2, batch at least 1, got {length=}, {batch=}")
+    rng, n = np.random.default_rng(key), length // 2
+    keys = rng.permuted(np.tile(np.arange(1, n + 1), (batch, 1)), axis=1)
+    digits = rng.integers(0, 10, (batch, n))
+    asked = rng.integers(0, n, batch)[:, None]
+    tokens = np.zeros((batch, length + 3), np.int32)
+    tokens[:, 0:length:2], tokens[:, 1:length:2] = keys, n + 1 + digits
+    tokens[:, -1:] = np.take_along_axis(keys, asked, axis=1)
+    targets, weight = np.zeros_like(tokens), np.zeros(tokens.shape)
+    targets[:, -1:], weight[:, -1] = np.take_along_axis(digits, asked, axis=1), 1.0
+    return tokens, targets, weight
+
+
+def story_task(key, batch, *, kind, n_facts):
+    """(tokens [batch, 3 n_facts + Q], answer [batch]): a story of facts of three words, then a question.
+
+    Facts: "mary went kitchen", "mary took ball", "mary dropped ball". Questions and answers by kind:
+      one_fact: where is mary ? (Q = 4; a place.) two_facts: where is ball ? (4; follow who has it.)
+      three_facts: where was ball before kitchen ? (6.) yes_no: is mary in kitchen ? (5; half of them yes.)
+      counting: how many has mary ? (5; a number.)
+    Tokens are places in STORY_WORDS. Stories that hold no answer are drawn again.
+    """
+    if kind not in STORY_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(STORY_KINDS)}, got {kind!r}")
+    if n_facts < STORY_KINDS[kind] or batch < 1:
+        least = STORY_KINDS[kind]
+        raise ValueError(f"{kind} needs n_facts >= {least} and batch >= 1, got {n_facts=}, {batch=}")
+    rng = np.random.default_rng(key)
+    rows = [_story(rng, kind, n_facts) for _ in range(batch)]
+    number = {w: i for i, w in enumerate(STORY_WORDS)}
+    tokens = np.array([[number[w] for w in words] for words, _ in rows], np.int32)
+    return tokens, np.array([number[a] for _, a in rows], np.int32)
+
+
+def _story(rng, kind, n_facts):
+    """(words, answer) of one story, drawn until the question has an answer."""
+    while True:
+        facts, place, holds, path = _facts(rng, n_facts)
+        asked = _question(rng, kind, place, holds, path)
+        if asked:
+            return [w for fact in facts for w in fact] + asked[0], asked[1]
+
+
+def _facts(rng, n_facts):
+    """A walk: (facts, place of each person seen, holder's things, places each thing has been in)."""
+    pick = lambda options: options[rng.integers(len(options))]
+    facts, place, holds, path = [], {}, {p: [] for p in PEOPLE}, {}
+    for _ in range(n_facts):
+        who = pick(PEOPLE)
+        free = [t for t in THINGS if not any(t in h for h in holds.values())]
+        # A thing that lies somewhere can be taken only there; one not yet seen lies where it is found.
+        near = [t for t in free if who in place and (t not in path or path[t][-1] == place[who])]
+        deed = pick([d for d, can in zip(VERBS, (True, near, holds[who]), strict=True) if can])
+        if deed == "went":
+            what = pick([p for p in PLACES if p != place.get(who)])
+            place[who] = what
+            for t in holds[who]:
+                path[t].append(what)
+        elif deed == "took":
+            what = pick(near)
+            holds[who].append(what)
+            path.setdefault(what, [place[who]])
+        else:
+            what = pick(holds[who])
+            holds[who].remove(what)
+        facts.append((who, deed, what))
+    return facts, place, holds, path
+
+
+def _question(rng, kind, place, holds, path):
+    """(words, answer), or None if the story holds no answer."""
+    pick = lambda options: options[rng.integers(len(options))]
+    seen = sorted(place)
+    if kind == "two_facts":
+        return (["where", "is", t, "?"], path[t][-1]) if path and (t := pick(sorted(path))) else None
+    if kind == "three_facts":
+        moved = [t for t in sorted(path) if len(path[t]) > 1]
+        if not moved:
+            return None
+        t = pick(moved)
+        return ["where", "was", t, "before", path[t][-1], "?"], path[t][-2]
+    if not seen:
+        return None
+    who = pick(seen)
+    if kind == "one_fact":
+        return ["where", "is", who, "?"], place[who]
+    if kind == "yes_no":
+        true = rng.random() < 0.5
+        where = place[who] if true else pick([p for p in PLACES if p != place[who]])
+        return ["is", who, "in", where, "?"], "yes" if true else "no"
+    return ["how", "many", "has", who, "?"], str(len(holds[who]))
