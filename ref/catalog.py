@@ -40,6 +40,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="block_sparse_flash",
+        part="attention",
+        title="Block-sparse FlashAttention",
+        paper="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness (section 3.3)",
+        year=2022,
+        arxiv="2205.14135",
+        idea="The tiled loop with a mask over tiles: time and traffic fall with the share that is visited.",
+        core=("block_sparse_attention", "block_sparse_attention_bwd"),
+    ),
+    Technique(
         slug="lean",
         part="attention",
         title="Lean Attention",
