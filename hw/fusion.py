@@ -246,23 +246,21 @@ class _View:
     def __init__(self, made, users, program):
         self.made, self.users, self.program = made, users, program
 
-    def up(self, i, prims, through=PASS):
+    def up(self, i, prims, through=PASS, depth=12):
         """The nearest op above tensor i whose primitive is in prims, passing `through`, with the path."""
-        path, at = [], i
-        for _ in range(12):
-            op = self.made.get(at)
-            if op is None:
-                return None, path
-            path.append(op)
-            if op.prim in prims:
-                return op, path
-            if op.prim not in through:
-                return None, path
-            data = [j for j in op.inputs if self.program.tensors[j].dtype != "bool" and j in self.made]
-            if not data:
-                return None, path
-            at = max(data, key=lambda j: self.program.tensors[j].size)
-        return None, path
+        op = self.made.get(i)
+        if op is None or not depth:
+            return None, []
+        if op.prim in prims:
+            return op, [op]
+        if op.prim not in through:
+            return None, [op]
+        data = [j for j in op.inputs if self.program.tensors[j].dtype != "bool" and j in self.made]
+        for j in sorted(data, key=lambda j: -self.program.tensors[j].size):
+            found, path = self.up(j, prims, through, depth - 1)
+            if found is not None:
+                return found, [op, *path]
+        return None, [op]
 
     def down(self, i, prims, through=PASS):
         """All ops below tensor i with a primitive in prims, passing `through`, each with the path to it."""

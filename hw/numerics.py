@@ -232,7 +232,9 @@ def _round(args, attrs, outs):
     if attrs.get("rounding_method", 0) == 1:
         out = np.rint(x)
     else:
-        out = np.trunc(x) + np.where(np.abs(x - np.trunc(x)) >= 0.5, np.sign(x), 0).astype(x.dtype)
+        with np.errstate(invalid="ignore"):
+            half = np.abs(x - np.trunc(x)) >= 0.5
+            out = np.trunc(x) + np.where(half, np.sign(x), 0).astype(x.dtype)
     return cast(out, outs[0].dtype)
 
 

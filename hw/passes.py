@@ -15,6 +15,7 @@ from hw.primitives import DMA, REFERENCE
 from hw.program import Block, Branch, Loop
 
 SMALL = 64  # elements of a value that is worth knowing
+LARGEST = 1 << 24  # grid steps over which a scalar of a kernel body is worked out
 SIMULATED = 100_000  # trips of a loop of scalars that may be run to count them
 
 _EFFECTS = REFERENCE | DMA
@@ -119,8 +120,8 @@ def _prune_loop(op, live):
 def resolve(tensors, block: Block, known, weight, *, grid=None, trip_counts=None, scalars=None) -> Block:
     """The block with `trips` on every op and trip counts of while loops, as far as they are known.
 
-    Args: known: {tensor id: value}, extended on the way. weight: executions of the block, a number, a vector
-      over the steps of `grid` in a kernel, or None if not known. trip_counts: {loop name: trips}, given.
+    Args: known: {tensor id: value}, extended on the way. weight: executions of the block: a number, in a
+      kernel an array that broadcasts to `grid`, or None if not known. trip_counts: {loop name: trips}, given.
       scalars: {id of a kernel's reference: the prefetched array it holds}.
     """
     known = dict(known)
@@ -134,7 +135,6 @@ class _Resolver:
     def __init__(self, tensors, grid, trip_counts, scalars):
         self.tensors, self.grid, self.given = tensors, grid, trip_counts
         self.scalars = dict(scalars)
-        self.steps = np.indices(grid).reshape(len(grid), -1).astype(np.int32) if grid is not None else None
 
     def total(self, weight):
         """Executions over all grid steps."""
@@ -142,7 +142,8 @@ class _Resolver:
             return None
         if self.grid is None:
             return weight
-        return int(np.broadcast_to(weight, (prod(self.grid),)).sum())
+        weight = np.asarray(weight)
+        return int(weight.sum()) * (prod(self.grid) // max(weight.size, 1))
 
     def block(self, block, known, weight):
         ops = tuple(self.op(op, known, weight) for op in block.ops)
@@ -164,7 +165,9 @@ class _Resolver:
     def learn(self, op, known):
         """Compute an op whose operands are all known, if it is small (in a kernel: scalar)."""
         if op.prim == "program_id" and self.grid is not None:
-            known[op.outputs[0]] = self.steps[op.attrs["axis"]]
+            axis, n = op.attrs["axis"], len(self.grid)
+            line = np.arange(self.grid[axis], dtype=np.int32)
+            known[op.outputs[0]] = line.reshape([-1 if d == axis else 1 for d in range(n)])
         elif op.prim == "num_programs" and self.grid is not None:
             known[op.outputs[0]] = np.int32(self.grid[op.attrs["axis"]])
         elif op.prim == "get" and op.inputs[0] in self.scalars and all(i in known for i in op.inputs[1:]):
@@ -176,6 +179,9 @@ class _Resolver:
             if self.grid is not None and (op.kind != "elementwise" or any(shapes)):
                 return
             if op.kind in ("random", "collective", "gather", "scatter") or op.prim in REFERENCE | DMA:
+                return
+            sizes = np.broadcast_shapes(*(np.shape(known[i]) for i in op.inputs)) if self.grid else ()
+            if prod(sizes) > LARGEST:
                 return
             with np.errstate(all="ignore"):
                 values = evaluate(op, [known[i] for i in op.inputs], self.tensors)

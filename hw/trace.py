@@ -113,7 +113,7 @@ def _make_jaxpr(call, args):
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as e:
-        if "shape" in str(e).lower() and "abstract value" not in str(e).split("\n")[0].lower():
+        if any(words in str(e) for words in ("size argument", "hapes must be", "total_repeat_length")):
             raise DynamicShape(f"the shape of a value depends on data: {_first_line(e)}") from e
         raise NotTraceable(
             f"the function needs the value of an array, so it is not a JAX function of it: {_first_line(e)}; "
@@ -417,7 +417,7 @@ class _Tracer:
             self.tensors,
             body,
             {},
-            np.ones(prod(grid), np.int64),
+            np.ones((1,) * len(grid), np.int64),
             grid=grid,
             trip_counts=self.trip_counts,
             scalars=given,
@@ -523,6 +523,10 @@ class _Tracer:
             proj = projection(grid, one, len(block))
             if proj is not None:
                 return closed_form(grid, proj, block, array, output and not aliased)
+        if prod(grid) > 64 * WALK_LIMIT:
+            raise UnsupportedPrimitive(
+                "pallas_call", grid, why="a huge grid whose index map is no projection"
+            )
         steps = np.indices(grid).reshape(len(grid), -1)
         where = at(*steps) if len(grid) else at()
         if not len(block):

@@ -18,8 +18,8 @@ class Cost:
 
     macs: multiply-accumulates of accel's function, its padding and tiles included. bytes: what must move in
     float32 whatever the machine: every argument once and every result once. bound: {target: what limits it
-    there} of `estimate`, at the size of the example or of `large`, (dtype, shape) specs or arrays, called with
-    `options`. ref: None if ref multiplies as often; its own closed form; or the reason why it cannot be
+    there} of `estimate`, at the size of the example or of `large`, (dtype, shape) specs or arrays, called
+    with `options`. ref: None if ref multiplies as often; its own closed form; or the reason why it cannot be
     counted, as text.
     """
 
