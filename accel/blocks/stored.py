@@ -25,6 +25,8 @@ from ref.dims import dims
 __all__ = [
     "Saved",
     "dequantize_groups",
+    "inverse_step",
+    "moving_range",
     "overflow_fraction",
     "pack_groups",
     "quantize_groups",
@@ -85,6 +87,12 @@ def store(x, state, groups, group_axis=-1, levels=256, momentum=0.9, update="bef
     update: "before" moves the range first, a pass over x before the one that rounds; "after" rounds with the
     range that the earlier batches left, so that one pass does both.
     """
+    alpha, beta, moved = moving_range(x, state, groups, group_axis, momentum, update)
+    return Saved(_quantize(x, alpha, beta, uniform, group_axis=group_axis, levels=levels), alpha, beta), moved
+
+
+def moving_range(x, state, groups, group_axis=-1, momentum=0.9, update="before"):
+    """(alpha, beta, state): the range to store x with, and the running one a batch later."""
     check_update_time(update)
     check_finite("x", x)
     packed = pack_groups(x, groups=groups, group_axis=group_axis)
@@ -95,8 +103,7 @@ def store(x, state, groups, group_axis=-1, levels=256, momentum=0.9, update="bef
         lo, hi = (
             jnp.where(first, new, old.astype(new.dtype)) for new, old in ((lo, state.lo), (hi, state.hi))
         )
-    alpha, beta = hi - lo, lo
-    return Saved(_quantize(x, alpha, beta, uniform, group_axis=group_axis, levels=levels), alpha, beta), moved
+    return hi - lo, lo, moved
 
 
 def restore(saved, dtype, *, group_axis=-1, levels=256):
@@ -107,12 +114,17 @@ def restore(saved, dtype, *, group_axis=-1, levels=256):
     return dequantize_groups(q, alpha, beta, group_axis=group_axis, levels=levels).astype(dtype)
 
 
+def inverse_step(alpha, levels):
+    """(levels - 1) / alpha, 0 where alpha is 0."""
+    flat = alpha == 0
+    return jnp.where(flat, 0, (levels - 1) / jnp.where(flat, 1, jnp.abs(alpha)))
+
+
 @partial(jax.jit, static_argnames=("group_axis", "levels"))
 def _quantize(x, alpha, beta, uniform, group_axis, levels):
     x, alpha, beta = (jnp.asarray(a).astype(jnp.float32) for a in (x, alpha, beta))
     u = 0.5 if uniform is None else jnp.asarray(uniform).astype(jnp.float32)
-    flat = alpha == 0
-    scale = jnp.where(flat, 0, (levels - 1) / jnp.where(flat, 1, jnp.abs(alpha)))
+    flat, scale = alpha == 0, inverse_step(alpha, levels)
     v = (x - _spread(beta, x, group_axis)) * _spread(scale, x, group_axis) + u - 0.5
     q = jnp.minimum(jnp.rint(jnp.maximum(v, 0)), levels - 1)
     return jnp.where(_spread(flat, x, group_axis), 0, q).astype(stored_dtype(levels))

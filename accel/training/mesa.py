@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from accel.blocks.attention import join_heads, split_heads
+from accel.blocks.backend import choose_impl
 from accel.blocks.mlp import gelu, linear
 from accel.blocks.norms import layer_norm
 from accel.blocks.quantize import init_range, update_range
 from accel.blocks.softmax import softmax, wide
 from accel.blocks.stored import (
     dequantize_groups,
+    inverse_step,
+    moving_range,
     overflow_fraction,
     pack_groups,
     quantize_groups,
@@ -26,7 +29,7 @@ from accel.blocks.stored import (
     unpack_groups,
 )
 from ref.blocks.quantize import check_finite
-from ref.blocks.stored import check_groups, check_levels, check_quantize, check_update_time
+from ref.blocks.stored import check_groups, check_levels, check_quantize, check_update_time, stored_dtype
 from ref.dims import dims
 from ref.training.mesa import (
     BlockParams,
@@ -178,11 +181,25 @@ def mesa_softmax_backward(grad_y, saved: Saved, *, group_axis=-1, levels=256):
 
 
 def mesa_gelu(
-    x, state: RangeState, *, groups, group_axis=-1, levels=256, momentum=0.9, update="before", uniform=None
+    x,
+    state: RangeState,
+    *,
+    groups,
+    group_axis=-1,
+    levels=256,
+    momentum=0.9,
+    update="before",
+    uniform=None,
+    impl="auto",
+    interpret=False,
 ):
-    """(x Phi(x), Saved of x, state)."""
+    """(x Phi(x), Saved of x, state).
+
+    impl: "triton" (whose erf is within 1.5e-7) and "tpu" write output and integers in one pass over x;
+      "auto" is "xla", which is bit for bit the plain layer and whose compiler fuses the two as well.
+    """
     opt = _options(x, groups, group_axis, levels, momentum, update, uniform)
-    return _gelu(*_arrays(x, state, uniform), opt)
+    return _gelu(*_arrays(x, state, uniform), opt, _kernel_or_xla(impl, interpret, opt), interpret)
 
 
 @_compiled
@@ -213,13 +230,22 @@ def mesa_layer_norm(
     return _norm(*_arrays(x, weight, bias, state, uniform), opt, eps)
 
 
-@_compiled
-def mesa_layer_norm_backward(grad_y, saved: SavedNorm, *, group_axis=-1, levels=256):
-    """(grad_x, grad_weight, grad_bias) at x^ = (restored x - mean) rstd."""
+@partial(jax.jit, static_argnames=("group_axis", "levels", "impl", "interpret"))
+def mesa_layer_norm_backward(
+    grad_y, saved: SavedNorm, *, group_axis=-1, levels=256, impl="auto", interpret=False
+):
+    """(grad_x, grad_weight, grad_bias) at x^ = (restored x - mean) rstd.
+
+    impl: "triton" and "tpu" read the integers and grad_y once; "auto" is "xla".
+    """
     grad_y, weight = jnp.asarray(grad_y), jnp.asarray(saved.weight)
     dtype = wide(grad_y.dtype)
+    opt = _Options(0, group_axis, levels, 0.0, "")
+    if (chosen := _kernel_or_xla(impl, interpret, opt)) != "xla":
+        grad_x, *each = _norm_backward_kernel(grad_y, saved, levels, chosen, interpret)
+        return (grad_x, *(v.astype(weight.dtype) for v in each))
     mean, rstd, g = (jnp.asarray(v).astype(dtype) for v in (saved.mean, saved.rstd, grad_y))
-    xh = (restore(saved.x, group_axis=group_axis, levels=levels, dtype=dtype) - mean) * rstd
+    xh = (restore(saved.x, dtype, group_axis=group_axis, levels=levels) - mean) * rstd
     gw = g * weight.astype(dtype).reshape((1,) * (g.ndim - 1) + (-1,))
     grad_x = rstd * (gw - gw.mean(axis=-1, keepdims=True) - xh * (gw * xh).mean(axis=-1, keepdims=True))
     rows = tuple(range(g.ndim - 1))
@@ -358,19 +384,28 @@ def _softmax_bwd(opt, saved, grads):
 _softmax.__wrapped__.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-@partial(jax.jit, static_argnums=(3,))
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gelu(x, state, uniform, opt):
-    saved, state = store(x, state, *opt, uniform)
-    return gelu(x), saved, state
+@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _gelu(x, state, uniform, opt, impl, interpret):
+    if impl == "xla":
+        saved, state = store(x, state, *opt, uniform)
+        return gelu(x), saved, state
+    alpha, beta, state = moving_range(x, state, opt.groups, opt.group_axis, opt.momentum, opt.update)
+    channels = lambda v: jnp.repeat(v.astype(jnp.float32), x.shape[-1] // opt.groups)
+    rows = lambda v: None if v is None else v.reshape(-1, x.shape[-1])
+    y, q = _kernels(impl).gelu_quantize(
+        rows(x), channels(beta), channels(inverse_step(alpha, opt.levels)), rows(uniform), levels=opt.levels,
+        dtype=stored_dtype(opt.levels), interpret=interpret,
+    )  # fmt: skip
+    return y.reshape(x.shape), Saved(q.reshape(x.shape), alpha, beta), state
 
 
-def _gelu_fwd(x, state, uniform, opt):
-    out = _gelu(x, state, uniform, opt)
+def _gelu_fwd(x, state, uniform, opt, impl, interpret):
+    out = _gelu(x, state, uniform, opt, impl, interpret)
     return out, out[1]
 
 
-def _gelu_bwd(opt, saved, grads):
+def _gelu_bwd(opt, impl, interpret, saved, grads):
     back = mesa_gelu_backward(grads[0], saved, group_axis=opt.group_axis, levels=opt.levels)
     return back, None, None
 
@@ -488,3 +523,36 @@ def _options(x, groups, group_axis, levels, momentum, update, uniform):
 
 def _arrays(*trees):
     return jax.tree.map(jnp.asarray, trees)
+
+
+def _norm_backward_kernel(grad_y, saved, levels, impl, interpret):
+    (q, alpha, beta), C = saved.x, grad_y.shape[-1]
+    channels = lambda v: jnp.repeat(v.astype(jnp.float32), C // len(v))
+    rows = lambda v: v.reshape(-1, v.shape[-1])
+    dx, *each = _kernels(impl).norm_backward(
+        rows(grad_y), rows(q), channels(alpha / (levels - 1)), channels(beta), rows(saved.mean),
+        rows(saved.rstd), saved.weight, interpret=interpret,
+    )  # fmt: skip
+    return dx.reshape(grad_y.shape), *each
+
+
+def _kernel_or_xla(impl, interpret, opt):
+    """The implementation of a fused step. No kernel is the default: none was measured to pay."""
+    narrow = None if opt.levels <= 256 else "stores at most 256 levels"
+    heads = None if opt.group_axis == -1 else "groups channels (group_axis=-1) only"
+    obstacles = {
+        "hopper": "does not exist: nothing here feeds tensor cores",
+        "triton": heads,
+        "tpu": heads or narrow,
+    }
+    return choose_impl(impl, interpret=interpret, obstacles=obstacles)
+
+
+def _kernels(impl):
+    if impl == "triton":
+        from accel.kernels import mesa_triton
+
+        return mesa_triton
+    from accel.kernels import mesa_tpu
+
+    return mesa_tpu

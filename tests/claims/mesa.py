@@ -270,6 +270,33 @@ def race(repeats=20):
     return rows
 
 
+def kernels(repeats=50):
+    """Seconds of the fused steps at DeiT-S's sizes, batch 64: XLA and the Triton kernels, float32."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for step, C in (("gelu and store", 1536), ("layer norm backward", 384)):
+        x, g = (jnp.asarray(rng.standard_normal((64 * 197, C)), jnp.float32) for _ in range(2))
+        one = jnp.ones(C)
+        _, _, state = mesa.mesa_gelu(x, mesa.init_range((6,)), groups=6)
+        _, kept, _ = mesa.mesa_layer_norm(x, one, one, state, groups=6)
+        for impl in ("xla", "triton"):
+            if step == "gelu and store":
+                fn = jax.jit(lambda x, s, i=impl: mesa.mesa_gelu(x, s, groups=6, update="after", impl=i))
+                args = (x, state)
+            else:
+                fn = jax.jit(lambda g, k, i=impl: mesa.mesa_layer_norm_backward(g, k, impl=i))
+                args = (g, kept)
+            jax.block_until_ready(fn(*args))
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                jax.block_until_ready(fn(*args))
+                times.append(time.perf_counter() - start)
+            rows.append({"step": step, "impl": impl, "seconds": float(np.median(times))})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main():
     """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -282,8 +309,8 @@ def main():
     results["accuracy"] = accuracy(seeds, epochs)
     results["reinvest"] = reinvest(seeds, epochs)
     if gpu:
-        results["race"] = race()
-    print(store("mesa_gpu" if gpu else "mesa", results, FILES))
+        results["race"], results["kernels"] = race(), kernels()
+    print(store("mesa_gpu" if gpu else "mesa", results, FILES + ["accel/kernels/mesa_triton.py"] * gpu))
 
 
 if __name__ == "__main__":

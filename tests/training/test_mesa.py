@@ -1,5 +1,7 @@
 """Mesa: laws on ref, golden vectors in ref and accel, residuals and gradients of accel, bad inputs."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,6 +239,78 @@ def test_mesa_layers_hold_for_one_token_and_huge_entries():
             back = m.mesa_linear_backward(np.ones_like(x), saved)
             np.testing.assert_allclose(back[1], np.tile(x.T, 3), rtol=2 * EPS32)
             assert np.isfinite(np.asarray(state.hi)).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"mesa_{i}")
+def test_mesa_kernels_match_xla(impl):
+    """33 rows of 24 channels, odd on every tile: equal integers, floats within sums of 33 terms."""
+    rng = np.random.default_rng(5)
+    x, g, noise = (
+        f((3, 11, 24)).astype(np.float32) for f in (rng.standard_normal, rng.standard_normal, rng.random)
+    )
+    weight, state = rng.standard_normal(24).astype(np.float32), ref.mesa.init_range((3,))
+    kernel = {"impl": impl, "interpret": True}
+    y, saved, moved = accel.mesa.mesa_gelu(x, state, groups=3, uniform=noise, **kernel)
+    want = accel.mesa.mesa_gelu(x, state, groups=3, uniform=noise)
+    np.testing.assert_allclose(y, want[0], rtol=0, atol=4 * EPS32 * np.abs(x).max())
+    for a, b in zip(jax.tree.leaves((saved, moved)), jax.tree.leaves(want[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    _, kept, _ = ref.mesa.mesa_layer_norm(x, weight, weight, state, groups=3)
+    want = ref.mesa.mesa_layer_norm_backward(g, kept)
+    for a, b in zip(accel.mesa.mesa_layer_norm_backward(g, kept, **kernel), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * EPS32 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "call"),
+    [("tpu", "tpu", "tpu_custom_call"), ("triton", "cuda", "triton")],
+    ids=["mesa_tpu", "mesa_triton"],
+)
+def test_mesa_kernels_lower(name, platform, call):
+    """To Mosaic for a TPU, and to Triton for a GPU, without either."""
+    kernels = importlib.import_module(f"accel.kernels.mesa_{name}")
+
+    f = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
+    C = 384
+    for T in (788, 32):
+        gelu = lambda x, a, b, u: kernels.gelu_quantize(x, a, b, u, levels=256, dtype=np.dtype(np.uint8))
+        norm = (f(T, C), jax.ShapeDtypeStruct((T, C), np.uint8), f(C), f(C), f(T, 1), f(T, 1), f(C))
+        for fn, args in ((gelu, (f(T, C), f(C), f(C), f(T, C))), (kernels.norm_backward, norm)):
+            lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,))
+            assert call in lowered.as_text()
+
+
+def test_mesa_kernels_asked_for_in_vain_say_why():
+    x, _, _ = drawn()
+    s = ref.mesa.init_range((1,))
+    for options, message in (
+        ({"impl": "hopper"}, "does not exist"),
+        ({"impl": "triton", "group_axis": -3, "interpret": True}, "groups channels"),
+        ({"impl": "tpu", "levels": 4096, "interpret": True}, "at most 256 levels"),
+        ({"impl": "tpu"}, "needs a TPU"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            accel.mesa.mesa_gelu(x[None] if x.ndim < 3 else x, s, groups=1, **options)
+    with pytest.raises(ValueError, match="impl must be"):
+        accel.mesa.mesa_gelu(x, s, groups=1, impl="cuda")
+
+
+@pytest.mark.gpu
+def test_mesa_gpu_kernels_match_xla():
+    """The Triton kernels as compiled: widths of the DeiTs and one that is no multiple of a chunk."""
+    rng = np.random.default_rng(5)
+    for C in (24, 192, 384):
+        x, g = rng.standard_normal((2, 5, 197, C)).astype(np.float32)
+        weight, state = rng.standard_normal(C).astype(np.float32), ref.mesa.init_range((3,))
+        y, saved, _ = accel.mesa.mesa_gelu(x, state, groups=3, impl="triton")
+        want = accel.mesa.mesa_gelu(x, state, groups=3)
+        np.testing.assert_allclose(y, want[0], rtol=0, atol=4 * EPS32 * np.abs(x).max())
+        # a product and a sum fused into one rounding may turn a tie
+        assert np.abs(np.asarray(saved.q, int) - np.asarray(want[1].q, int)).max() <= 1
+        _, kept, _ = ref.mesa.mesa_layer_norm(x, weight, weight, state, groups=3)
+        want = ref.mesa.mesa_layer_norm_backward(g, kept)
+        for a, b in zip(accel.mesa.mesa_layer_norm_backward(g, kept, impl="triton"), want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=C * EPS32 * np.abs(b).max())
 
 
 X, P3 = np.ones((2, 4, 12)), init_block(np.random.default_rng(0), 12, 24)
