@@ -119,7 +119,7 @@ class _Tiles:
     def __init__(self, q, k, block_q, block_k, causal, mask, scale):
         self.L, self.S = q.shape[-2], k.shape[-2]
         self.rows, self.cols = _slices(self.L, block_q), _slices(self.S, block_k)
-        self.reach = _reach(self.L, self.S, block_q, block_k, causal)
+        self.reach, _ = tiles_in_sight(block_q, block_k, self.L, self.S, causal)
         self.causal, self.mask, self.scale = causal, mask, scale
 
     def heads(self, block_mask):
@@ -141,11 +141,15 @@ def _slices(n, block):
     return [slice(i, min(i + block, n)) for i in range(0, n, block)]
 
 
-def _reach(L, S, block_q, block_k, causal):
-    """bool [Tr, Tc]: the tile holds a key that the last of its queries may see by causal order."""
-    last = np.minimum(np.arange(block_q, L + block_q, block_q), L) - 1
-    first = np.arange(0, S, block_k)
-    return first <= last[:, None] + (S - L) if causal else np.ones((len(last), len(first)), bool)
+def tiles_in_sight(block_q, block_k, num_queries, num_keys, causal):
+    """(reach, whole), bool [Tr, Tc]: tiles of which causal order shows something, and all of a whole tile."""
+    top, left = np.arange(0, num_queries, block_q)[:, None], np.arange(0, num_keys, block_k)
+    whole = (top + block_q <= num_queries) & (left + block_k <= num_keys)
+    if not causal:
+        return np.ones(whole.shape, bool), whole
+    ahead = num_keys - num_queries
+    reach = left <= np.minimum(top + block_q, num_queries) - 1 + ahead
+    return reach, whole & (left + block_k - 1 <= top + ahead)
 
 
 def _empty_state(qi, Dv):
@@ -274,11 +278,8 @@ class BlockLayout(NamedTuple):
 def to_block_layout(block_mask, *, block_q, block_k, num_queries, num_keys, causal=False):
     """The lists of a mask, bool [..., Tr, Tc]; with causal, tiles that no query may see are dropped."""
     check_block_mask(block_mask, block_q=block_q, block_k=block_k, num_queries=num_queries, num_keys=num_keys)
-    visited = np.asarray(block_mask) & _reach(num_queries, num_keys, block_q, block_k, causal)
-    i, j = np.arange(visited.shape[-2])[:, None], np.arange(visited.shape[-1])
-    whole = ((i + 1) * block_q <= num_queries) & ((j + 1) * block_k <= num_keys)
-    if causal:
-        whole &= (j + 1) * block_k - 1 <= i * block_q + (num_keys - num_queries)
+    reach, whole = tiles_in_sight(block_q, block_k, num_queries, num_keys, causal)
+    visited = np.asarray(block_mask) & reach
     return BlockLayout(*_lists(visited), *_lists(np.swapaxes(visited, -1, -2)), visited & whole)
 
 

@@ -1,19 +1,34 @@
 """Block-sparse FlashAttention: laws on ref, golden vectors, bad inputs; accel and its kernels; costs."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
+import accel
 import ref
+from accel.kernels import block_sparse_flash_tpu, block_sparse_flash_triton
+from ref.catalog import technique
 from tests.attention import laws_block_sparse_flash
-from tests.golden_runner import golden, run
+from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_block_sparse_flash))
+
+EPS32 = float(np.finfo(np.float32).eps)
 
 
 @golden("block_sparse_flash")
 def test_block_sparse_flash_golden_ref(case):
     run(case, ref.block_sparse_flash)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@golden("block_sparse_flash", only=technique("block_sparse_flash").core)
+def test_block_sparse_flash_golden_accel(case, x64):
+    run_accel(case, accel.block_sparse_flash, x64=x64)
 
 
 R = ref.block_sparse_flash
@@ -58,12 +73,25 @@ BUILDERS = {
 def test_block_sparse_flash_rejects_bad_calls(name):
     args, options, message = CALLS[name]
     options = {**SIZES, **options}
-    with pytest.raises(ValueError, match=message):
-        R.block_sparse_attention(*args, **options)
     q, k, v, block_mask = args
     do, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.zeros(q.shape[:-1])
-    with pytest.raises(ValueError, match=message):
-        R.block_sparse_attention_bwd(do, q, k, v, do, lse, block_mask, **options)
+    for layer in (R, accel.block_sparse_flash):
+        with pytest.raises(ValueError, match=message):
+            layer.block_sparse_attention(*args, **options)
+        with pytest.raises(ValueError, match=message):
+            layer.block_sparse_attention_bwd(do, q, k, v, do, lse, block_mask, **options)
+
+
+@pytest.mark.parametrize("layer", [R, accel.block_sparse_flash], ids=["ref", "accel"])
+def test_block_sparse_flash_backward_rejects_what_does_not_fit(layer):
+    do, lse = np.zeros((4, 10, 8)), np.zeros((4, 10))
+    for args, message in (
+        ((do[:, :9], Q, K, K, do, lse), "do.shape|axis L is 9 in do"),
+        ((do, Q, K, K, do[..., :7], lse), "o.shape"),
+        ((do, Q, K, K, do, lse[:, :9]), "lse.shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.block_sparse_attention_bwd(*args, ONES, **SIZES)
 
 
 @pytest.mark.parametrize("name", BUILDERS, ids=lambda n: f"block_sparse_flash_{n}")
@@ -71,3 +99,234 @@ def test_block_sparse_flash_rejects_bad_masks(name):
     call, message = BUILDERS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+FORMS = {
+    "xla": {"block_q": 8, "block_k": 24},
+    "triton": {"block_q": 16, "block_k": 32, "interpret": True},
+    "tpu": {"block_q": 16, "block_k": 128, "interpret": True},
+}
+
+
+def problem(block_q, block_k, *, heads, L=37, S=300, poison=False):
+    """q, k, v, do, block mask: grouped heads, an empty row and an empty column of tiles, sizes off the tile.
+
+    poison: what only invisible tiles hold is NaN or infinite.
+    """
+    rng = np.random.default_rng(0)
+    shapes = (2, 2, L, 12), (2, 1, S, 12), (2, 1, S, 6), (2, 2, L, 6)
+    q, k, v, do = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+    tiles = rng.random((*heads, -(-L // block_q), -(-S // block_k))) < 0.6
+    tiles[..., 1, :], tiles[..., 1] = False, False
+    if poison:
+        rows, cols = slice(block_q, 2 * block_q), slice(block_k, 2 * block_k)
+        q[:, :, rows], k[:, :, cols], v[:, :, cols] = np.nan, np.nan, np.inf
+    return q, k, v, do, tiles
+
+
+def values_and_gradients(q, k, v, do, tiles, gradients=True, **options):
+    """(o, lse), (dq, dk, dv) of accel, the loss with a cotangent for lse too."""
+
+    def loss(q, k, v):
+        o, lse = accel.block_sparse_flash.block_sparse_attention(q, k, v, tiles, return_lse=True, **options)
+        return jnp.sum(o * do), (o, lse)
+
+    if not gradients:
+        return loss(q, k, v)[1]
+    (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return *out, *grads
+
+
+@pytest.mark.parametrize(
+    ("impl", "traced"),
+    [("xla", False), ("xla", True), ("triton", True), ("tpu", False), ("tpu", True)],
+    ids=["xla_known_mask", "xla_traced_mask", "triton", "tpu_known_mask", "tpu_traced_mask"],
+)
+def test_block_sparse_flash_accel_matches_ref(impl, traced):
+    """Values, lse and gradients, causal, a known mask for all heads and a traced one a head; what no visible
+    tile holds is NaN here and ordinary for ref. L = 113 takes heads in turn, and whole tiles without a mask.
+    """
+    options = {**FORMS[impl], "causal": True}
+    sizes = {n: options[n] for n in ("block_q", "block_k")}
+    shape = {"heads": (2,) if traced else (), "L": 113 if impl == "xla" and not traced else 37}
+    gradients = (impl, traced) != ("tpu", True)  # the same kernels as with a known mask
+    *bad, do, tiles = problem(**sizes, **shape, poison=True)
+    call = lambda q, k, v, tiles: values_and_gradients(
+        q, k, v, do, tiles, gradients=gradients, impl=impl, **options
+    )
+    got = jax.jit(call)(*bad, tiles) if traced else jax.jit(lambda *x: call(*x, tiles))(*bad)
+    q, k, v, do, tiles = problem(**sizes, **shape)
+    want = R.block_sparse_attention(q, k, v, tiles, causal=True, return_lse=True, **sizes)
+    want = *want, *R.block_sparse_attention_bwd(do, q, k, v, *want, tiles, causal=True, **sizes)
+    # the law's bound in float32; dP has Dv terms, and gradients add up to S of those, times k, q or 1
+    bound = laws_block_sparse_flash.rounding(q, k, v, EPS32)
+    most = 300 * np.abs(do).max() * max(np.abs(k).max(), np.abs(q).max())
+    assert len(got) == (5 if gradients else 2)
+    for g, w, times in zip(got, want, (1, 2, most, most, most), strict=False):
+        g = np.asarray(g)
+        np.testing.assert_array_equal(np.isfinite(g), np.isfinite(w))
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound * times)
+    assert not gradients or not np.asarray(got[3])[:, :, sizes["block_k"] : 2 * sizes["block_k"]].any()
+
+
+def test_block_sparse_flash_accel_takes_an_element_mask_and_second_derivatives():
+    """A mask of elements a head and one of tiles a head; forward over reverse on the XLA path, against the
+    central difference of ref's gradient with h = 1e-4 (its error, h^2, is below float32's).
+    """
+    sizes = FORMS["xla"]
+    q, k, v, do, tiles = problem(**sizes, heads=(2,), L=17, S=50)
+    options = {**sizes, "mask": np.random.default_rng(3).random((2, 17, 50)) < 0.6}
+    f = lambda q: accel.block_sparse_flash.block_sparse_attention(q, k, v, tiles, **options)
+    along = do[..., :1] * q
+    slope = jax.grad(lambda q: jnp.sum(f(q) * do))
+    grad, curvature = jax.jit(lambda q: jax.jvp(slope, (q,), (along,)))(q)
+
+    def exact(q):
+        o, lse = R.block_sparse_attention(q, k, v, tiles, return_lse=True, **options)
+        return R.block_sparse_attention_bwd(do, q, k, v, o, lse, tiles, **options)[0]
+
+    h, wide = 1e-4, q.astype(np.float64)
+    bound = laws_block_sparse_flash.rounding(q, k, v, EPS32)
+    most = 50 * np.abs(do).max() * np.abs(k).max()  # sums of 50 terms |dP| |k|; once more for the curvature
+    np.testing.assert_allclose(grad, exact(wide), rtol=0, atol=bound * most)
+    want = (exact(wide + h * along) - exact(wide - h * along)) / (2 * h)
+    np.testing.assert_allclose(curvature, want, rtol=0, atol=bound * most * np.abs(along).max() * 4)
+
+
+def test_block_sparse_flash_work_follows_the_mask():
+    """Multiply-accumulates of the program: 2 d block_q block_k a visited tile, known mask; all, traced."""
+    import hw
+
+    tiles = ref.block_sparse_flash.butterfly_block_mask(16)
+    x = np.zeros((1, 64, 8), np.float32)
+    call = lambda q, tiles: accel.block_sparse_flash.block_sparse_attention(
+        q, q, q, tiles, block_q=4, block_k=4, causal=True
+    )
+    reached = int((tiles & np.tri(16, dtype=bool)).sum())
+    assert hw.count(hw.trace(lambda q: call(q, tiles), x)).macs == 2 * 8 * 16 * reached
+
+
+def test_block_sparse_flash_kernels_lower_for_their_devices():
+    """Both passes, causal, off the tile, compiled down to the device's own language without the device."""
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    q, k, row = shape(jnp.bfloat16, 2, 2, 300, 64), shape(jnp.bfloat16, 2, 1, 300, 64), None
+    row = shape(jnp.float32, 2, 2, 300)
+    table, tiles = shape(jnp.int32, 12, 4), shape(jnp.bool_, 1, 3, 3)
+    fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    for module, lists, platform, name in (
+        (block_sparse_flash_tpu, (table, table), "tpu", "tpu_custom_call"),
+        (block_sparse_flash_triton, (tiles,), "cuda", "triton"),
+    ):
+        options = {"scale": 0.1, "hi": 0, "block_q": 128, "block_k": 128}
+        forward = lambda *a, m=module, o=options: m.forward(*a, **o)
+        backward = lambda *a, m=module, o=options: m.backward(*a, **o)
+        for fn, args in ((forward, (q, k, k, lists[0])), (backward, (q, q, k, k, row, row, *lists))):
+            exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
+            assert name in exported.mlir_module()
+
+
+def test_block_sparse_flash_impl_asked_for_by_name_says_why_not():
+    q, k = (x.astype(np.float32) for x in (Q, K))
+    call = accel.block_sparse_flash.block_sparse_attention
+    kernel = {"impl": "triton", "interpret": True, "block_q": 16, "block_k": 16}
+    one = np.ones((1, 1), bool)
+    for args, options, message in (
+        ((q, k, k, ONES), {**SIZES, "impl": "hopper"}, "is not there yet"),
+        ((q, k, k, ONES), {**SIZES, "impl": "triton"}, "needs block_q to be a multiple of 16, got 4"),
+        ((q, k, k, one), {**kernel, "impl": "tpu"}, "needs block_k to be a multiple of 128, got 16"),
+        ((q, k, k, one), {**kernel, "mask": np.ones((10, 12), bool)}, "has no element mask"),
+        ((*(x.astype(np.int32) for x in (q, k, k)), one), kernel, "has no int32"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            call(*args, **options)
+    with pytest.raises(ValueError, match="impl must be"):
+        call(q, k, k, ONES, impl="cuda", **SIZES)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        jax.eval_shape(jax.hessian(lambda q: call(q, k, k, one, **kernel).sum()), q)
+
+
+def test_block_sparse_flash_extra_memory_is_no_square():
+    """Forward and backward of 8,192 tokens, butterfly, as compiled: below 1/16 of their score matrix."""
+    N = 8192
+    tiles = ref.block_sparse_flash.butterfly_block_mask(N // 128)
+    x = jax.ShapeDtypeStruct((1, N, 16), jnp.float32)
+    f = lambda *x: accel.block_sparse_flash.block_sparse_attention(*x, tiles, block_q=128, block_k=128).sum()
+    compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * N**2 / 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_block_sparse_flash_triton_on_a_gpu(causal, block):
+    """The compiled kernels in bfloat16, both passes: within the rounding of P, dS and results to bfloat16."""
+    rng = np.random.default_rng(0)
+    N = 1000
+    q, do = (jnp.asarray(rng.standard_normal((1, 4, N, 64)), jnp.bfloat16) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((1, 2, N, 64)), jnp.bfloat16) for _ in range(2))
+    tiles = ref.block_sparse_flash.butterfly_block_mask(-(-N // block), num_global=1)
+    sizes = {"block_q": block, "block_k": block, "causal": causal}
+
+    def grads(q, k, v, impl):
+        f = lambda *x: accel.block_sparse_flash.block_sparse_attention(*x, tiles, impl=impl, **sizes)
+        o, pull = jax.vjp(f, q, k, v)
+        return o, *pull(do.astype(o.dtype))
+
+    with jax.default_matmul_precision("highest"):
+        want = grads(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
+    for got, w in zip(grads(q, k, v, "triton"), want, strict=True):
+        scale = float(jnp.abs(w).max())
+        np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-8 * scale)
+
+
+@pytest.mark.gpu
+def test_block_sparse_flash_triton_in_float32_on_a_gpu():
+    q, k, v, do, tiles = problem(64, 64, heads=(2,), L=300)
+    options = {"block_q": 64, "block_k": 64, "causal": True}
+    got = values_and_gradients(q, k, v, do, tiles, impl="triton", **options)
+    want = R.block_sparse_attention(q, k, v, tiles, return_lse=True, **options)
+    want = *want, *R.block_sparse_attention_bwd(do, q, k, v, *want, tiles, **options)
+    bound = laws_block_sparse_flash.rounding(q, k, v, EPS32)
+    most = 300 * np.abs(do).max() * max(np.abs(k).max(), np.abs(q).max())
+    for g, w, times in zip(got, want, (1, 2, most, most, most), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound * times)
+
+
+def padded_tiles(q, k, options):
+    """Elements of the visited tiles that a query may see by causal order, padding included, over heads."""
+    L, S, b, c = q.shape[-2], k.shape[-2], options["block_q"], options["block_k"]
+    i, j = np.indices(options["block_mask"].shape)
+    reach = options["block_mask"] & (j * c <= np.minimum((i + 1) * b, L) - 1 + S - L)
+    return q.shape[0] * int(reach.sum()) * b * c, reach
+
+
+def cut_tiles(q, k, options):
+    """The same without padding: what ref multiplies."""
+    L, S, b, c = q.shape[-2], k.shape[-2], options["block_q"], options["block_k"]
+    _, reach = padded_tiles(q, k, options)
+    i, j = np.indices(reach.shape)
+    sizes = (np.minimum((i + 1) * b, L) - i * b) * (np.minimum((j + 1) * c, S) - j * c)
+    return q.shape[0] * int((reach * sizes).sum())
+
+
+HW = {
+    "block_sparse_attention": Cost(
+        macs=lambda q, k, v, **o: padded_tiles(q, k, o)[0] * (q.shape[-1] + v.shape[-1]),
+        bytes=lambda q, k, v, **o: size(q, k, v) + 4 * q.shape[0] * q.shape[1] * (v.shape[-1] + 1),
+        ref=lambda q, k, v, **o: cut_tiles(q, k, o) * (q.shape[-1] + v.shape[-1]),
+        # without a kernel a GPU takes the tiles in turn, and starting each one costs more than its work
+        bound={"h200": "overhead", "xeon_6154": "arithmetic"},
+        large=(("float32", (1, 8, 16384, 64)),) * 3,
+        options={
+            "block_mask": ref.block_sparse_flash.butterfly_block_mask(32),
+            "block_q": 512,
+            "block_k": 512,
+        },
+    ),
+    "block_sparse_attention_bwd": Cost(
+        # accel: S, dP, dQ, dK, dV of a tile once; ref recomputes S and dP for dQ
+        macs=lambda do, q, k, v, o, lse, **x: padded_tiles(q, k, x)[0] * (3 * q.shape[-1] + 2 * v.shape[-1]),
+        bytes=lambda do, q, k, v, o, lse, **x: size(do, q, k, v, o, lse) + size(q, k, v),
+        ref=lambda do, q, k, v, o, lse, **x: cut_tiles(q, k, x) * (4 * q.shape[-1] + 3 * v.shape[-1]),
+    ),
+}
