@@ -26,6 +26,8 @@ from hw.liveness import fused_peak_bytes
 from hw.primitives import KNOWN
 from hw.program import walk
 from hw.trace import trace_equations
+from tests.claims import hw_ir as claims
+from tests.claims import record
 from tests.golden_runner import folder
 from tests.hw import laws_hw_ir
 from tests.hw.families import CALLS
@@ -803,3 +805,29 @@ def test_hw_ir_bad_functions_are_named():
         hw.count(hw.trace(lambda x: x + 1, x), by="colour")
     with pytest.raises(ValueError, match="cond must be"):
         hw.count(hw.trace(lambda x: x + 1, x), cond="min")
+
+
+def test_hw_ir_exercises():
+    """The numbers in the folded solutions of the chapter."""
+    powers = hw.trace(LOOPS["powers"], f32(4, 4), f32(4, 4))
+    assert powers.loops[0].trips == 10
+    n = 1000
+
+    def ten(x):
+        for i in range(10):
+            x = x * (2.0 + i)
+        return x
+
+    c = hw.count(hw.trace(ten, f32(n)))
+    assert (c.unfused_bytes, c.fused_bytes) == (10 * 8 * n, 8 * n)
+
+
+def test_hw_ir_stored_results_are_fresh():
+    assert record.is_fresh("hw_ir")
+    r = record.load("hw_ir")["results"]
+    assert {"coverage", "loops", "rows", "summary", "load"} <= set(r)
+    assert claims.summary(r["rows"]) == r["summary"]
+    ours = {row["case"]: row["ours"] for row in r["loops"]}
+    for case, (fn, true) in claims.LOOPS.items():
+        assert hw.count(hw.trace(fn, f32(64, 64), f32(64, 64))).flops == ours[case] >= true
+    assert not [c for c in r["coverage"] if "error" in c]
