@@ -76,8 +76,9 @@ def test_cli_lists_targets(capsys):
     assert "raspberry_pi5" in plain(call(capsys, "targets")[1])
 
 
-def test_cli_run_flash_shows_three_panels(capsys):
-    code, out, err = call(capsys, "run", "flash", "--json", *TARGETS)
+@pytest.mark.parametrize("slug", ["flash"])
+def test_cli_run_shows_three_panels(capsys, slug):
+    code, out, err = call(capsys, "run", slug, "--json", *TARGETS)
     assert (code, err) == (0, "")
     r = json.loads(out)
     assert all(c["seconds"] > 0 and c["in_bytes"] > 0 for c in r["ref"]["calls"])
@@ -86,14 +87,15 @@ def test_cli_run_flash_shows_three_panels(capsys):
     assert all(t["seconds"] > 0 and t["energy_j"] > 0 and t["bound_by"] for t in r["hw"]["targets"])
     assert r["hw"]["macs"] > 0
     assert r["claims"]["rows"]
-    code, out, err = call(capsys, "run", "flash", *TARGETS)
+    code, out, err = call(capsys, "run", slug, *TARGETS)
     assert (code, err) == (0, "")
     for word in ("ref:", "accel:", "hw:", "the paper's claims", "xeon_6154", "within", "40.3 GB"):
         assert word in plain(out), word
 
 
-def test_cli_bench_flash_races_implementations_and_peers(capsys):
-    code, out, _ = call(capsys, "bench", "flash", "--seconds", "0.001", "--json")
+@pytest.mark.parametrize("slug", ["flash"])
+def test_cli_bench_races_implementations_and_peers(capsys, slug):
+    code, out, _ = call(capsys, "bench", slug, "--seconds", "0.001", "--json")
     assert code == 0
     r = json.loads(out)
     first = {x["name"]: x for x in r["races"][0]["entries"]}
@@ -102,7 +104,7 @@ def test_cli_bench_flash_races_implementations_and_peers(capsys):
     assert all(x["seconds"] or x["why_not"] for race in r["races"] for x in race["entries"])
     if r["device"] == "the CPU":
         assert first["accel (hopper)"]["why_not"]
-    assert "of the best" in plain(call(capsys, "bench", "flash", "--seconds", "0.001")[1])
+    assert "of the best" in plain(call(capsys, "bench", slug, "--seconds", "0.001")[1])
 
 
 def test_cli_prices_the_readers_own_function(capsys, mine):

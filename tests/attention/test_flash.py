@@ -11,6 +11,7 @@ import ref
 from ref.catalog import technique
 from tests.attention import laws_flash
 from tests.golden_runner import golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_flash))
@@ -18,6 +19,38 @@ globals().update(law_tests(laws_flash))
 EPS32 = float(np.finfo(np.float32).eps)
 KERNELS = {"triton": {"block_q": 16, "block_k": 16}, "tpu": {"block_q": 16, "block_k": 128}}
 kernels = pytest.mark.parametrize("impl", KERNELS, ids=lambda i: f"flash_{i}")
+
+
+def pairs(q, k):
+    """Query-key pairs of all heads: accel computes whole tiles, and one tile holds the example."""
+    return q[..., 0].size * k.shape[-2]
+
+
+def rows(q, v):
+    """Elements of o and lse."""
+    return q[..., 0].size * (v.shape[-1] + 1)
+
+
+HW = {
+    "flash_attention": Cost(
+        macs=lambda q, k, v, **_: pairs(q, k) * (q.shape[-1] + v.shape[-1]),
+        bytes=lambda q, k, v, **_: size(q, k, v) + 4 * rows(q, v),
+        bound={"h200": "overhead", "xeon_6154": "arithmetic"},  # the XLA path: a launch a tile on a GPU
+        large=(("float32", (1, 16, 4096, 64)),) * 3,
+    ),
+    "flash_attention_bwd": Cost(  # the scores again, then dv, dp, dq and dk
+        macs=lambda do, q, k, v, *_, **__: pairs(q, k) * (3 * q.shape[-1] + 2 * v.shape[-1]),
+        ref=lambda do, q, k, v, *_, **__: pairs(q, k) * (4 * q.shape[-1] + 3 * v.shape[-1]),  # two passes
+        bytes=lambda do, q, k, v, o, lse, **_: size(do, q, k, v, o, lse) + size(q, k, v),
+    ),
+    "attention_dense": Cost(
+        macs=lambda q, k, v, **_: pairs(q, k) * (q.shape[-1] + v.shape[-1]),
+        bytes=lambda q, k, v, **_: size(q, k, v) + 4 * q[..., 0].size * v.shape[-1],
+    ),
+    "merge": Cost(macs=lambda *_, **__: 0, bytes=lambda a, b: size(*a, *b) + size(*a)),
+    "finalize": Cost(macs=lambda *_, **__: 0, bytes=lambda s: size(*s) + size(s.acc, s.m)),
+    "online_softmax": Cost(macs=lambda *_, **__: 0, bytes=lambda x, **_: 2 * size(x) + 2 * size(x[..., 0])),
+}
 
 
 @golden("flash")
