@@ -195,11 +195,11 @@ def _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, inte
         clean = visited & whole if split else np.zeros_like(visited)
         tiles = Tiles(visited, listed(clean), listed(visited & ~clean), None)
     if impl == "tpu":
-        tiles = tiles._replace(**_entries(visited, whole, heads, kv_heads))
+        tiles = tiles._replace(**entries(visited, whole, heads, kv_heads))
     return plan, tiles
 
 
-def _entries(visited, whole, heads, kv_heads):
+def entries(visited, whole, heads, kv_heads):
     """The tiles in the order of the TPU's grids: {by_row: (query head, row, column, flags), by_col: (key
     head, column, query head of the group and row, flags)}. A row without tiles has one idle entry.
     """
