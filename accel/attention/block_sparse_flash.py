@@ -21,7 +21,7 @@ from jax import lax
 
 from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import lift
-from accel.blocks.softmax import SoftmaxState, finalize, merge, shift, wide
+from accel.blocks.softmax import SoftmaxState, finalize, shift, wide
 from accel.blocks.tiled_attention import SMALL
 from ref.attention.block_sparse_flash import (
     BlockLayout,
@@ -133,10 +133,10 @@ class Plan:
 class Tiles(NamedTuple):
     """Which tiles are visited, bool [H or 1, Tr, Tc], and their lists, which name the tiles of every head.
 
-    clean, cut: uint32 [n, 4], (query head, key head, row, column of tiles), without and with an element mask;
-    unsigned, since an index that may be negative costs three operations more on every axis. valid: bool [n],
-    which of `cut` are visited, or None for all. by_row, by_col: int32 [n, 4], the entries of the
-    TPU's kernels, or None.
+    clean, cut: uint32 [n, 4], (query head, key head, first query, first key) of tiles without and with an
+    element mask; unsigned, since an index that may be negative costs three operations more on every axis.
+    valid: bool [n], which of `cut` are visited, or None for all. by_row, by_col: int32 [n, 4], the entries of
+    the TPU's kernels, or None.
     """
 
     visited: jax.Array
@@ -182,12 +182,15 @@ def _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, inte
 
     def listed(visited):
         at = np.argwhere(np.broadcast_to(visited, (heads, *visited.shape[1:])))
-        return np.c_[at[:, 0], at[:, 0] // (heads // kv_heads), at[:, 1:]].astype(np.uint32)
+        return (at[:, [0, 0, 1, 2]] * (1, 1, block_q, block_k) // (1, heads // kv_heads, 1, 1)).astype(
+            np.uint32
+        )
 
     if isinstance(block_mask, jax.core.Tracer):
         visited = jnp.broadcast_to(block_mask.reshape(three) & jnp.asarray(reach), (heads, *three[1:]))
         every = listed(reach)
-        tiles = Tiles(visited, every[:0], every, visited[tuple(every[:, [0, 2, 3]].T)])
+        place = every[:, [0, 2, 3]] // np.array((1, block_q, block_k), np.uint32)
+        tiles = Tiles(visited, every[:0], every, visited[tuple(place.T)])
     else:
         visited = np.asarray(block_mask).reshape(three) & reach
         # A small call keeps one list: a second loop costs more to compile than its masks to evaluate.
@@ -303,7 +306,7 @@ def _pull(plan, do, q, k, v, o, lse, mask, tiles, dlse=None):
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     lse = lse.astype(dtype)
     if plan.impl == "xla":
-        return _walk(plan, _visit_backward, (q, k, v, do, lse, delta), mask, tiles, k)
+        return _walk(plan, _visit_backward, (q, k, v, do, shift(lse), delta), mask, tiles, k)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that saw nothing: exp(s - lse) = 0
     lists = (tiles.visited,) if plan.impl == "triton" else (tiles.by_row, tiles.by_col)
     return _once("backward", plan, (do.astype(q.dtype), q, k, v, lse, delta), lists)
@@ -325,8 +328,8 @@ def _no_derivative(name, plan, primals, tangents):
 
 
 def _walk(plan, visit, arrays, mask, tiles, k):
-    """visit(plan, arrays, mask, tiles) for each of the N leading entries: on a CPU one after the other, so
-    that a tile stays in its cache, unless small.
+    """visit(plan, arrays, mask, tiles) for the N leading entries: all at once, but on a CPU one after the
+    other, so that a tile stays in its cache, unless small.
     """
     dtype, (L, S) = wide(arrays[0].dtype), (arrays[0].shape[2], k.shape[2])
     up, right = -L % plan.block_q, -S % plan.block_k
@@ -336,20 +339,20 @@ def _walk(plan, visit, arrays, mask, tiles, k):
     if mask is not None and (up or right):
         mask = jnp.pad(mask, [(0, 0), (0, 0), (0, up), (0, right)])
     each = lambda arrays, mask: visit(plan, arrays, mask, tiles, L, S)
-    if len(arrays[0]) == 1:
-        outs = each([x[0] for x in arrays], None if mask is None else mask[0])
-        return tuple(x[None] for x in outs)
-    if mask is not None and len(mask) == 1:
-        shared = mask[0]
-        one, operands = lambda x: each(x[0], shared), (arrays, None)
-    else:
-        one, operands = lambda x: each(*x), (arrays, mask)
-    in_turn = jax.default_backend() == "cpu" and arrays[0].shape[1] * L * S >= SMALL
-    return lax.map(one, operands) if in_turn else jax.vmap(one)(operands)
+    if jax.default_backend() != "cpu" or len(arrays[0]) == 1 or arrays[0].shape[1] * L * S < SMALL:
+        return each(arrays, mask)
+    own = mask is not None and len(mask) > 1
+
+    def one(x):
+        arrays, mine = x
+        outs = each([y[None] for y in arrays], mine[None] if own else mask)
+        return tuple(y[0] for y in outs)
+
+    return lax.map(one, (arrays, mask if own else None))
 
 
 def _run(step, state, tiles):
-    """The state after step(state, (query head, key head, row of tiles, column), cut) on every listed tile."""
+    """The state after step(state, entry of a list, cut) on every listed tile."""
     for table, cut in ((tiles.clean, False), (tiles.cut, True)):
         if len(table) == 0:
             continue
@@ -363,35 +366,49 @@ def _run(step, state, tiles):
     return state
 
 
-def _tile(x, head, index, block):
-    """Rows index * block.. of one head of x [heads, rows, ...]."""
-    start = (head, index * block, *(np.uint32(0),) * (x.ndim - 2))
-    return lax.dynamic_slice(x, start, (1, block, *x.shape[2:]))[0]
+def _tile(x, head, at, block):
+    """Rows `at`.. of one head of x [N, heads, rows, ...]: [N, block, ...]."""
+    sizes = (x.shape[0], 1, block, *x.shape[3:])
+    return lax.dynamic_slice(x, _corner(x, head, at), sizes)[:, 0]
 
 
-def _put(x, value, head, index, block):
-    start = (head, index * block, *(np.uint32(0),) * (x.ndim - 2))
-    return lax.dynamic_update_slice(x, value[None], start)
+def _put(x, value, head, at):
+    return lax.dynamic_update_slice(x, value[:, None], _corner(x, head, at))
+
+
+def _corner(x, head, row):
+    return np.uint32(0), head, row, *(np.uint32(0),) * (x.ndim - 3)
 
 
 def _seen(plan, mask, head, i, j, S):
-    """Which keys of a tile its queries see: bool [block_q, block_k]."""
-    i, j = i * plan.block_q, j * plan.block_k
-    row = i.astype(jnp.int32) + lax.broadcasted_iota(jnp.int32, (plan.block_q, plan.block_k), 0)
-    col = j.astype(jnp.int32) + lax.broadcasted_iota(jnp.int32, (plan.block_q, plan.block_k), 1)
+    """Which keys of a tile its queries see: bool [N or 1, block_q, block_k]."""
+    shape = 1, plan.block_q, plan.block_k
+    row = i.astype(jnp.int32) + lax.broadcasted_iota(jnp.int32, shape, 1)
+    col = j.astype(jnp.int32) + lax.broadcasted_iota(jnp.int32, shape, 2)
     seen = col < S
     if plan.hi is not None:
         seen = seen & (col - row <= plan.hi)
     if mask is not None:
-        at = head if mask.shape[0] > 1 else np.uint32(0), i, j
-        seen = seen & lax.dynamic_slice(mask, at, (1, plan.block_q, plan.block_k))[0]
+        at = np.uint32(0), head if mask.shape[1] > 1 else np.uint32(0), i, j
+        seen = seen & lax.dynamic_slice(mask, at, (mask.shape[0], *shape))[:, 0]
     return seen
 
 
 def _where_any(seen, axis, *arrays):
-    """The arrays with rows that see (axis 1), or keys that are seen (axis 0) by, nothing here set to 0."""
-    some = seen.any(axis=axis)[:, None]
+    """The arrays with rows that see (axis 2), or keys that are seen (axis 1) by, nothing here set to 0."""
+    some = seen.any(axis=axis)[..., None]
     return tuple(jnp.where(some, x, 0) for x in arrays)
+
+
+def _dot(a, b, *, flip_a=False, flip_b=False):
+    """[N, I, J] x [N, J, K], operands flipped first; a single product goes without its leading axis, with
+    which a CPU would copy what is flipped.
+    """
+    if len(a) == 1:
+        a, b = a[0].T if flip_a else a[0], b[0].T if flip_b else b[0]
+        return (a @ b)[None]
+    flip = lambda x: x.swapaxes(1, 2)
+    return (flip(a) if flip_a else a) @ (flip(b) if flip_b else b)
 
 
 def _visit_forward(plan, arrays, mask, tiles, L, S):
@@ -400,23 +417,24 @@ def _visit_forward(plan, arrays, mask, tiles, L, S):
 
     def step(state, at, cut):
         h, g, i, j = at
-        kj, vj = _tile(k, g, j, block_k), _tile(v, g, j, block_k)
-        s = plan.scale * (_tile(q, h, i, block_q) @ kj.T)
+        vj = _tile(v, g, j, block_k)
+        s = plan.scale * _dot(_tile(q, h, i, block_q), _tile(k, g, j, block_k), flip_b=True)
         if cut:
             seen = _seen(plan, mask, h, i, j, S)
-            s, (vj,) = jnp.where(seen, s, -jnp.inf), _where_any(seen, 0, vj)
-        m = s.max(axis=-1)
-        p = jnp.exp(s - shift(m)[:, None])
+            s, (vj,) = jnp.where(seen, s, -jnp.inf), _where_any(seen, 1, vj)
         old = SoftmaxState(*(_tile(x, h, i, block_q) for x in state))
-        new = merge(old, SoftmaxState(m, p.sum(axis=-1), p @ vj))
-        return SoftmaxState(*(_put(x, y, h, i, block_q) for x, y in zip(state, new, strict=True)))
+        m = jnp.maximum(old.m, s.max(axis=-1))
+        top = shift(m)
+        p, fix = jnp.exp(s - top[..., None]), jnp.exp(old.m - top)
+        new = SoftmaxState(m, fix * old.l + p.sum(axis=-1), fix[..., None] * old.acc + _dot(p, vj))
+        return SoftmaxState(*(_put(x, y, h, i) for x, y in zip(state, new, strict=True)))
 
-    rows = q.shape[:2]
+    rows = q.shape[:3]
     empty = SoftmaxState(
-        jnp.full(rows, -jnp.inf, q.dtype), jnp.zeros(rows, q.dtype), jnp.zeros((*rows, v.shape[2]), q.dtype)
+        jnp.full(rows, -jnp.inf, q.dtype), jnp.zeros(rows, q.dtype), jnp.zeros((*rows, v.shape[3]), q.dtype)
     )
     o, lse = finalize(_run(step, empty, tiles))
-    return o[:, :L], lse[:, :L]
+    return o[:, :, :L], lse[:, :, :L]
 
 
 def _visit_backward(plan, arrays, mask, tiles, L, S):
@@ -427,22 +445,22 @@ def _visit_backward(plan, arrays, mask, tiles, L, S):
         h, g, i, j = at
         qi, doi = _tile(q, h, i, block_q), _tile(do, h, i, block_q)
         kj, vj = _tile(k, g, j, block_k), _tile(v, g, j, block_k)
-        s = plan.scale * (qi @ kj.T) - shift(_tile(lse, h, i, block_q))[:, None]
+        s = plan.scale * _dot(qi, kj, flip_b=True) - _tile(lse, h, i, block_q)[..., None]
         if cut:
             seen = _seen(plan, mask, h, i, j, S)
             s = jnp.where(seen, s, -jnp.inf)
-            (kj, vj), (qi, doi) = _where_any(seen, 0, kj, vj), _where_any(seen, 1, qi, doi)
+            (kj, vj), (qi, doi) = _where_any(seen, 1, kj, vj), _where_any(seen, 2, qi, doi)
         p = jnp.exp(s)
-        ds = plan.scale * p * (doi @ vj.T - _tile(delta, h, i, block_q)[:, None])
+        ds = plan.scale * p * (_dot(doi, vj, flip_b=True) - _tile(delta, h, i, block_q)[..., None])
         ds = jnp.where(seen, ds, 0) if cut else ds
         dq, dk, dv = grads
-        add = lambda x, y, *at: _put(x, _tile(x, *at) + y, *at)
+        add = lambda x, y, head, at: _put(x, _tile(x, head, at, y.shape[1]) + y, head, at)
         return (
-            add(dq, ds @ kj, h, i, block_q),
-            add(dk, ds.T @ qi, g, j, block_k),
-            add(dv, p.T @ doi, g, j, block_k),
+            add(dq, _dot(ds, kj), h, i),
+            add(dk, _dot(ds, qi, flip_a=True), g, j),
+            add(dv, _dot(p, doi, flip_a=True), g, j),
         )
 
     zeros = tuple(jnp.zeros_like(x) for x in (q, k, v))
     dq, dk, dv = _run(step, zeros, tiles)
-    return dq[:, :L], dk[:, :S], dv[:, :S]
+    return dq[:, :, :L], dk[:, :, :S], dv[:, :, :S]

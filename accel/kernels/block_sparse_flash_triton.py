@@ -170,9 +170,10 @@ def _lists(visited, L, S, hi, block_q, block_k, tile_q, tile_k):
     whole = visited & whole
 
     def listed(visited, whole):
-        order = jnp.argsort(jnp.where(whole, 0, jnp.where(visited, 1, 2)), axis=-1, stable=True)
+        tile = lax.broadcasted_iota(jnp.int32, visited.shape, 2)
+        rank = jnp.where(whole, 0, jnp.where(visited, 1, 2)) * visited.shape[2]
         num = lambda x: x.sum(axis=-1, dtype=jnp.int32)
-        return num(whole), num(visited), order.astype(jnp.int32)
+        return num(whole), num(visited), lax.rem(lax.sort(rank + tile), jnp.int32(visited.shape[2]))
 
     flip = lambda x: x.swapaxes(1, 2)
     return listed(visited, whole), listed(flip(visited), flip(whole))
