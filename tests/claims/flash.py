@@ -161,7 +161,7 @@ def next_token_loss(params, ids, *, heads, attention, dtype=jnp.float32):
 
 
 def class_loss(params, ids, labels, *, heads, attention, dtype=jnp.float32):
-    """(mean cross entropy, share right) of an encoder's mean; its first two embeddings stand for the classes."""
+    """(mean cross entropy, share right) of an encoder's mean; two embeddings stand for the classes."""
     p = jax.tree.map(lambda x: x.astype(dtype), params)
     x = gpt.gpt_blocks(gpt.gpt_embed(ids, p), p, num_heads=heads, causal=False, attention=attention)
     x = layer_norm(x, p.lnf_scale, p.lnf_bias).astype(jnp.float32).mean(axis=-2)
