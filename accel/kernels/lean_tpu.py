@@ -66,8 +66,8 @@ def partial_states(output, lo, hi, end, q, k, v, *, most, scale, block_n, interp
     """
     (R, D), (S, Dv), n = q.shape[1:], v.shape[1:], len(output)
     rows = R + -R % ROWS
-    q, k, v = _pad(q, rows - R), _pad(k, -S % block_n), _pad(v, -S % block_n)
-    last = k.shape[1] // block_n - 1
+    q = jnp.pad(q, ((0, 0), (0, rows - R), (0, 0)))
+    last = -(-S // block_n) - 1  # of a cache off the tile it is read in part; the rest is masked
     tile = lambda i, j, out, lo, hi, end: (
         out[i],
         jnp.clip(lo[i] + j, 0, jnp.clip(hi[i] - 1, 0, last)),  # held at the segment's last tile
@@ -95,7 +95,3 @@ def partial_states(output, lo, hi, end, q, k, v, *, most, scale, block_n, interp
         name="lean_segments",
     )(output, lo, hi, end, q, k, v)
     return m[:, :R, 0], l[:, :R, 0], acc[:, :R]
-
-
-def _pad(x, rows):
-    return jnp.pad(x, ((0, 0), (0, rows), (0, 0))) if rows else x

@@ -1,7 +1,9 @@
-"""Lean Attention in Pallas for GPUs (Triton): one launch of equal runs of key tiles, partial states out.
+"""Lean Attention in Pallas for GPUs (Triton): a launch of equal runs of key tiles, and a small one to merge.
 
 A worker walks its segments of the line of tiles and leaves each one's state of the running softmax in that
-segment's slot. Scores, statistics and sums are float32 in registers; exponentials are taken to base 2.
+segment's slot; then a program for every row of an output merges the states of its segments. Scores,
+statistics and sums are float32 in registers; exponentials are taken to base 2. Keys beyond a length are never
+read.
 """
 
 from functools import partial
@@ -15,30 +17,49 @@ from jax.experimental.pallas import triton as plgpu
 from accel.blocks.softmax import shift
 
 LOG2E = 1.4426950408889634
+LEAST = 16  # sides of a product of matrices
+STEP_BYTES = 32 * 1024  # keys and values a worker takes at once: three such steps are in flight
+PARTS = 32  # states merged at once
 
 
 def _kernel(
-    run_ref, out_ref, lo_ref, hi_ref, end_ref, q_ref, k_ref, v_ref, m_ref, l_ref, acc_ref, *, scale, block_n
+    run_ref,
+    at_ref,
+    lo_ref,
+    hi_ref,
+    end_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    m_ref,
+    l_ref,
+    acc_ref,
+    *,
+    scale,
+    block_n,
+    step,
 ):
-    """run_ref [G + 1]: worker g does segments run[g]..run[g + 1]; out_ref, lo_ref, hi_ref, end_ref [n]: their
-    outputs, tiles and keys that may be seen; q_ref [O, R, D], k_ref [O, S', D], v_ref [O, S', Dv] -> m_ref,
-    l_ref [n, R] (m to base 2), acc_ref [n, R, Dv].
+    """run_ref [G + 1]: worker g does segments run[g]..run[g + 1]; at_ref, lo_ref, hi_ref, end_ref [n]: their
+    outputs, tiles and keys that may be seen; q_ref [O, R, D], k_ref [O, S, D], v_ref [O, S, Dv] -> m_ref,
+    l_ref [n, R] (m to base 2), acc_ref [n, R, Dv]. A tile of block_n keys is taken in steps of `step`.
     """
     g = pl.program_id(0)
 
     def segment(i, none):
-        at, end = out_ref[i], end_ref[i]
+        at, end = at_ref[i], end_ref[i]
         q = q_ref[at, :, :]
 
-        def tile(j, carry):
+        def some(j, carry):
             m, l, acc = carry
-            keys = pl.ds(j * block_n, block_n)
-            s = _dot(q, k_ref[at, keys, :].T) * (scale * LOG2E)
-            col = j * block_n + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            keys = pl.ds(j * step, step)
+            seen = (j * step + lax.broadcasted_iota(jnp.int32, (step, 1), 0)) < end
+            load = lambda ref: plgpu.load(
+                ref.at[at, keys, :], mask=jnp.broadcast_to(seen, (step, ref.shape[2])), other=0.0
+            )
+            s = _dot(q, load(k_ref).T) * (scale * LOG2E)
+            col = j * step + lax.broadcasted_iota(jnp.int32, s.shape, 1)
             s = jnp.where(col < end, s, -jnp.inf)
-            row = j * block_n + lax.broadcasted_iota(jnp.int32, (block_n, 1), 0)
-            v = v_ref[at, keys, :]
-            v = jnp.where(row < end, v, jnp.zeros((), v.dtype))  # 0 * NaN in padding would be NaN
+            v = load(v_ref)
             m_new = jnp.maximum(m, jnp.max(s, axis=1))
             top = shift(m_new)
             p, fix = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
@@ -50,11 +71,42 @@ def _kernel(
             jnp.zeros((R,), jnp.float32),
             jnp.zeros((R, Dv), jnp.float32),
         )
-        m, l, acc = lax.fori_loop(lo_ref[i], hi_ref[i], tile, init)
+        each = block_n // step
+        stop = jnp.minimum(hi_ref[i] * each, (end + step - 1) // step)
+        m, l, acc = lax.fori_loop(lo_ref[i] * each, stop, some, init)
         m_ref[i, :], l_ref[i, :], acc_ref[i, :, :] = m, l, acc
         return none
 
     lax.fori_loop(run_ref[g], run_ref[g + 1], segment, jnp.int32(0))
+
+
+def _merge_kernel(first_ref, at_ref, m_ref, l_ref, acc_ref, o_ref, lse_ref):
+    """Row r of output w: the states first[w]..first[w + 1] of m_ref, l_ref [n, R], acc_ref [n, R, Dv], merged
+    and divided, at o_ref [O, R, Dv], lse_ref [O, R].
+    """
+    w, r = pl.program_id(0), pl.program_id(1)
+    start, stop = first_ref[w], first_ref[w + 1]
+
+    def some(j, carry):
+        m, l, acc = carry
+        i = pl.ds(start + j * PARTS, PARTS)
+        mine = start + j * PARTS + lax.broadcasted_iota(jnp.int32, (PARTS,), 0) < stop
+        part = jnp.where(mine, plgpu.load(m_ref.at[i, r], mask=mine, other=0.0), -jnp.inf)
+        m_new = jnp.maximum(m, jnp.max(part))
+        top = shift(m_new)
+        fix, old = jnp.exp2(part - top), jnp.exp2(m - top)
+        wide = jnp.broadcast_to(mine[:, None], (PARTS, acc_ref.shape[2]))
+        sums = plgpu.load(acc_ref.at[i, r, :], mask=wide, other=0.0)
+        l = old * l + jnp.sum(fix * plgpu.load(l_ref.at[i, r], mask=mine, other=0.0))
+        return m_new, l, old * acc + jnp.sum(fix[:, None] * sums, axis=0)
+
+    init = jnp.float32(-jnp.inf), jnp.float32(0), jnp.zeros(acc_ref.shape[2], jnp.float32)
+    m, l, acc = lax.fori_loop(0, (stop - start + PARTS - 1) // PARTS, some, init)
+    seen = l > 0
+    l = jnp.where(seen, l, 1.0)
+    at = at_ref[w]
+    o_ref[at, r, :] = (acc / l).astype(o_ref.dtype)
+    lse_ref[at, r] = jnp.where(seen, (shift(m) + jnp.log2(l)) / LOG2E, -jnp.inf)
 
 
 def _dot(a, b):
@@ -63,27 +115,47 @@ def _dot(a, b):
 
 
 @partial(jax.jit, static_argnames=("scale", "block_n", "interpret"))
-def partial_states(run, output, lo, hi, end, q, k, v, *, scale, block_n, interpret=False):
-    """(m, l [n, R], acc [n, R, Dv]) of n segments, m in natural units; an empty segment is the identity.
+def partial_states(run, at, lo, hi, end, q, k, v, *, scale, block_n, interpret=False):
+    """(m, l [n, R'], acc [n, R', Dv']) of n segments, m to base 2; an empty segment is the identity.
 
-    Args: run int32 [G + 1], output, lo, hi, end int32 [n]; q [O, R, D], k [O, S, D], v [O, S, Dv], bfloat16,
-      float16 or float32. block_n: a power of two, at least 16.
+    Args: run int32 [G + 1], at, lo, hi, end int32 [n]; q [O, R, D], k [O, S, D], v [O, S, Dv], bfloat16,
+      float16 or float32. block_n: a power of two, at least 16. R', D', Dv': the next power of two from 16.
     """
-    up = lambda n: max(16, pl.next_power_of_2(n))
-    (R, D), (S, Dv) = q.shape[1:], v.shape[1:]
+    up = lambda n: max(LEAST, pl.next_power_of_2(n))
+    (R, D), Dv, n = q.shape[1:], v.shape[2], len(at)
     q = _pad(q, up(R) - R, up(D) - D)
-    k, v = _pad(k, -S % block_n, up(D) - D), _pad(v, -S % block_n, up(Dv) - Dv)
-    n = len(output)
+    k, v = _pad(k, 0, up(D) - D), _pad(v, 0, up(Dv) - Dv)
+    fits = STEP_BYTES // ((up(D) + up(Dv)) * k.dtype.itemsize)
+    step = max(LEAST, min(block_n, 128, 1 << (fits.bit_length() - 1)))
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-    m, l, acc = pl.pallas_call(
-        partial(_kernel, scale=scale, block_n=block_n),
+    return pl.pallas_call(
+        partial(_kernel, scale=scale, block_n=block_n, step=step),
         out_shape=[shape(n, up(R)), shape(n, up(R)), shape(n, up(R), up(Dv))],
         grid=(len(run) - 1,),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="lean_segments",
-    )(run, output, lo, hi, end, q, k, v)
-    return m[:, :R] / LOG2E, l[:, :R], acc[:, :R, :Dv]
+    )(run, at, lo, hi, end, q, k, v)
+
+
+@partial(jax.jit, static_argnames=("dtype", "interpret"))
+def merged(first, at, m, l, acc, *, dtype, interpret=False):
+    """(o [O, R, Dv] in dtype, lse [O, R] natural): output w, put at at[w], of states first[w]..first[w + 1].
+
+    Args: first int32 [O + 1], at int32 [O]; m (to base 2), l [n, R], acc [n, R, Dv] float32.
+    """
+    outputs, (R, Dv) = len(at), acc.shape[1:]
+    return pl.pallas_call(
+        _merge_kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct((outputs, R, Dv), dtype),
+            jax.ShapeDtypeStruct((outputs, R), jnp.float32),
+        ],
+        grid=(outputs, R),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="lean_merge",
+    )(first, at, m, l, acc)
 
 
 def _pad(x, rows, columns):

@@ -57,8 +57,7 @@ def stream_k_schedule(lengths, num_heads, *, block_n, num_workers, grid="paper")
     tiles = _tiles(lengths, num_heads, block_n, num_workers)
     per_head = int(tiles.sum())
     T = num_heads * per_head
-    few = min((T + 1) // 2, -(-PER_HEAD * T // per_head)) if grid == "paper" else T
-    G = num_workers if T > num_workers else few
+    G = grid_size(T, per_head, num_workers, grid)
     most = -(-T // G)
     high = T - (most - 1) * G
     count = np.where(np.arange(G) < high, most, most - 1)
@@ -75,6 +74,13 @@ def stream_k_schedule(lengths, num_heads, *, block_n, num_workers, grid="paper")
             at = to
     splits = 2 + (per_head - 2) // (most - 1) if most > 1 and per_head > 1 else per_head
     return Schedule(per_head, G, most, high, splits, T % G == 0, first, count, np.array(segments))
+
+
+def grid_size(tiles, tiles_per_head, num_workers, grid):
+    """Workers with work: all, or when tiles are few about two tiles each ("paper"), or one ("all")."""
+    if tiles > num_workers:
+        return num_workers
+    return min((tiles + 1) // 2, -(-PER_HEAD * tiles // tiles_per_head)) if grid == "paper" else tiles
 
 
 def lean_attention(
@@ -242,9 +248,10 @@ def check_decode(q, k, v, lengths):
     n = dims(q=(q, "B H D" if len(q.shape) == 3 else "B H L D"), k=(k, "B Hkv S D"), v=(v, "B Hkv S Dv"))
     if n["Hkv"] == 0 or n["H"] % n["Hkv"]:
         raise ValueError(f"q has H={n['H']} heads, not a multiple of the Hkv={n['Hkv']} heads of k and v")
-    if n["S"] < 1:
-        raise ValueError("k must hold at least one key")
+    if n["B"] < 1 or n["S"] < 1:
+        raise ValueError(f"k must hold at least one request and one key, got B={n['B']}, S={n['S']}")
     if lengths is not None:
+        lengths = np.asarray(lengths) if isinstance(lengths, list | tuple) else lengths
         check_lengths("lengths", lengths, (n["B"],), n["S"], least=1)
     return n
 

@@ -1,18 +1,23 @@
 """Lean Attention: laws on ref, golden vectors, bad inputs; accel in every implementation; costs."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax import export
 
 import accel
 import ref
+from accel.attention import lean
 from accel.kernels import lean_tpu, lean_triton
 from ref.catalog import BY_SLUG
 from tests.attention import laws_lean
 from tests.claims import record
-from tests.golden_runner import golden, run, run_accel
+from tests.golden_runner import cases, golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
 
@@ -45,7 +50,7 @@ BAD = {
     "heads": (lambda: L.lean_attention(Q[:, :3], K, K), "not a multiple of the Hkv=2"),
     "width": (lambda: L.lean_attention(Q[..., :7], K, K), r"k\.shape\[3\] = 8, but axis D is 7"),
     "values": (lambda: L.lean_attention(Q, K, K[:, :, :15]), r"v\.shape\[2\] = 15"),
-    "no_key": (lambda: L.lean_attention(Q, K[:, :, :0], K[:, :, :0]), "at least one key"),
+    "no_key": (lambda: L.lean_attention(Q, K[:, :, :0], K[:, :, :0]), "at least one request and one key"),
     "grid": (lambda: L.stream_k_schedule(np.array([3]), 1, grid="some", **PLAN), "grid must be"),
     "plan_heads": (lambda: L.stream_k_schedule(np.array([3]), 0, **PLAN), "num_heads must be at least 1"),
     "plan_lengths": (lambda: L.stream_k_schedule(np.array([3, 0]), 1, **PLAN), "each at least 1"),
@@ -68,8 +73,9 @@ def test_lean_rejects_bad_input(name):
         call()
 
 
+ATOL = 64 * 2.0**-23 * 10  # scores of up to 10 carry eps * D * 10, which exp passes on to weights of |v| <= 4
 SIZE = (2, 4, 2, 50, 8, 4, 2)  # B, H, Hkv, S, D, Dv, L
-IMPLS = {"xla": {}, "triton": {"interpret": True}, "tpu": {"interpret": True}}
+WORKERS = {"triton": 40, "tpu": 3}  # more than tiles, and fewer
 
 
 def inputs(dtype=np.float32):
@@ -81,33 +87,79 @@ def inputs(dtype=np.float32):
     return *(jnp.asarray(x, dtype) for x in (q, k, v)), lengths
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_lean_accel_matches_ref(impl):
-    """Fewer workers than tiles and more, lengths known and traced; padding of NaN never counts."""
+@pytest.fixture
+def walk(monkeypatch):
+    """The XLA form walks the tiles of a small cache too."""
+    monkeypatch.setattr("accel.attention.lean.IN_CACHE", 0)
+
+
+@pytest.mark.parametrize("impl", WORKERS)
+def test_lean_kernels_match_ref(impl):
+    """In interpret mode with traced lengths; padding of NaN never counts."""
     q, k, v, lengths = inputs()
-    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
-    want = ref.lean.lean_attention(*exact, lengths=lengths, return_lse=True)
-    options = {"block_n": 16, "return_lse": True, "impl": impl, **IMPLS[impl]}
-    f = lambda q, k, v, n, w: accel.lean.lean_attention(q, k, v, lengths=n, num_workers=w, **options)
-    # scores of up to about 10 in float32 carry eps * D * 10, which exp passes on to weights of |v| <= 4
-    atol = 64 * 2.0**-23 * 10
-    for got in (f(q, k, v, lengths, 3), jax.jit(f, static_argnums=4)(q, k, v, lengths, 40)):
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_allclose(g, w, rtol=0, atol=atol)
+    want = ref.lean.lean_attention(*map(np.float64, (q, k, v)), lengths=lengths, return_lse=True)
+    options = {
+        "num_workers": WORKERS[impl],
+        "block_n": 16,
+        "impl": impl,
+        "interpret": True,
+        "return_lse": True,
+    }
+    f = jax.jit(lambda q, k, v, n: accel.lean.lean_attention(q, k, v, lengths=n, **options))
+    for got, expected in zip(f(q, k, v, lengths), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL)
 
 
-def test_lean_kernel_in_bfloat16_and_its_derivative():
+@given(laws_lean.batches, st.integers(1, 6), st.integers(1, 12), st.integers(1, 60))
+def test_lean_accel_tables_are_the_schedules(lengths, heads, block, W):
+    """Segments of equal runs against ref's, of a fixed split against its definition; the order of tiles."""
+    plan = ref.lean.stream_k_schedule(np.array(lengths), heads, block_n=block, num_workers=W)
+    tiles = -(-np.array(lengths) // block)
+    table = lean._line(tiles, heads, plan.num_programs)
+    some = table.hi > table.lo
+    worker = np.repeat(np.arange(plan.num_programs), np.diff(table.run))
+    got = np.stack([worker, table.output, table.lo, table.hi], axis=1)[some]
+    np.testing.assert_array_equal(got, plan.segments[:, :4])
+    split = lean._parts(tiles, heads, 3)
+    for o, t in enumerate(np.tile(tiles, heads)):
+        mine = slice(table.first[o], table.first[o + 1])
+        assert (table.output[mine] == o).all()
+        assert (table.hi - table.lo)[mine].sum() == t
+        mine, part = slice(split.first[o], split.first[o + 1]), -(-t // 3)
+        assert (split.output[mine] == o).all()
+        assert split.lo[mine].tolist() == [min(i * part, t) for i in range(3)]
+        assert split.hi[mine].tolist() == [min(i * part + part, t) for i in range(3)]
+    for x in (table, split):
+        segment, tile = lean._order(x, heads * int(tiles.sum()))
+        np.testing.assert_array_equal(tile, np.concatenate([np.arange(t) for t in np.tile(tiles, heads)]))
+        assert ((x.lo[segment] <= tile) & (tile < x.hi[segment])).all()
+
+
+def test_lean_accel_walk_in_float64(walk):
+    """A golden case, its lengths known; values alone, since derivatives are the dense form's."""
+    case = next(c for c in cases("lean") if c.meta["fn"] == "lean_attention")
+    run_accel(replace(case, meta={**case.meta, "grads": {}}), accel.lean, x64=True)
+
+
+def test_lean_accel_vmap_over_requests(walk):
+    """Requests with their own traced lengths, a cache that ends inside a tile, NaN beyond."""
+    q, k, v, lengths = inputs()
+    want = ref.lean.lean_attention(*map(np.float64, (q, k, v)), lengths=lengths)
+    one = lambda q, k, v, n: accel.lean.lean_attention(q[None], k[None], v[None], lengths=n[None], block_n=16)
+    got = jax.jit(jax.vmap(one))(q, k, v, lengths)[:, 0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+
+
+def test_lean_kernel_of_a_fixed_split_in_bfloat16():
+    """The value; a derivative is there, by the rule that the XLA form has and the generic tests check."""
     q, k, v, lengths = inputs(jnp.bfloat16)
-    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
-    want = ref.lean.lean_attention(*exact, lengths=lengths)
-    options = {"lengths": lengths, "block_n": 16, "num_workers": 3}
-    call = lambda q, **o: accel.lean.lean_attention(q, k, v, **options, **o)
-    got, pull = jax.vjp(lambda q: call(q, impl="triton", interpret=True), q)
+    options = {"lengths": lengths, "block_n": 16, "num_splits": 3, "impl": "triton", "interpret": True}
+    call = lambda q: accel.lean.flash_decoding_attention(q, k, v, **options)
+    got, want = call(q), ref.lean.lean_attention(*map(np.float64, (q, k, v)), lengths=lengths)
     assert got.dtype == jnp.bfloat16
     # probabilities and the result are rounded to 8 bits: two halves of 2^-8 of values up to 4
-    np.testing.assert_allclose(got.astype(np.float32), want, rtol=0, atol=4 * 2.0**-8 * 2)
-    one = jnp.ones_like(got)
-    np.testing.assert_array_equal(pull(one)[0], jax.vjp(lambda q: call(q, impl="xla"), q)[1](one)[0])
+    np.testing.assert_allclose(np.float64(got), want, rtol=0, atol=4 * 2.0**-8 * 2)
+    assert jax.eval_shape(jax.grad(lambda q: call(q).sum()), q).shape == q.shape
 
 
 def test_lean_kernels_lower_for_their_devices():
@@ -118,9 +170,13 @@ def test_lean_kernels_lower_for_their_devices():
     tpu = lambda *a: lean_tpu.partial_states(*a, most=2, **options)
     triton = lambda *a: lean_triton.partial_states(*a, **options)
     fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    first, at = shape(jnp.int32, 9), shape(jnp.int32, 8)
+    parts = [shape(jnp.float32, *s) for s in ((140, 16), (140, 16), (140, 16, 64))]
+    merge = lambda *a: lean_triton.merged(*a, dtype=jnp.bfloat16)
     for fn, args, platform, call in (
         (tpu, (*n, *qkv), "tpu", "tpu_custom_call"),
         (triton, (run, *n, *qkv), "cuda", "triton"),
+        (merge, (first, at, *parts), "cuda", "triton"),
     ):
         exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
         assert call in exported.mlir_module()
@@ -175,15 +231,16 @@ def per_key(q, k, v):
 
 
 def whole_cache(q, k, v, **options):
-    """MACs of accel on a CPU, which masks what ref does not visit."""
+    """MACs of accel on a small cache, which masks what ref does not visit."""
     return per_key(q, k, v) * q.shape[0] * k.shape[2]
 
 
 def padded_cache(q, k, v, **options):
     """The same in equal parts of whole tiles."""
-    tiles = -(-k.shape[2] // options["block_n"])
+    tiles = -(-max(options["lengths"]) // options["block_n"])
     parts = ref.lean.num_splits_heuristic(q.shape[0] * k.shape[1], options["num_workers"], tiles)
-    return per_key(q, k, v) * q.shape[0] * -(-tiles // parts) * parts * options["block_n"]
+    keys = -(-tiles // parts) * parts * options["block_n"]
+    return per_key(q, k, v) * q.shape[0] * max(keys, k.shape[2])
 
 
 def seen_keys(q, k, v, **options):
@@ -200,7 +257,10 @@ HW = {
         macs=whole_cache,
         bytes=once,
         ref=seen_keys,
-        bound={"h200": "hbm", "xeon_6154": "dram"},  # decoding reads the cache once, whatever the schedule
+        bound={
+            "h200": "overhead",
+            "xeon_6154": "arithmetic",
+        },  # the walk: a launch a tile; few rows a product
         large=(("bfloat16", (1, 32, 128)), *((("bfloat16", (1, 8, 65536, 128)),) * 2)),
     ),
     "flash_decoding_attention": Cost(macs=padded_cache, bytes=once, ref=seen_keys),
