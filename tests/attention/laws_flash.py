@@ -401,3 +401,74 @@ def law_flash_never_holds_more_than_a_tile(block_q, block_k):
     flash_attention(q, k, v, block_q=block_q, block_k=block_k)
     assert tally.largest <= max(block_q * block_k, block_q * D, block_k * D)
     assert tally.macs == L * S * (D + Dv)
+
+
+# The chapter's exercises.
+
+
+# --8<-- [start:forgetful]
+def forgetful_merge(a, b):
+    """Equation (2) without the factor for the state that came first."""
+    m = np.maximum(a.m, b.m)
+    fb = np.exp(b.m - m)
+    return SoftmaxState(m, a.l + fb * b.l, a.acc + fb[..., None] * b.acc)
+
+
+def forgetful_errors():
+    """Error of the output when the largest score is in the tile that comes (first, last)."""
+    s, v = np.array([[3.0, 1.0, 2.0, 0.5]]), np.arange(4.0)[:, None]
+    want = (np.exp(s) @ v / np.exp(s).sum())[0, 0]
+    tiles = [softmax_state(s[:, c], v[c]) for c in (slice(0, 2), slice(2, 4))]
+    return [abs(finalize(forgetful_merge(*pair))[0][0, 0] - want) for pair in (tiles, tiles[::-1])]
+    # --8<-- [end:forgetful]
+
+
+def law_flash_exercise_the_factor_matters_when_the_maximum_grows():
+    first, last = forgetful_errors()
+    assert first < 8 * EPS
+    assert last > 0.1
+
+
+# --8<-- [start:crossover]
+def crossover(N=1024, d=64):
+    """The least on-chip memory, in steps of one key (4 d elements), at which tiles move no more elements."""
+    whole = hbm_accesses(N, N, d)["total"]
+    tiles = lambda M: hbm_accesses(N, N, d, sram_elements=M, algorithm="flash")["total"]
+    return next(M for M in range(4 * d, N * d, 4 * d) if tiles(M) <= whole)
+    # --8<-- [end:crossover]
+
+
+def law_flash_exercise_tiles_lose_below_twelve_thousand_elements():
+    assert crossover() == 49 * 4 * 64 == 12_544
+
+
+# --8<-- [start:delta]
+def two_sides_of_delta(seed=0, L=5, S=7, D=4, drop=0.3):
+    """rowsum(dO o O) and rowsum(P o dP), with dropout: Z holds 1 / (1 - drop) where kept, else 0."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, D)) for n in (L, S, S))
+    do, keep = rng.standard_normal((L, D)), rng.random((L, S)) >= drop
+    o, lse = flash_attention(q, k, v, dropout_mask=keep, dropout_p=drop, return_lse=True)
+    p, z = np.exp(q @ k.T / np.sqrt(D) - lse[:, None]), keep / (1 - drop)
+    return (do * o).sum(-1), (p * (do @ v.T * z)).sum(-1)
+    # --8<-- [end:delta]
+
+
+@given(st.integers(0, 2**32 - 1))
+def law_flash_exercise_delta_has_two_sides(seed):
+    """Sums of 28 products of size at most some 30, in two orders."""
+    left, right = two_sides_of_delta(seed)
+    np.testing.assert_allclose(left, right, rtol=0, atol=64 * EPS * (1 + np.abs(left).max()) * 30)
+
+
+# --8<-- [start:visited]
+def visited(n, block):
+    """The share of n x n scores in the square tiles that a causal kernel visits; block divides n."""
+    T = n // block
+    return sum(i + 1 for i in range(T)) / T**2
+    # --8<-- [end:visited]
+
+
+def law_flash_exercise_causal_tiles_visit_little_more_than_half():
+    for n, block in ((1024, 128), (8192, 128), (4096, 512)):
+        assert visited(n, block) == (1 + block / n) / 2

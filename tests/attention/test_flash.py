@@ -10,6 +10,8 @@ import accel
 import ref
 from ref.catalog import technique
 from tests.attention import laws_flash
+from tests.claims import flash as claims
+from tests.claims import record
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
@@ -251,3 +253,32 @@ def test_flash_rejects_unknown_order_and_small_sram():
         ref.flash.block_sizes(15, 4)
     with pytest.raises(ValueError, match="algorithm must be"):
         ref.flash.hbm_accesses(4, 4, 4, algorithm="fast")
+
+
+def test_flash_claims_training_by_tiles_is_training():
+    """20 steps on 256 bytes from one seed: losses agree step by step, but for rounding carried along."""
+    found = claims.losses()
+    assert len(found["dense"]) == 20
+    np.testing.assert_allclose(found["tiles"], found["dense"], rtol=1024 * EPS32)
+
+
+def test_flash_claims_traffic_is_counted_as_predicted():
+    t = claims.traffic(N=128, d=8, sizes=(256, 1024))
+    formula = dict(map(tuple, t["formula"]))
+    assert all(formula[m] == moved for m, moved in t["counted"])
+    assert abs(t["slope"] + 1) < 0.1
+
+
+def test_flash_claims_stored_results_are_fresh_and_as_wanted():
+    """`python -m tests.claims.flash` again if not. Memory grows no faster than N; the dense form, as N^2."""
+    for path in record.DATA.glob("flash*.json"):
+        assert record.is_fresh(path.stem), path.stem
+    r = record.load("flash")["results"]
+    first, last = r["memory"][0], r["memory"][-1]
+    more = last["tokens"] / first["tokens"]
+    assert last["tokens"] == 65536
+    for name in ("forward", "backward"):
+        assert last[name] / first[name] < 1.1 * more
+        assert last["jax_" + name] / first["jax_" + name] > 0.9 * more**2
+    steps = r["losses"]
+    np.testing.assert_allclose(steps["tiles"], steps["dense"], rtol=1024 * EPS32)
