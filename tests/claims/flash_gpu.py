@@ -48,7 +48,7 @@ def next_token_loss(params, ids, *, heads, attention, dtype=jnp.float32):
     return jnp.mean(logsumexp(logits) - picked)
 
 
-def op(tokens=(512, 2048, 8192, 16384), widths=(64, 128), *, heads=16, total=16384, budget=0.5):
+def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, budget=0.2):
     """[{tokens, width, causal, backward, seconds}] of attention alone in bfloat16, `total` tokens a call."""
     rows = []
     for width, n, causal, backward in (
