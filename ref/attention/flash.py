@@ -150,8 +150,8 @@ def flash_attention_bwd(
     for cols in _tiles(S, block_k):
         for rows in _tiles(L, block_q):
             p, ds = tile(rows, cols)
-            dv[..., cols, :] += (p * opt.keep(rows, cols)).swapaxes(-1, -2) @ do[..., rows, :]
-            dk[..., cols, :] += opt.scale * ds.swapaxes(-1, -2) @ q[..., rows, :]
+            dv[..., cols, :] += weigh((p * opt.keep(rows, cols)).swapaxes(-1, -2), do[..., rows, :])
+            dk[..., cols, :] += opt.scale * weigh(ds.swapaxes(-1, -2), q[..., rows, :])
     for rows in _tiles(L, block_q):
         for cols in _tiles(S, block_k):
             _, ds = tile(rows, cols)

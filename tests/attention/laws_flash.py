@@ -181,6 +181,26 @@ def law_flash_rows_without_a_key_are_zero(call):
     assert all(not g.any() for g in grads)
 
 
+@given(calls())
+def law_flash_a_query_without_a_key_may_hold_nan(call):
+    """What no key meets reaches neither the output nor a gradient, bit for bit."""
+    q, k, v, _ = call
+    mask = np.ones((len(q), len(k)), bool)
+    mask[0] = False
+    blind = q.copy()
+    blind[0] = np.nan
+    o, lse = flash_attention(q, k, v, mask=mask, return_lse=True)
+    for got, want in zip(
+        (
+            *flash_attention(blind, k, v, mask=mask, return_lse=True),
+            *flash_attention_bwd(o, blind, k, v, o, lse, mask=mask),
+        ),
+        (o, lse, *flash_attention_bwd(o, q, k, v, o, lse, mask=mask)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
 @given(calls(), st.floats(-50, 50))
 def law_flash_a_constant_on_all_scores_shifts_lse_only(call, shift):
     """One more channel, 1 in q and `shift` in k, adds the same constant to every score."""
