@@ -151,12 +151,14 @@ def law_hw_gpu_waves_of_a_product(m, n, k, splits):
 def law_hw_gpu_tokens_a_second_fall_with_bits_and_context(name, bits, context, more):
     device = DEVICES[name]
     speed = lambda b, c: decode_tokens_per_s(134_515_008, b, c, 23_040, device)
-    low, high = min(bits), max(bits)
+    # Among formats that all unpack, or none: where unpacking binds (a TPU's vector unit at 2 bits), 16 bits are faster.
+    packed = [b for b in bits if b < 16] or bits
+    low, high = min(packed), max(packed)
     assert speed(high, context) <= speed(low, context)
     assert speed(low, context + more) <= speed(low, context)
-    assert speed(low, context) * (134_515_008 * low / 8 + context * 23_040) <= device.memory_rate * (
-        1 + 1e-12
-    )
+    for b in (*bits, 16):
+        roof = device.memory_rate / (134_515_008 * b / 8 + context * 23_040)
+        assert speed(b, context) <= roof * (1 + 1e-12)  # three roundings of 2^-53 each
 
 
 @given(st.sampled_from(sorted(CPUS)), st.integers(1, 1 << 32), st.integers(0, 1 << 32))
