@@ -151,7 +151,7 @@ def law_hw_gpu_waves_of_a_product(m, n, k, splits):
 def law_hw_gpu_tokens_a_second_fall_with_bits_and_context(name, bits, context, more):
     device = DEVICES[name]
     speed = lambda b, c: decode_tokens_per_s(134_515_008, b, c, 23_040, device)
-    # Among formats that all unpack, or none: where unpacking binds (a TPU's vector unit at 2 bits), 16 bits are faster.
+    # Among packed formats, or among plain ones: where unpacking binds (a TPU at 2 bits), 16 bits are faster.
     packed = [b for b in bits if b < 16] or bits
     low, high = min(packed), max(packed)
     assert speed(high, context) <= speed(low, context)
