@@ -119,12 +119,13 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
 
 def check_lengths(name, lengths, lead, S, *, least=0):
     """Raise ValueError unless `lengths` are integers in least..S, broadcastable to `lead`."""
-    dtype, shape = getattr(lengths, "dtype", None) or np.result_type(lengths), np.shape(lengths)
+    lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
+    dtype, shape = lengths.dtype, np.shape(lengths)
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{name} must be integers, got dtype {dtype}")
     if not _broadcasts(shape, lead):
         raise ValueError(f"{name} of shape {list(shape)} does not broadcast to the leading axes {list(lead)}")
-    if isinstance(lengths, int | list | tuple | np.ndarray | np.integer):  # traced values cannot be looked at
+    if isinstance(lengths, np.ndarray | np.integer):  # traced values cannot be looked at
         values = np.asarray(lengths)
         if values.size and (values.min() < least or values.max() > S):
             raise ValueError(f"{name} must be in {least}..{S}, got {values.min()}..{values.max()}")

@@ -201,6 +201,22 @@ def test_attention_block_dense_agrees_with_grouped_heads_masks_lengths_and_dropo
             close32(np.asarray(a)[finite], b[finite], 32)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([1, 9], "k must be in 0..3, got 1..9"),
+        ([1.5, 2.0], "k must be integers"),
+        (True, "k must be integers"),
+        ([1, 2, 3], "k of shape .3. does not broadcast"),
+    ],
+)
+def test_attention_block_lengths_that_are_wrong_say_so(lengths, says):
+    attention.check_lengths("k", [0, 3], (2,), 3)
+    attention.check_lengths("k", 3, (2,), 3)
+    with pytest.raises(ValueError, match=says):
+        attention.check_lengths("k", lengths, (2,), 3)
+
+
 @pytest.mark.parametrize(("norm", "activation"), [("pre", "gelu"), ("post", "relu")])
 def test_transformer_block_agrees_with_its_definition_and_gradients(norm, activation):
     rng = np.random.default_rng(0)
