@@ -113,9 +113,12 @@ def _room(op, args, want, eps):
         terms, n = _terms(op, args, want)
         return n * eps * terms + eps * np.abs(want)  # 2 n 2^-24 = n eps in float32
     ulps = 4 if op.prim in TRANSCENDENTAL or op.prim in ("integer_pow", "rem") else 1
-    if op.prim == "erfc":  # exp(-x^2) p(x), where rounding x^2 moves it by x^2 2^-24; 1 - erf(x) below 1
+    if op.prim == "erfc":
+        # From |x| = 1 on it is exp(-x^2) (1/x) p(1/x^2): an exponential with the ulps of any, moved by x^2 2^-24
+        # when x^2 is rounded, and half an ulp each for 1/x, p's last step and two products. Below: 1 - erf(x).
         x = np.asarray(args[0], np.float64)
-        return eps * ((ulps + x * x) * np.abs(want) + ulps * np.where(np.abs(x) < 1, np.abs(1 - want), 0))
+        below = np.where(np.abs(x) < 1, np.abs(1 - want), 0)
+        return eps * ((ulps + 4 / 2 + x * x) * np.abs(want) + ulps * below)
     return ulps * eps * np.abs(want)
 
 
