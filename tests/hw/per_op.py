@@ -114,8 +114,8 @@ def _room(op, args, want, eps):
         return n * eps * terms + eps * np.abs(want)  # 2 n 2^-24 = n eps in float32
     ulps = 4 if op.prim in TRANSCENDENTAL or op.prim in ("integer_pow", "rem") else 1
     if op.prim == "erfc":
-        # From |x| = 1 on it is exp(-x^2) (1/x) p(1/x^2): an exponential with the ulps of any, moved by x^2 2^-24
-        # when x^2 is rounded, and half an ulp each for 1/x, p's last step and two products. Below: 1 - erf(x).
+        # From |x| = 1 on it is exp(-x^2) (1/x) p(1/x^2): the ulps of any exponential, x^2 2^-24 for the
+        # rounded x^2, and half an ulp each for 1/x, p's last step and two products. Below: 1 - erf(x).
         x = np.asarray(args[0], np.float64)
         below = np.where(np.abs(x) < 1, np.abs(1 - want), 0)
         return eps * ((ulps + 4 / 2 + x * x) * np.abs(want) + ulps * below)
