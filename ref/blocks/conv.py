@@ -29,6 +29,13 @@ class ConvBN(NamedTuple):
     bn: BN
 
 
+class Conv(NamedTuple):
+    """A plain convolution, w [out, in / groups, kh, kw] and b [out]: what a `ConvBN` folds into."""
+
+    w: np.ndarray
+    b: np.ndarray
+
+
 class FFNParams(NamedTuple):
     """Two 1x1 convolutions with a ReLU between them."""
 
@@ -138,7 +145,14 @@ def batch_norm_vjp(x, bn, dy, *, train=False, eps=1e-5):
 
 
 def conv_bn(x, p, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
-    """Convolution, then batch norm; in training -> (y, new BN)."""
+    """Convolution, then batch norm; in training -> (y, new BN). p: ConvBN, or the Conv it folds into.
+
+    Raises: ValueError for training a folded convolution, which has no statistics.
+    """
+    if isinstance(p, Conv):
+        if train:
+            raise ValueError("p is folded: it has no batch norm left to train")
+        return conv2d(x, p.w, p.b, stride=stride, padding=padding, groups=groups)
     y = conv2d(x, p.w, stride=stride, padding=padding, groups=groups)
     return batch_norm(y, p.bn, train=train, eps=eps)
 
@@ -146,6 +160,9 @@ def conv_bn(x, p, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
 def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
     """-> (dx, ConvBN of gradients, zero for the running statistics) of `conv_bn`."""
     options = {"stride": stride, "padding": padding, "groups": groups}
+    if isinstance(p, Conv):
+        dx, *grads = conv2d_vjp(x, p.w, dy, **options)
+        return dx, Conv(*grads)
     d, dgamma, dbeta = batch_norm_vjp(conv2d(x, p.w, **options), p.bn, dy, train=train, eps=eps)
     dx, dw, _ = conv2d_vjp(x, p.w, d, **options)
     zero = np.zeros_like(dgamma)
@@ -153,9 +170,31 @@ def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-
 
 
 def fold_conv_bn(p, *, eps=1e-5):
-    """(w, b) of the one convolution that equals `conv_bn` at inference: w gamma / sqrt(var + eps)."""
+    """Conv(w, b), the one convolution that equals `conv_bn` at inference: w gamma / sqrt(var + eps)."""
     gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
-    return p.w * gain[:, None, None, None], p.bn.beta - p.bn.mean * gain
+    return Conv(p.w * gain[:, None, None, None], p.bn.beta - p.bn.mean * gain)
+
+
+def fold_all(params, *, eps=1e-5):
+    """The same tree of parameters with every ConvBN in it folded into a Conv."""
+    if isinstance(params, ConvBN):
+        return fold_conv_bn(params, eps=eps)
+    if not isinstance(params, tuple | list):
+        return params
+    folded = [fold_all(p, eps=eps) for p in params]
+    return type(params)(*folded) if hasattr(params, "_fields") else type(params)(folded)
+
+
+def init_bn(channels, *, gamma=1.0):
+    """BN before training: scale gamma, shift 0, mean 0, variance 1."""
+    zero, one = np.zeros(channels), np.ones(channels)
+    return BN(gamma * one, zero, zero, one)
+
+
+def init_conv_bn(rng, c_in, c_out, kernel=1, *, groups=1, gamma=1.0):
+    """ConvBN with weights uniform in +-1 / sqrt(fan in), drawn by a NumPy Generator."""
+    shape = (c_out, c_in // groups, kernel, kernel)
+    return ConvBN(rng.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[1:])), init_bn(c_out, gamma=gamma))
 
 
 def conv_ffn(x, p):
@@ -163,14 +202,15 @@ def conv_ffn(x, p):
     return conv_bn(relu(conv_bn(x, p.pw1)), p.pw2)
 
 
-def squeeze_excite(x, w1, b1, w2, b2):
-    """x times sigmoid(W2 relu(W1 mean(x))): x [B, H, W, C], w1 [R, C, 1, 1], w2 [C, R, 1, 1]."""
+def squeeze_excite(x, w1, b1, w2, b2, *, gate=sigmoid):
+    """x times gate(W2 relu(W1 mean(x))): x [B, H, W, C], w1 [R, C, 1, 1], w2 [C, R, 1, 1]."""
+    dims(x=(x, "B H W C"), w1=(w1, "R C 1 1"), b1=(b1, "R"), w2=(w2, "C R 1 1"), b2=(b2, "C"))
     pooled = float64(x).mean(axis=(1, 2))
-    gate = sigmoid(linear(relu(linear(pooled, w1[:, :, 0, 0].T, b1)), w2[:, :, 0, 0].T, b2))
-    return x * gate[:, None, None, :]
+    weights = gate(linear(relu(linear(pooled, w1[:, :, 0, 0].T, b1)), w2[:, :, 0, 0].T, b2))
+    return x * weights[:, None, None, :]
 
 
-def patch_merging(x, params):
+def patch_merging(x, params: PatchMergingParams):
     """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C']: expand, stride-2 depthwise, squeeze-and-excite,
     project.
     """

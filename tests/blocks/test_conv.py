@@ -130,6 +130,23 @@ def test_conv_block_squeeze_excite_and_patch_merging():
     assert conv.patch_merging(x, p).shape == (1, 3, 2, 5)
 
 
+def test_conv_block_folded_tree_computes_and_differentiates_alike():
+    rng = np.random.default_rng(2)
+    x, dy = rng.standard_normal((1, 4, 4, 3)), rng.standard_normal((1, 4, 4, 3))
+    tree = conv.FFNParams(conv.init_conv_bn(rng, 3, 6), conv.init_conv_bn(rng, 6, 3, gamma=0.5))
+    tree = tree._replace(pw1=tree.pw1._replace(bn=_bn(rng, 6)))
+    folded = conv.fold_all(tree)
+    assert isinstance(folded.pw1, conv.Conv)
+    want = conv.conv_ffn(x, tree)
+    np.testing.assert_allclose(conv.conv_ffn(x, folded), want, rtol=0, atol=256 * EPS * np.abs(want).max())
+    dx, _ = conv.conv_bn_vjp(x, tree.pw2._replace(w=tree.pw2.w[:, :3]), dy)
+    dx_folded, grads = conv.conv_bn_vjp(x, conv.fold_conv_bn(tree.pw2._replace(w=tree.pw2.w[:, :3])), dy)
+    np.testing.assert_allclose(dx_folded, dx, rtol=0, atol=256 * EPS * np.abs(dx).max())
+    np.testing.assert_allclose(grads.b, dy.sum(axis=(0, 1, 2)), rtol=0, atol=64 * EPS * np.abs(dy).sum())
+    with pytest.raises(ValueError, match="p is folded"):
+        conv.conv_bn(x, folded.pw1, train=True)
+
+
 def test_conv_block_rejects_what_does_not_fit():
     x = np.zeros((1, 4, 4, 3))
     with pytest.raises(ValueError, match="does not fit x with 3 channels"):
