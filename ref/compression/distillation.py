@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import logsumexp
 from ref.dims import dims, float64
 from ref.example import Example
@@ -55,18 +56,6 @@ def kd_loss(student_logits, teacher_logits, labels, *, temperature=2.0, alpha=0.
     hard, grad_hard = cross_entropy(student_logits, labels)
     weight = alpha * (temperature**2 if scale_by_t2 else 1.0)
     return weight * soft + (1 - alpha) * hard, weight * grad_soft + (1 - alpha) * grad_hard
-
-
-def cross_entropy(logits, labels):
-    """(mean over the batch of -log softmax(logits)[label], its gradient): logits [B, K], labels int [B]."""
-    n = dims(logits=(logits, "B K"), labels=(labels, "B"))
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or (labels.size and not (0 <= labels.min() and labels.max() < n["K"])):
-        raise ValueError(f"labels must be integers in 0..{n['K'] - 1}")
-    log_p, rows = _log_softmax(logits, 1.0), np.arange(n["B"])
-    grad = np.exp(log_p)
-    grad[rows, labels] -= 1
-    return -log_p[rows, labels].mean(), grad / n["B"]
 
 
 def hard_distillation_loss(class_logits, distill_logits, teacher_logits, labels):
