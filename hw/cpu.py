@@ -202,10 +202,15 @@ class Cpu(Target):
     def _on(self, threads, op, group, ctx):
         """(busy seconds, overhead, bytes by level, counts) of one op on that many threads."""
         c, dtype = ctx.counts(op), ctx.dtype(op)
-        written = ctx.writes(op)
-        moved = ctx.reads(op) + written
+        level, written = self.level_of(ctx.working_set(group), threads), ctx.writes(op)
+        moved = {
+            level: ctx.reads(op) + written * (2 if level == "dram" else 1)
+        }  # a line is read, then written
         if op.kind == "reduce" and not ctx.reads(op) and not self.ideal:
-            moved += ctx.inputs(op)[0].nbytes  # compilers for a CPU make a pass of each reduction of a group
+            passed = ctx.inputs(op)[0].nbytes  # compilers for a CPU make a pass of each reduction of a group
+            near = self.level_of(passed, threads)
+            moved[near] = moved.get(near, 0) + passed
+        moved = {at: n for at, n in moved.items() if n}
         lanes = self._reached(threads) / 2  # instructions: one a multiply-accumulate, and one an addition
         ops = c.flops - 2 * c.macs + c.index_ops
         if isinstance(op.dims, ElementwiseDims) and op.dims.cls == "div":
@@ -217,13 +222,11 @@ class Cpu(Target):
         arithmetic += 2 * c.macs / self._reached(threads, dtype)
         if op.prim == "transpose" and moved and not self.ideal:
             arithmetic += op.dims.written * STRIDED_CYCLES / (self.clock_hz * threads)
-        level = self.level_of(group.read_bytes + group.write_bytes, threads)
-        if level == "dram":
-            moved += written  # a line is read into the cache before it is written
-        busy = {"arithmetic": arithmetic, level: moved / self.level_rate(level, threads)}
+        busy = {at: n / self.level_rate(at, threads) for at, n in moved.items()}
+        busy["arithmetic"] = arithmetic
         busy = {r: s for r, s in busy.items() if s > 0}
         overhead = 0.0 if self.ideal else self.op_overhead_us * 1e-6 + (FORK_JOIN_S if threads > 1 else 0.0)
-        return busy, overhead if busy else 0.0, {level: moved} if moved else {}, c
+        return busy, overhead if busy else 0.0, moved, c
 
     @staticmethod
     def from_cpuinfo(**fields) -> "Cpu":

@@ -14,9 +14,9 @@ from functools import cached_property
 
 from hw.count import Counts, op_counts
 from hw.errors import DoesNotFit, UnsupportedPrimitive
-from hw.fusion import Group, Pattern, groups, patterns
+from hw.fusion import Group, Pattern, groups, patterns, touched, written
 from hw.liveness import liveness, peak_bytes
-from hw.program import Block, Op, Program, Tensor
+from hw.program import Block, Loop, Op, Program, Tensor, walk
 from hw.report import OpCost
 
 
@@ -148,6 +148,33 @@ class Context:
     def writes(self, op: Op) -> int:
         """Bytes that one execution leaves for ops outside its fusion group."""
         return self.group(op).writes.get(op.id, 0)
+
+    @cached_property
+    def spans(self) -> dict[int, int]:
+        """Bytes of the whole array behind every slice that a loop hands its body or takes from it."""
+        found, tensors = {}, self.program.tensors
+        for op in walk(self.program.body):  # outer loops before inner
+            if isinstance(op.dims, Loop):
+                d = op.dims
+                fixed = d.consts + d.carries
+                stacked = zip(d.body.inputs[fixed:], op.inputs[d.cond_consts + fixed :], strict=True)
+                gathered = zip(d.body.outputs[d.carries :], op.outputs[d.carries :], strict=True)
+                for inner, outer in (*stacked, *gathered):
+                    found[inner] = found.get(outer, tensors[outer].nbytes)
+        return found
+
+    def working_set(self, group: Group) -> int:
+        """Bytes that all executions of a group visit: a slice that moves on visits the whole array."""
+        if group.ops[0].kind == "kernel":
+            return group.read_bytes + group.write_bytes
+        visited, program = {}, self.program
+        for op in group.ops:
+            moved = [(i, touched(program, op, i)) for i in op.inputs if i in group.inputs]
+            moved += [(o, written(program, op, o)) for o in op.outputs if o in group.outputs]
+            for t, n in moved:
+                whole = max(self.spans.get(t, 0), program.tensors[t].nbytes)
+                visited.setdefault(t, min(whole, n * (op.trips or 1)))
+        return sum(visited.values())
 
     def is_resident(self, tensor: Tensor) -> bool:
         """Is it a weight or a constant, there before the program starts."""

@@ -300,12 +300,16 @@ class _Tracer:
         p = eqn.params
         inner = p["jaxpr"]
         body = self.block(inner.jaxpr, inner.consts, scope, recompute=recompute)
+        if "ft_in" in p:  # JAX 0.12 on keeps the trees of (constants, carries, slices)
+            consts, carries = (len(tree) for tree in p["ft_in"].unpack()[:2])
+        else:
+            consts, carries = p["num_consts"], p["num_carry"]
         dims = Loop(
             body=body,
             trips=int(p["length"]),
-            consts=p["num_consts"],
-            carries=p["num_carry"],
-            xs=len(args) - p["num_consts"] - p["num_carry"],
+            consts=consts,
+            carries=carries,
+            xs=len(args) - consts - carries,
             reverse=bool(p["reverse"]),
             name=self.unique(scope, "scan"),
         )

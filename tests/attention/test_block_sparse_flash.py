@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 import accel
 import hw
@@ -19,6 +18,7 @@ from tests.claims import record
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
+from tests.lower import lowered
 
 globals().update(law_tests(laws_block_sparse_flash))
 
@@ -213,17 +213,15 @@ def test_block_sparse_flash_kernels_lower_for_their_devices():
     q, k, row = shape(jnp.bfloat16, 2, 2, 300, 64), shape(jnp.bfloat16, 2, 1, 300, 64), None
     row = shape(jnp.float32, 2, 2, 300)
     table, tiles = shape(jnp.int32, 12, 4), shape(jnp.bool_, 1, 3, 3)
-    fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    for module, lists, platform, name in (
-        (block_sparse_flash_tpu, (table, table), "tpu", "tpu_custom_call"),
-        (block_sparse_flash_triton, (tiles,), "cuda", "triton"),
+    for module, lists, platform in (
+        (block_sparse_flash_tpu, (table, table), "tpu"),
+        (block_sparse_flash_triton, (tiles,), "cuda"),
     ):
         options = {"scale": 0.1, "hi": 0, "block_q": 128, "block_k": 128}
         forward = lambda *a, m=module, o=options: m.forward(*a, **o)
         backward = lambda *a, m=module, o=options: m.backward(*a, **o)
         for fn, args in ((forward, (q, k, k, lists[0])), (backward, (q, q, k, k, row, row, *lists))):
-            exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
-            assert name in exported.mlir_module()
+            lowered(fn, args, platform)
 
 
 def test_block_sparse_flash_impl_asked_for_by_name_says_why_not():

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 import accel
 import ref
@@ -15,6 +14,7 @@ from tests.claims import record
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
+from tests.lower import lowered
 
 globals().update(law_tests(laws_flash))
 
@@ -156,10 +156,8 @@ def test_flash_kernels_lower_for_their_devices():
         backward = lambda do, q, k, v, lse, delta, end, m=module: m.backward(
             do, q, k, v, lse, delta, end, scale=0.1, hi=0
         )
-        fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
         for fn, args in ((forward, (q, k, k, end)), (backward, (q, q, k, k, row, row, end))):
-            exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
-            assert {"tpu": "tpu_custom_call", "cuda": "triton"}[platform] in exported.mlir_module()
+            lowered(fn, args, platform)
 
 
 def test_flash_extra_memory_is_no_square():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax import export
 
 import accel
 import ref
@@ -20,6 +19,7 @@ from tests.claims import record
 from tests.golden_runner import cases, golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
+from tests.lower import lowered
 
 globals().update(law_tests(laws_lean))
 BUILD = {"state": lambda tree: ref.lean.SoftmaxState(**tree)}
@@ -169,17 +169,12 @@ def test_lean_kernels_lower_for_their_devices():
     options = {"scale": 0.1, "block_n": 256}
     tpu = lambda *a: lean_tpu.partial_states(*a, most=2, **options)
     triton = lambda *a: lean_triton.partial_states(*a, **options)
-    fine = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     first, at = shape(jnp.int32, 9), shape(jnp.int32, 8)
     parts = [shape(jnp.float32, *s) for s in ((140, 16), (140, 16), (140, 16, 64))]
     merge = lambda *a: lean_triton.merged(*a, dtype=jnp.bfloat16)
-    for fn, args, platform, call in (
-        (tpu, (*n, *qkv), "tpu", "tpu_custom_call"),
-        (triton, (run, *n, *qkv), "cuda", "triton"),
-        (merge, (first, at, *parts), "cuda", "triton"),
-    ):
-        exported = export.export(jax.jit(fn), platforms=[platform], disabled_checks=fine)(*args)
-        assert call in exported.mlir_module()
+    lowered(tpu, (*n, *qkv), "tpu")
+    lowered(triton, (run, *n, *qkv), "cuda")
+    lowered(merge, (first, at, *parts), "cuda")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 import accel
 import ref
@@ -15,6 +14,7 @@ from tests.compression import laws_llm_int8
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
+from tests.lower import lowered
 
 globals().update(law_tests(laws_llm_int8))
 
@@ -147,8 +147,7 @@ def test_llm_int8_kernel_lowers_for_tpu():
     for T, R in ((20, 7), (1, None)):
         args = shape(i8, T, 576), shape(i8, 24, 576), shape(f32, T), shape(f32, 24), shape(f32, 24)
         strip = None if R is None else (shape(f32, T, R), shape(f32, 24, R))
-        text = export.export(jax.jit(int8_product), platforms=["tpu"])(*args, strip).mlir_module()
-        assert "tpu_custom_call" in text
+        lowered(int8_product, (*args, strip), "tpu")
 
 
 def test_llm_int8_accel_integers_are_those_of_ref_in_every_dtype():

@@ -132,6 +132,28 @@ def test_hw_gpu_loops_multiply():
         assert hw.estimate(ten, device).seconds == pytest.approx(10 * hw.estimate(one, device).seconds)
 
 
+@pytest.mark.parametrize("rows", [128, 4096])
+def test_hw_gpu_a_loop_over_slices_visits_the_whole_array(rows):
+    """A row fits in the nearest cache, but the rows that pass by come from where the array is."""
+    x = jax.ShapeDtypeStruct((rows, 4096), jnp.float32)
+    take = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    add = lambda c, row: (c + row.sum(), None)
+    by_slices = lambda x: jax.lax.scan(add, jnp.float32(0), x)[0]
+    by_index = lambda x: jax.lax.fori_loop(0, rows, lambda i, c: c + take(x, i).sum(), jnp.float32(0))
+    nested = lambda x: jax.lax.scan(lambda c, b: (c + by_slices(b), None), jnp.float32(0), x)[0]
+    device = preset("xeon_6154")
+    size = rows * 4096 * 4
+    home = device.level_of(size, threads=1)
+    assert home != "l1"
+    for fn, arg in (
+        (by_slices, x),
+        (by_index, x),
+        (nested, jax.ShapeDtypeStruct((2, rows // 2, 4096), jnp.float32)),
+    ):
+        moved = hw.estimate(hw.trace(fn, arg), device).bytes_by_level[home]
+        assert size <= moved <= size * (1 + 2**-8)  # and the sums and indices of each row
+
+
 def test_hw_gpu_systolic_array_pads():
     device = hw.tpu_v6e(hbm_gbps=1e9, l2_gbps=0.0, watts=1e6)
     seconds = lambda n: hw.estimate(program(matmul, (64, n), (n, n), dtype="bfloat16"), device).seconds

@@ -135,7 +135,8 @@ def test_hw_ir_every_family_is_tried():
         "name",
     }
     names |= {"layout_constraint", "sharding_constraint", "max_contiguous", "random_clone", "reduce_window"}
-    assert KNOWN - set(CALLS) == kernels | meshes | names | {"rng_bit_generator"}
+    recent = {"one_minus_square"}  # tried where this JAX has it
+    assert KNOWN - set(CALLS) - recent == kernels | meshes | names | {"rng_bit_generator"}
 
 
 @pytest.mark.parametrize("name", ["svd", "eigh", "qr", "lu", "cholesky", "triangular_solve", "fft"])
@@ -771,7 +772,7 @@ def test_hw_ir_targets_and_formats_side_by_side():
 
 def test_hw_ir_meshes_are_priced_not_run():
     """A region on four devices: its collectives are in the program with their axes."""
-    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    mesh = jax.sharding.AbstractMesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     fn = jax.shard_map(lambda x: lax.psum(x @ x.T, "x"), mesh=mesh, in_specs=spec, out_specs=jax.P())
     program = hw.trace(fn, f32(8, 4))
