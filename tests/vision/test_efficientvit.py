@@ -1,0 +1,81 @@
+"""EfficientViT: laws on ref, golden vectors, bad inputs."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ref
+from ref.vision.efficientvit import EfficientViTConfig, EfficientViTParams
+from tests.golden_runner import golden, run
+from tests.laws import law_tests
+from tests.vision import laws_efficientvit
+
+globals().update(law_tests(laws_efficientvit))
+E = ref.efficientvit
+
+
+def released(img, params: EfficientViTParams, cfg, **options):
+    """The released network: its last linear map is stored [out, in]."""
+    head = params.head._replace(w=params.head.w.T)
+    return E.efficientvit_forward(img, params._replace(head=head), cfg, **options)
+
+
+def config(fields):
+    return EfficientViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+@golden("efficientvit")
+def test_efficientvit_golden_ref(case):
+    run(case, SimpleNamespace(**{**vars(E), "efficientvit_forward": released}), build={"cfg": config})
+
+
+X, PARAMS = laws_efficientvit.attention(np.random.default_rng(0), 2, 4, (3, 3))
+SMALL, OPTIONS = laws_efficientvit.SMALL, laws_efficientvit.OPTIONS
+NET = E.init_efficientvit(np.random.default_rng(0), SMALL, image=32)
+attend = lambda x=X, p=PARAMS, **o: E.cascaded_group_attention(x, p, **{**OPTIONS, **o})
+BAD = {
+    "heads": (lambda: attend(X[..., :7]), "heads must divide the channels, got 2 heads for 7"),
+    "few_kernels": (lambda: attend(kernels=(5,)), "kernels must be odd, one for each of 2 heads"),
+    "even_kernel": (lambda: attend(kernels=(4, 3)), "kernels must be odd"),
+    "other_kernel": (lambda: attend(kernels=(3, 3)), r"dw\.shape\[2\] = 5, but must be 3"),
+    "key_dim": (lambda: attend(key_dim=5), r"qkv\.shape\[0\] = 12, but must be 14"),
+    "resolution": (lambda: attend(X[:, :2]), r"bias must be \[2, 6\] for a map of 2 x 3"),
+    "map": (lambda: attend(X[0]), "x must have shape"),
+    "gradient": (
+        lambda: E.cascaded_group_attention_backward(X[:1], X, PARAMS, **OPTIONS),
+        r"x\.shape\[0\] = 2, but axis B is 1",
+    ),
+    "square": (lambda: E.window_attention(X[:, :2], PARAMS, **OPTIONS), "x must be a square map"),
+    "window": (lambda: E.window_attention(X, PARAMS, window=0, **OPTIONS), "window at least 1"),
+    "image_size": (
+        lambda: E.efficientvit_forward(np.ones((1, 48, 48, 3)), NET, SMALL),
+        r"bias must be \[2, 9\] for a map of 3 x 3",
+    ),
+    "image_small": (
+        lambda: E.efficientvit_forward(np.ones((1, 15, 16, 3)), NET, SMALL),
+        "at least 16 pixels",
+    ),
+    "image_grey": (lambda: E.efficientvit_forward(np.ones((1, 32, 32, 1)), NET, SMALL), "must be 3"),
+    "side": (lambda: E.attention_bias_index(0), "height and width must be at least 1"),
+    "name": (lambda: E.efficientvit_config("m6"), "name must be one of m0, m1, m2, m3, m4, m5"),
+    "config_heads": (lambda: replace(SMALL, heads=(3, 2, 3)), "got 3 heads for 16"),
+    "config_kernels": (lambda: replace(SMALL, kernels=(3, 3)), "one for each of 3 heads"),
+    "config_stages": (lambda: replace(SMALL, depths=(1, 2)), "depths must hold three positive numbers"),
+    "stem": (
+        lambda: E.init_efficientvit(np.random.default_rng(0), replace(SMALL, dims=(12, 24, 24)), image=32),
+        r"dims\[0\] must be a multiple of 8",
+    ),
+    "folded": (
+        lambda: E.conv_bn(np.ones((1, 32, 32, 3)), E.fold_efficientvit(NET).stem[0], train=True),
+        "p is folded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_efficientvit_rejects_bad_input(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
