@@ -60,6 +60,23 @@ CATALOG = (
         core=("lean_attention", "flash_decoding_attention", "combine_partials", "merge", "finalize"),
     ),
     Technique(
+        slug="landmark",
+        part="attention",
+        title="Landmark attention",
+        paper="Landmark Attention: Random-Access Infinite Context Length for Transformers",
+        year=2023,
+        arxiv="2305.16300",
+        idea="A block is reached through its landmark, which learns to be the key by which it is retrieved.",
+        core=(
+            "grouped_softmax",
+            "landmark_attention",
+            "landmark_attention_bwd",
+            "select_blocks",
+            "landmark_decode",
+            "landmark_stream",
+        ),
+    ),
+    Technique(
         slug="rum",
         part="memory",
         title="RUM",
