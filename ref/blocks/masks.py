@@ -14,6 +14,19 @@ def window_mask(num_queries, num_keys, *, left, right):
     return (-left <= offset) & (offset <= right)
 
 
+def dilated_window_mask(n, *, window, dilation=1, causal=False):
+    """[n, n], True where j = i + dilation t with |t| <= window / 2 (even), and t <= 0 if causal."""
+    offset = np.arange(n) - np.arange(n)[:, None]
+    seen = (np.abs(offset) <= dilation * (window // 2)) & (offset % dilation == 0)
+    return seen & (offset <= 0) if causal else seen
+
+
+def block_window_mask(n, *, block, neighbors=0):
+    """[n, n], True where the blocks of i and j, runs of `block` tokens, are at most `neighbors` apart."""
+    at = np.arange(n) // block
+    return np.abs(at[:, None] - at) <= neighbors
+
+
 def length_mask(lengths, num_keys):
     """[..., 1, S], True for the first `lengths` keys: int lengths [...] with 0 <= length <= S."""
     return np.arange(num_keys) < np.asarray(lengths)[..., None, None]

@@ -33,6 +33,27 @@ class BlockParams(NamedTuple):
     b_fc2: np.ndarray
 
 
+class QKVParams(NamedTuple):
+    """The maps to queries, keys and values alone: weights [C, H D], biases [H D] or None."""
+
+    w_q: np.ndarray
+    b_q: np.ndarray | None
+    w_k: np.ndarray
+    b_k: np.ndarray | None
+    w_v: np.ndarray
+    b_v: np.ndarray | None
+
+
+class AttentionParams(NamedTuple):
+    """Maps [C, H D] to queries, keys and values without a bias, and back: w_o [H D, C], b_o [C] or None."""
+
+    w_q: np.ndarray
+    w_k: np.ndarray
+    w_v: np.ndarray
+    w_o: np.ndarray
+    b_o: np.ndarray | None = None
+
+
 def init_block(rng, dim, hidden, *, std=0.02):
     """BlockParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms."""
     w = lambda *shape: std * rng.standard_normal(shape)
@@ -50,6 +71,18 @@ def qkv(x, params, *, num_heads):
     p = params
     maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
     return tuple(split_heads(linear(x, w, b), num_heads) for w, b in maps)
+
+
+def qkv_vjp(x, params, dqkv):
+    """-> (dx, QKVParams) of `qkv` for dqkv, three cotangents [..., H, L, D]."""
+    p = params
+    maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
+    dx, grads = np.zeros_like(x), []
+    for (w, b), d in zip(maps, dqkv, strict=True):
+        part, dw, db = linear_vjp(x, w, join_heads(d), bias=b is not None)
+        dx = dx + part
+        grads += [dw, db]
+    return dx, QKVParams(*grads)
 
 
 def self_attention(x, params, *, num_heads, attention=attention_dense, **options):
@@ -101,13 +134,9 @@ def self_attention_vjp(x, params, dy, *, num_heads, **options):
     q, k, v = qkv(x, params, num_heads=num_heads)
     o = join_heads(attention_dense(q, k, v, **options))
     do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)
-    grads = {"w_o": dw_o, "b_o": db_o}
-    dx = np.zeros_like(x)
     dqkv = attention_dense_vjp(q, k, v, split_heads(do, num_heads), **options)
-    for name, d in zip("qkv", dqkv, strict=True):
-        w, b = getattr(params, f"w_{name}"), getattr(params, f"b_{name}")
-        part, grads[f"w_{name}"], grads[f"b_{name}"] = linear_vjp(x, w, join_heads(d), bias=b is not None)
-        dx = dx + part
+    dx, maps = qkv_vjp(x, params, dqkv)
+    grads = {"w_o": dw_o, "b_o": db_o, **maps._asdict()}
     return dx, grads
 
 

@@ -46,13 +46,15 @@ def init_bert(rng, *, vocab, context, dim, depth, hidden=None, types=2, pooler=T
     )
 
 
-def bert_embed(ids, params, *, types=None, eps=1e-12):
-    """ln(word[ids] + position + token_type[types]): ids, types [..., T] int -> [..., T, d]; types None = all
-    zero.
+def bert_embed(ids, params, *, types=None, positions=None, eps=1e-12):
+    """ln(word[ids] + position[positions] + token_type[types]): ids, types, positions [..., T] int ->
+    [..., T, d].
 
-    Raises: ValueError for an id or type outside its table, or a text longer than the table of positions.
+    types None: all 0; positions None: 0..T-1.
+    Raises: ValueError for an entry outside its table, or a text longer than the table of positions.
     """
-    return layer_norm(_embedding_sum(ids, params, types), params.ln_scale, params.ln_bias, eps=eps)
+    total = _embedding_sum(ids, params, types, positions)
+    return layer_norm(total, params.ln_scale, params.ln_bias, eps=eps)
 
 
 def bert_encode(ids, params, *, num_heads, token_mask=None, types=None, eps=1e-12):
@@ -113,14 +115,17 @@ def key_mask(token_mask):
     return None if token_mask is None else np.asarray(token_mask, bool)[..., None, None, :]
 
 
-def _embedding_sum(ids, params, types):
+def _embedding_sum(ids, params, types, positions=None):
     T = dims(ids=(ids, "... T"))["T"]
-    if T > len(params.position):
+    if positions is None and T > len(params.position):
         raise ValueError(f"ids has T={T} tokens, more than the {len(params.position)} positions of the table")
     _check_range("ids", ids, len(params.word))
     types = np.zeros_like(ids) if types is None else types
     _check_range("types", types, len(params.token_type))
-    return params.word[np.asarray(ids)] + params.position[:T] + params.token_type[np.asarray(types)]
+    positions = np.arange(T) if positions is None else positions
+    _check_range("positions", positions, len(params.position))
+    word, position, kind = (np.asarray(i) for i in (ids, positions, types))
+    return params.word[word] + params.position[position] + params.token_type[kind]
 
 
 def _check_range(name, x, size):
