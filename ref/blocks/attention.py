@@ -147,13 +147,13 @@ def sum_groups(dx, kv_heads):
 
 def split_heads(x, num_heads):
     """[..., L, H*D] -> [..., H, L, D]."""
-    return np.swapaxes(x.reshape(*x.shape[:-1], num_heads, -1), -2, -3)
+    return np.swapaxes(x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads), -2, -3)
 
 
 def join_heads(x):
     """[..., H, L, D] -> [..., L, H*D]."""
     x = np.swapaxes(x, -2, -3)
-    return x.reshape(*x.shape[:-2], -1)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _check_mask(name, mask, shape):

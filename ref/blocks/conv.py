@@ -5,6 +5,7 @@ norm, its
 folding, squeeze-and-excite (Hu et al. 2018), the patch merging that halves the map.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -83,12 +84,10 @@ def conv2d(x, w, b=None, *, stride=1, padding=0, groups=1, dilation=1):
     """
     O, per, kh, kw = _check_conv(x, w, groups)
     cols = im2col(float64(x), (kh, kw), stride=stride, padding=padding, dilation=dilation)
-    cols = cols.reshape(*cols.shape[:3], kh * kw, groups, per)
-    cols = np.moveaxis(cols, -2, 0).reshape(
-        groups, *cols.shape[:3], kh * kw * per
-    )  # [G, B, H', W', kh kw C/G]
-    y = cols.reshape(groups, -1, kh * kw * per) @ _kernel_matrix(w, groups)  # [G, B H' W', O/G]
-    y = np.moveaxis(y, 0, 1).reshape(*cols.shape[1:4], O)
+    n = cols.shape[:3]
+    cols = np.moveaxis(cols.reshape(*n, kh * kw, groups, per), -2, 0)  # [G, B, H', W', kh kw, C/G]
+    y = cols.reshape(groups, math.prod(n), kh * kw * per) @ _kernel_matrix(w, groups)  # [G, B H' W', O/G]
+    y = np.moveaxis(y, 0, 1).reshape(*n, O)
     return y if b is None else y + b
 
 
@@ -97,8 +96,9 @@ def conv2d_vjp(x, w, dy, *, stride=1, padding=0, groups=1, dilation=1):
     O, per, kh, kw = _check_conv(x, w, groups)
     cols = im2col(float64(x), (kh, kw), stride=stride, padding=padding, dilation=dilation)
     n = cols.shape[:3]
-    cols = np.moveaxis(cols.reshape(*n, kh * kw, groups, per), -2, 0).reshape(groups, -1, kh * kw * per)
-    dyg = np.moveaxis(dy.reshape(-1, groups, O // groups), 1, 0)  # [G, B H' W', O/G]
+    cols = np.moveaxis(cols.reshape(*n, kh * kw, groups, per), -2, 0)
+    cols = cols.reshape(groups, math.prod(n), kh * kw * per)
+    dyg = np.moveaxis(dy.reshape(math.prod(n), groups, O // groups), 1, 0)  # [G, B H' W', O/G]
     dw = np.swapaxes(cols, 1, 2) @ dyg  # [G, kh kw C/G, O/G]
     dw = dw.reshape(groups, kh, kw, per, O // groups).transpose(0, 4, 3, 1, 2).reshape(w.shape)
     dcols = dyg @ np.swapaxes(_kernel_matrix(w, groups), 1, 2)

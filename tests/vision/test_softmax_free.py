@@ -1,0 +1,91 @@
+"""SOFT: laws on ref, golden vectors, bad inputs."""
+
+import numpy as np
+import pytest
+
+import ref
+from tests.golden_runner import call_args, golden, resolve, run
+from tests.laws import law_tests
+from tests.vision import laws_softmax_free
+
+globals().update(law_tests(laws_softmax_free))
+
+S = ref.softmax_free
+
+
+def turned(params):
+    """The linear weights transposed: the golden files store [out, in]."""
+    return params._replace(w_q=params.w_q.T, w_v=params.w_v.T, w_out=params.w_out.T)
+
+
+BUILD = {"params": lambda raw: turned(S.SoftParams(**raw))}
+
+
+@golden("softmax_free")
+def test_softmax_free_golden_ref(case):
+    run(case, S, build=BUILD)
+
+
+@golden("softmax_free")
+def test_softmax_free_golden_gradients_ref(case):
+    """The stored gradients, by ref's own backward passes."""
+    if not case.meta.get("grads"):
+        assert case.meta["fn"] != "newton_inverse"
+        return
+    args, (cotangent,) = call_args(case, resolve(S, case.meta["fn"]), BUILD), case.meta["cotangents"]
+    if case.meta["fn"] == "newton_inverse":
+        got = {"A": S.newton_inverse_vjp(S.newton_inverse(**args), case[cotangent])}
+    else:
+        dx, dparams = S.soft_layer_backward(case[cotangent], **args)
+        got = {"x": dx, **{f"params.{n}": g for n, g in turned(dparams)._asdict().items()}}
+    for name, key in case.meta["grads"].items():
+        rtol, atol = case.meta["tol"][key]
+        np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
+
+
+P = laws_softmax_free.layer(0)
+X, A, Q, V = np.ones((1, 12, 8)), np.eye(3), np.ones((12, 4)), np.ones((12, 2))
+AT = {"height": 4, "width": 3, "num_heads": 2, "ratio": 2, "conv_size": 3}
+LAYER = lambda x=X, p=P, **o: S.soft_layer(x, p, **{**AT, **o})
+BAD = {
+    "map": (lambda: LAYER(height=5), "height \\* width must be the number of tokens 12, got 5 x 3"),
+    "heads": (lambda: LAYER(num_heads=3), "num_heads must divide the 8 channels"),
+    "no_heads": (lambda: LAYER(num_heads=0), "num_heads must divide"),
+    "ratio": (lambda: LAYER(ratio=4), r"ratio must be in 1\.\.3"),
+    "no_ratio": (lambda: LAYER(ratio=0), r"ratio must be in 1\.\.3"),
+    "even": (lambda: LAYER(conv_size=2), "conv_size must be odd, got 2"),
+    "filter": (lambda: LAYER(conv_size=5), r"w_local\.shape\[2\] = 3, but must be 5"),
+    "landmark": (lambda: LAYER(ratio=3), r"w_landmark\.shape\[2\] = 2, but must be 3"),
+    "nan": (lambda: LAYER(x=X * np.nan), "x must be finite"),
+    "weights": (lambda: LAYER(p=P._replace(w_q=P.w_q[:4])), r"w_q\.shape\[0\] = 4"),
+    "backward": (lambda: S.soft_layer_backward(X, X, P, **{**AT, "ratio": 4}), r"ratio must be in 1\.\.3"),
+    "square": (lambda: S.newton_inverse(A[:2]), r"A\.shape\[1\] = 3, but axis m is 2"),
+    "infinite": (lambda: S.newton_inverse(A + np.inf), "A must be finite"),
+    "iters": (lambda: S.newton_inverse(A, iters=0), "iters must be at least 1, got 0"),
+    "ridge": (lambda: S.newton_residuals(A, ridge=-0.1), "ridge must not be negative"),
+    "init": (lambda: S.newton_inverse(A, init="trace"), "init must be one of row_sum, halving, got 'trace'"),
+    "kernel": (lambda: S.gaussian_kernel(Q, V), r"b\.shape\[1\] = 2, but axis d is 4 in a"),
+    "attention": (lambda: S.soft_attention(Q, Q[:3], V[:5]), r"v\.shape\[0\] = 5"),
+    "values": (lambda: S.soft_attention(Q, Q[:3], V * np.inf), "v must be finite"),
+    "landmarks": (lambda: S.soft_attention(Q, Q[:3] * np.nan, V), "q_tilde must be finite"),
+    "image": (lambda: S.soft_forward(np.ones((1, 32, 32, 1)), None, None), "but must be 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_softmax_free_rejects_bad_input(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_softmax_free_edges():
+    """A single token, no tokens, an empty batch, equal and very distant tokens."""
+    one = S.soft_attention(Q[:1], Q[:1], V[:1], ridge=0.0)
+    np.testing.assert_allclose(one, V[:1], rtol=1e-12)  # K = A = 1
+    assert S.soft_attention(Q[:0], Q[:3], V[:0]).shape == (0, 2)
+    assert LAYER(x=X[:0]).shape == (0, 12, 8)
+    far = 1e6 * np.arange(12.0)[:, None] * Q
+    np.testing.assert_allclose(S.soft_attention(far, far, V, ridge=0.0), V, rtol=1e-12)  # K = A = I
+    assert not S.newton_inverse(np.zeros((3, 3)), ridge=0.0).any()
+    assert np.isfinite(S.soft_attention(Q, Q[:3], V, normalize=True)).all()  # A of rank 1, no ridge
