@@ -62,6 +62,8 @@ def selective_scan_vjp(u, delta, a, b, c, d, z, dy, *, delta_bias=None, delta_so
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     dims(u=(u, "... T E"), dy=(dy, "... T E"))
+    if dstate is not None:
+        dims(u=(u, "... T E"), a=(a, "E N"), dstate=(dstate, "... E N"))
     u, a, b, c, dy = float64(u, a, b, c, dy)
     raw, step = _steps(delta, delta_bias, delta_softplus)
     T, h = u.shape[-2], np.zeros((*lead, *a.shape)) if state0 is None else float64(state0)
