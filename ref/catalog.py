@@ -436,6 +436,26 @@ CATALOG = (
             "dequantize",
         ),
     ),
+    Technique(
+        slug="grokking",
+        part="language",
+        title="Grokking",
+        paper="Grokked Transformers are Implicit Reasoners: A Mechanistic Journey to the Edge of Generalization",
+        year=2024,
+        arxiv="2405.15071",
+        idea="Trained far beyond memory, a small transformer combines its facts: lenses and patches show where.",
+        core=(
+            "gpt2_forward",
+            "gpt2_loss",
+            "adamw_step",
+            "train_steps",
+            "lens_logits",
+            "token_rank",
+            "logit_lens",
+            "causal_trace",
+            "trace_strength",
+        ),
+    ),
 )
 
 BY_SLUG = {t.slug: t for t in CATALOG}

@@ -49,6 +49,14 @@ def gpt_embed(ids, params, *, position=0):
     return params.wte[ids] + params.wpe[position : position + T]
 
 
+def gpt_embed_vjp(ids, params, dx):
+    """-> (dwte, dwpe) of `gpt_embed` at position 0 for dx [..., T, d]; tokens that occur twice add up."""
+    dwte, dwpe = np.zeros(np.shape(params.wte)), np.zeros(np.shape(params.wpe))
+    np.add.at(dwte, np.asarray(ids), dx)
+    dwpe[: dx.shape[-2]] = dx.reshape(-1, *dx.shape[-2:]).sum(axis=0)
+    return dwte, dwpe
+
+
 def gpt_blocks(x, params, *, num_heads, mask=None, eps=1e-5):
     """All blocks in order, causal: x [..., T, d] -> [hidden before each block and after the last], L + 1
     arrays.
@@ -97,10 +105,8 @@ def gpt_forward_vjp(ids, params, dlogits, *, num_heads, mask=None, eps=1e-5):
     hidden = gpt_blocks(gpt_embed(ids, params), params, num_heads=num_heads, mask=mask, eps=eps)
     dx, dwte, dscale, dbias = gpt_head_vjp(hidden[-1], params, dlogits, eps=eps)
     dx, blocks = gpt_blocks_vjp(hidden, params, dx, num_heads=num_heads, mask=mask, eps=eps)
-    dwte, dwpe = dwte.copy(), np.zeros_like(params.wpe)
-    np.add.at(dwte, np.asarray(ids), dx)
-    dwpe[: dx.shape[-2]] = dx.reshape(-1, *dx.shape[-2:]).sum(axis=0)
-    return GPTParams(dwte, dwpe, blocks, dscale, dbias)
+    dlookup, dwpe = gpt_embed_vjp(ids, params, dx)
+    return GPTParams(dwte + dlookup, dwpe, blocks, dscale, dbias)
 
 
 def _block(x, p, num_heads, mask, eps):

@@ -1,0 +1,21 @@
+"""The gradients that golden cases store, against the hand-written `<fn>_backward` of ref."""
+
+import inspect
+
+from ref.blocks.optim import tree_leaves
+from tests.golden_runner import _at, _check, call_args, resolve
+
+
+def check_backward(case, module, *, build=None):
+    """`<fn>_backward(arguments, cotangents, options)` gives the gradients of the float arguments in order."""
+    fn, back = (resolve(module, case.meta["fn"] + end) for end in ("", "_backward"))
+    given = call_args(case, fn, build)
+    args = [given[name] for name in case.meta["args"]]
+    known = inspect.signature(back).parameters
+    options = {n: given[n] for n in case.meta["kwargs"] if n in known}
+    grads = back(*args, *(case[key] for key in case.meta["cotangents"]), **options)
+    floats = [n for n in case.meta["args"] if any(x.dtype.kind == "f" for x in tree_leaves(given[n]))]
+    by_name = dict(zip(floats, grads if len(floats) > 1 else (grads,), strict=True))
+    for path, key in case.meta["grads"].items():
+        name, *rest = path.split(".")
+        _check(case, key, _at(by_name[name], rest))
