@@ -16,9 +16,11 @@ from ref.blocks.conv import (
     FFNParams,
     PatchMergingParams,
     batch_norm,
+    conv2d,
     conv_bn,
     conv_ffn,
     fold_all,
+    fold_conv_bn,
     init_bn,
     init_conv_bn,
     patch_merging,
@@ -37,6 +39,13 @@ class DownParams(NamedTuple):
     merge: PatchMergingParams
     dw1: ConvBN
     ffn1: FFNParams
+
+
+class ResidualConv(NamedTuple):
+    """A depthwise convolution w [C, 1, k, k], b [C] that holds the identity: `fold_residual_depthwise`."""
+
+    w: np.ndarray
+    b: np.ndarray
 
 
 class HeadParams(NamedTuple):
@@ -79,8 +88,11 @@ def stem(img, convs):
 
 
 def residual_depthwise(x, p):
-    """x + conv_bn(x): depthwise, size kept."""
-    return x + conv_bn(x, p, padding=p.w.shape[-1] // 2, groups=x.shape[-1])
+    """x + conv_bn(x): depthwise, size kept. p: ConvBN, Conv, or ResidualConv, which holds the identity."""
+    options = {"padding": p.w.shape[-1] // 2, "groups": x.shape[-1]}
+    if isinstance(p, ResidualConv):
+        return conv2d(x, p.w, p.b, **options)
+    return x + conv_bn(x, p, **options)
 
 
 def residual_ffn(x, p):
@@ -102,14 +114,39 @@ def classify(x, p):
 
 
 def fold_pyramid(params, *, eps=1e-5):
-    """The same network with every batch norm folded into the convolution before it, or the head after it."""
-    heads = {name: fold_head(getattr(params, name), eps=eps) for name in ("head", "head_dist")}
-    return fold_all(params, eps=eps)._replace(**heads)
+    """The same network with every batch norm folded into the convolution before it, or the head after it.
+
+    A residual depthwise convolution (a field whose name starts with dw) also takes in the identity.
+    """
+    if not isinstance(params, tuple) or isinstance(params, ConvBN):
+        return fold_all(params, eps=eps)
+    if isinstance(params, HeadParams):
+        return fold_head(params, eps=eps)
+    if not hasattr(params, "_fields"):
+        return tuple(fold_pyramid(p, eps=eps) for p in params)
+    absorbs = lambda name, p: name.startswith("dw") and isinstance(p, ConvBN)
+    fold = lambda name, p: (
+        fold_residual_depthwise(p, eps=eps) if absorbs(name, p) else fold_pyramid(p, eps=eps)
+    )
+    return type(params)(*map(fold, params._fields, params))
+
+
+def fold_residual_depthwise(p, *, eps=1e-5):
+    """ResidualConv(w, b) with x + conv_bn(x) = w * x + b: one is added in the middle of every kernel.
+
+    Raises: ValueError unless p is depthwise with an odd kernel.
+    """
+    k = p.w.shape[-1]
+    if p.w.shape[1:] != (1, k, k) or k % 2 == 0:
+        raise ValueError(f"w must be depthwise [C, 1, k, k] with odd k, got {list(p.w.shape)}")
+    w, b = fold_conv_bn(p, eps=eps)
+    w[:, :, k // 2, k // 2] += 1
+    return ResidualConv(w, b)
 
 
 def fold_head(p, *, eps=1e-5):
     """w' = gain w, b' = b + (beta - mean gain) w with gain = gamma / sqrt(var + eps)."""
-    if p is None or p.bn is None:
+    if p.bn is None:
         return p
     gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
     return HeadParams(None, gain[:, None] * p.w, p.b + (p.bn.beta - p.bn.mean * gain) @ p.w)
