@@ -85,3 +85,46 @@ def adam(params, grads, state, *, lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0
     free1, free2 = 1 - b1**step, 1 - b2**step
     move = lambda p, m, v: p - lr * (m / free1 / (np.sqrt(v / free2) + eps) + weight_decay * p)
     return tree_map(move, params, m, v), AdamState(step, m, v)
+
+
+def matrix_mask(params):
+    """The tree with True at matrices, embeddings included, and False at biases and norms: what is decayed."""
+    return tree_map(lambda p: np.ndim(p) > 1, params)
+
+
+def adamw_step(
+    params,
+    grads,
+    state: AdamState,
+    *,
+    lr,
+    weight_decay,
+    decay_mask,
+    clip=1.0,
+    betas=(0.9, 0.999),
+    adam_eps=1e-8,
+):
+    """(params, state, grad_norm): gradients cut to the norm `clip`, Adam, and p -= lr weight_decay p.
+
+    decay_mask: tree of bool, which arrays decay. grad_norm is taken before the cut. state:
+    `adam_init(params)`.
+    Raises: ValueError unless clip > 0 and lr, weight_decay >= 0.
+    """
+    if not (lr >= 0 and weight_decay >= 0):
+        raise ValueError(f"lr and weight_decay must not be negative, got {lr=}, {weight_decay=}")
+    norm, cut = global_norm(grads), clip_by_norm(grads, clip)
+    moved, state = adam(params, cut, state, lr=lr, b1=betas[0], b2=betas[1], eps=adam_eps)
+    decay = lambda new, old, decays: new - lr * weight_decay * old if decays else new
+    return tree_map(decay, moved, params, decay_mask), state, norm
+
+
+def warmup_linear(step, *, steps, warmup=0.1):
+    """The factor of the learning rate at `step` of `steps`: up from 0 over a share `warmup`, then down to 0.
+
+    Step 0 has rate 0, unless warmup rounds to no step; the last step has 1 / (steps - warm).
+    Raises: ValueError unless 0 <= step < steps and 0 <= warmup < 1.
+    """
+    if not (0 <= step < steps and 0 <= warmup < 1):
+        raise ValueError(f"need 0 <= step < steps and 0 <= warmup < 1, got {step=}, {steps=}, {warmup=}")
+    warm = round(warmup * steps)
+    return step / warm if step < warm else (steps - step) / (steps - warm)

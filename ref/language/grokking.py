@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.losses import cross_entropy
-from ref.blocks.optim import AdamState, adam, adam_init, clip_by_norm, global_norm, tree_map
+from ref.blocks.optim import AdamState, adam_init, adamw_step, global_norm, matrix_mask, tree_map
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import (
@@ -37,6 +37,7 @@ from ref.tasks.knowledge import (
 )
 
 __all__ = [
+    "AdamState",
     "GPTParams",
     "GrokConfig",
     "GrokData",
@@ -138,37 +139,6 @@ def gpt2_loss_backward(ids, labels, params: GPTParams, dloss=1.0, *, num_heads, 
     """GPTParams of gradients of `gpt2_loss`, times dloss."""
     dlogits = dloss * _loss(ids, labels, params, num_heads, loops, eps)[1]
     return gpt2_forward_backward(ids, params, dlogits, num_heads=num_heads, loops=loops, eps=eps)
-
-
-def matrix_mask(params):
-    """The tree with True at matrices, embeddings included, and False at biases and norms: what is decayed."""
-    return tree_map(lambda p: np.ndim(p) > 1, params)
-
-
-def adamw_step(
-    params,
-    grads,
-    state: AdamState,
-    *,
-    lr,
-    weight_decay,
-    decay_mask,
-    clip=1.0,
-    betas=(0.9, 0.999),
-    adam_eps=1e-8,
-):
-    """(params, state, grad_norm): gradients cut to the norm `clip`, Adam, and p -= lr weight_decay p.
-
-    decay_mask: tree of bool, which arrays decay. grad_norm is taken before the cut. state:
-    `adam_init(params)`.
-    Raises: ValueError unless clip > 0 and lr, weight_decay >= 0.
-    """
-    if not (lr >= 0 and weight_decay >= 0):
-        raise ValueError(f"lr and weight_decay must not be negative, got {lr=}, {weight_decay=}")
-    norm, cut = global_norm(grads), clip_by_norm(grads, clip)
-    moved, state = adam(params, cut, state, lr=lr, b1=betas[0], b2=betas[1], eps=adam_eps)
-    decay = lambda new, old, decays: new - lr * weight_decay * old if decays else new
-    return tree_map(decay, moved, params, decay_mask), state, norm
 
 
 def train_steps(

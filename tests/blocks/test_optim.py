@@ -56,6 +56,15 @@ def test_optim_clips_by_the_norm_of_all():
         optim.clip_by_norm(G, 0.0)
 
 
+def test_optim_warm_up_rises_and_falls_in_straight_lines():
+    rates = [optim.warmup_linear(s, steps=10, warmup=0.2) for s in range(10)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert optim.warmup_linear(0, steps=1) == 1
+    for bad in ({"step": 3}, {"step": -1}, {"step": 0, "warmup": 1.0}):
+        with pytest.raises(ValueError, match="need 0 <= step < steps and 0 <= warmup < 1"):
+            optim.warmup_linear(**bad, steps=3)
+
+
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam"])
 def test_optim_accel_takes_the_steps_of_ref(name):
     """Three compiled steps on the same gradients: a dozen operations each, float32."""
