@@ -439,6 +439,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="adaptformer",
+        part="training",
+        title="AdaptFormer",
+        paper="AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
+        year=2022,
+        arxiv="2205.13535",
+        idea="Freeze the network; beside every MLP a thin branch, zero at first, learns the new task.",
+        core=("adapter", "adapted_block", "vit_forward"),
+    ),
+    Technique(
         slug="smollm2",
         part="language",
         title="SmolLM2",

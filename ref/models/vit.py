@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.attention import attention_dense
-from ref.blocks.mlp import linear
-from ref.blocks.norms import layer_norm
+from ref.blocks.mlp import linear, linear_vjp
+from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block
 from ref.dims import dims, float64
 
@@ -17,7 +17,8 @@ from ref.dims import dims, float64
 class ViTParams(NamedTuple):
     """A vision transformer of width d on n patches of p x p pixels.
 
-    w_patch [p, p, C, d], b_patch [d]; cls_token [d], or None for a network without one; pos_embed [1 + n, d]
+    w_patch [p, p, C, d], or [t, p, p, C, d] for clips; b_patch [d]; cls_token [d], or None for a network
+    without one; pos_embed [1 + n, d]
     ([n, d] without class token); blocks, one BlockParams each; norm_scale and norm_bias [d]; w_head [d, K]
     and b_head [K], or None for a backbone that returns features.
     """
@@ -82,7 +83,12 @@ def patchify(images, patch):
 
 
 def embed_patches(images, params):
-    """[class token, patches w_patch + b_patch] + positions: [..., H, W, C] -> [..., 1 + n, d] (eq. 1)."""
+    """[class token, patches w_patch + b_patch] + positions: [..., H, W, C] -> [..., 1 + n, d] (eq. 1).
+
+    With w_patch [t, p, p, C, d] clips [..., T, H, W, C] are cut into tubelets of t frames, frame by frame.
+    """
+    if params.w_patch.ndim == 5:
+        images, params = clip_as_image(images, params)
     patch, _, channels, d = params.w_patch.shape
     dims(images=(images, f"... H W {channels}"))
     x = linear(patchify(float64(images), patch), params.w_patch.reshape(-1, d), params.b_patch)
@@ -93,21 +99,80 @@ def embed_patches(images, params):
     return x + params.pos_embed
 
 
+def clip_as_image(clips, params):
+    """Clips [..., T, H, W, C] as images [..., H T / t, W, t C], tubelets one below another; and params.
+
+    A tubelet's frames become channels: w_patch [t, p, p, C, d] becomes [p, p, t C, d].
+
+    Raises: ValueError unless T is a multiple of t.
+    """
+    n = dims(clips=(clips, "... T H W C"))
+    t, p, _, C, d = params.w_patch.shape
+    if n["T"] % t:
+        raise ValueError(f"clips have {n['T']} frames, not a multiple of the tubelet's {t}")
+    cut = clips.reshape(*n["..."], n["T"] // t, t, *clips.shape[-3:])
+    tall = np.moveaxis(cut, -4, -2).reshape(*n["..."], -1, n["W"], t * n["C"])
+    return tall, params._replace(w_patch=params.w_patch.transpose(1, 2, 0, 3, 4).reshape(p, p, t * C, d))
+
+
+def embed_patches_vjp(images, params, dx):
+    """-> (dimages, gradients of w_patch, b_patch, cls_token and pos_embed by name) of `embed_patches`."""
+    if params.w_patch.ndim == 5:
+        return _clip_vjp(images, params, dx)
+    p, _, C, d = params.w_patch.shape
+    first = int(params.cls_token is not None)
+    rows, lead = patchify(float64(images), p), tuple(range(dx.ndim - 2))
+    drows, dw, db = linear_vjp(rows, params.w_patch.reshape(-1, d), dx[..., first:, :])
+    *outer, H, W, _ = images.shape
+    dimages = drows.reshape(*outer, H // p, W // p, p, p, C).swapaxes(-4, -3).reshape(images.shape)
+    return dimages, {
+        "w_patch": dw.reshape(params.w_patch.shape),
+        "b_patch": db,
+        "cls_token": dx[..., 0, :].sum(axis=lead) if first else None,
+        "pos_embed": dx.sum(axis=lead),
+    }
+
+
 def classify(x, params, *, global_pool=False, eps=1e-6):
     """Tokens [..., L, d] of the last block -> logits [..., K], or features [..., d] without w_head.
 
     What is normalised is the class token, or the mean of the other tokens with global_pool (or without a
     class token).
     """
-    has_class = params.cls_token is not None
-    pooled = x[..., 0, :] if has_class and not global_pool else x[..., int(has_class) :, :].mean(axis=-2)
-    return head(pooled, params, eps=eps)
+    return head(pool(x, params, global_pool=global_pool), params, eps=eps)
+
+
+def pool(x, params, *, global_pool=False):
+    """The class token of x [..., L, d], or the mean of the others: [..., d]."""
+    first = int(params.cls_token is not None)
+    return x[..., 0, :] if first and not global_pool else x[..., first:, :].mean(axis=-2)
+
+
+def pool_vjp(x, params, dpooled, *, global_pool=False):
+    """The cotangent [..., L, d] of `pool` for dpooled [..., d]."""
+    first = int(params.cls_token is not None)
+    dx = np.zeros_like(float64(x))
+    if first and not global_pool:
+        dx[..., 0, :] = dpooled
+    else:
+        dx[..., first:, :] = dpooled[..., None, :] / (x.shape[-2] - first)
+    return dx
 
 
 def head(pooled, params, *, eps=1e-6):
     """norm(pooled) w_head + b_head: [..., d] -> [..., K]; the normalised vector without w_head."""
     y = layer_norm(pooled, params.norm_scale, params.norm_bias, eps=eps)
     return y if params.w_head is None else linear(y, params.w_head, params.b_head)
+
+
+def head_vjp(pooled, params, dy, *, eps=1e-6):
+    """-> (dpooled, gradients of norm_scale, norm_bias, w_head and b_head by name) of `head`."""
+    dw = db = None
+    if params.w_head is not None:
+        y = layer_norm(pooled, params.norm_scale, params.norm_bias, eps=eps)
+        dy, dw, db = linear_vjp(y, params.w_head, dy, bias=params.b_head is not None)
+    dpooled, dscale, dbias = layer_norm_vjp(pooled, params.norm_scale, dy, eps=eps)
+    return dpooled, {"norm_scale": dscale, "norm_bias": dbias, "w_head": dw, "b_head": db}
 
 
 def vit_tokens(images, params: ViTParams, *, num_heads, eps=1e-6, attention=attention_dense):
@@ -127,3 +192,12 @@ def vit_forward(
     """
     x = vit_tokens(images, params, num_heads=num_heads, eps=eps, attention=attention)
     return classify(x, params, global_pool=global_pool, eps=eps)
+
+
+def _clip_vjp(clips, params, dx):
+    t, p, _, C, d = params.w_patch.shape
+    dtall, grads = embed_patches_vjp(*clip_as_image(clips, params), dx)
+    *lead, T, H, W, _ = clips.shape
+    dclips = np.moveaxis(dtall.reshape(*lead, T // t, H, W, t, C), -2, -4).reshape(clips.shape)
+    dw = grads["w_patch"].reshape(p, p, t, C, d).transpose(2, 0, 1, 3, 4)
+    return dclips, {**grads, "w_patch": dw}
