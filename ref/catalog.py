@@ -98,6 +98,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="attention_pruning",
+        part="attention",
+        title="Attention pruning",
+        paper="Data-Informed Global Sparseness in Attention Mechanisms for Deep Neural Networks",
+        year=2020,
+        arxiv="2012.02030",
+        idea="Average the attention maps over a data set once; keep the largest cells for every input.",
+        core=(
+            "attention_probs",
+            "running_average",
+            "pruned_attention",
+            "pruned_attention_bwd",
+            "pruned_self_attention",
+            "pruned_self_attention_vjp",
+        ),
+    ),
+    Technique(
         slug="rum",
         part="memory",
         title="RUM",
