@@ -44,45 +44,49 @@ const browser = await chromium.launch({
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync"],
 });
+async function problemsOf(path, colorScheme) {
+  const problems = [];
+  const context = await browser.newContext({ colorScheme, viewport: { width: 1280, height: 900 } });
+  const page = await context.newPage();
+  page.on("request", (r) => {
+    if (!r.url().startsWith(origin) && !r.url().startsWith("data:") && !r.url().startsWith("blob:")) problems.push(`asks for ${r.url()}`);
+  });
+  page.on("console", (m) => m.type() === "error" && problems.push(`console: ${m.text()}`));
+  page.on("pageerror", (e) => problems.push(`error: ${e.message}`));
+  await page.goto(origin + path, { waitUntil: "load" });
+  const maths = await page.locator(".arithmatex").count();
+  if (maths) {
+    await page.waitForSelector(".arithmatex .katex", { state: "attached", timeout: 30000 })
+      .catch(() => problems.push("equations were not set"));
+  }
+  const wrong = await page.locator(".katex-error").allTextContents();
+  problems.push(...wrong.map((text) => `KaTeX cannot set ${text}`));
+  await page.addScriptTag({ content: axeSource });
+  const { violations } = await page.evaluate(() =>
+    window.axe.run(document.querySelector(".md-content") ?? document, { runOnly: ["wcag2a", "wcag2aa"] }),
+  );
+  problems.push(...violations.map((v) => `axe ${colorScheme}: ${v.id} at ${v.nodes[0].target.join(" ")}`));
+  await page.setViewportSize({ width: 390, height: 844 });
+  const overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+  if (overflow > 0) problems.push(`is ${overflow} px wider than a phone of 390 px (${colorScheme})`);
+  await context.close();
+  return problems;
+}
+
 let failed = 0;
 let passed = 0;
+const waiting = await pages(site);
 
-function report(path, problems) {
-  for (const problem of problems) console.log(`FAIL ${path}: ${problem}`);
-  if (problems.length) failed += 1;
-  else passed += 1;
-}
-
-for (const path of await pages(site)) {
-  const problems = [];
-  for (const colorScheme of ["light", "dark"]) {
-    const context = await browser.newContext({ colorScheme, viewport: { width: 1280, height: 900 } });
-    const page = await context.newPage();
-    page.on("request", (r) => {
-      if (!r.url().startsWith(origin) && !r.url().startsWith("data:") && !r.url().startsWith("blob:")) problems.push(`asks for ${r.url()}`);
-    });
-    page.on("console", (m) => m.type() === "error" && problems.push(`console: ${m.text()}`));
-    page.on("pageerror", (e) => problems.push(`error: ${e.message}`));
-    await page.goto(origin + path, { waitUntil: "load" });
-    const maths = await page.locator(".arithmatex").count();
-    if (maths) {
-      await page.waitForSelector(".arithmatex .katex", { state: "attached", timeout: 5000 })
-        .catch(() => problems.push("equations were not set"));
-    }
-    const wrong = await page.locator(".katex-error").allTextContents();
-    problems.push(...wrong.map((text) => `KaTeX cannot set ${text}`));
-    await page.addScriptTag({ content: axeSource });
-    const { violations } = await page.evaluate(() =>
-      window.axe.run(document.querySelector(".md-content") ?? document, { runOnly: ["wcag2a", "wcag2aa"] }),
-    );
-    problems.push(...violations.map((v) => `axe ${colorScheme}: ${v.id} at ${v.nodes[0].target.join(" ")}`));
-    await page.setViewportSize({ width: 390, height: 844 });
-    const overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
-    if (overflow > 0) problems.push(`is ${overflow} px wider than a phone of 390 px (${colorScheme})`);
-    await context.close();
+async function work() {
+  for (let path = waiting.shift(); path !== undefined; path = waiting.shift()) {
+    const problems = [...(await problemsOf(path, "light")), ...(await problemsOf(path, "dark"))];
+    for (const problem of problems) console.log(`FAIL ${path}: ${problem}`);
+    if (problems.length) failed += 1;
+    else passed += 1;
   }
-  report(path, problems);
 }
+
+await Promise.all([work(), work(), work()]); // each page waits for the browser about as long as it keeps it busy
 await browser.close();
 server.close();
 console.log(`browser: ${passed} passed, ${failed} failed`);
