@@ -81,6 +81,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="bigbird",
+        part="attention",
+        title="BigBird",
+        paper="Clinical-Longformer and Clinical-BigBird: Transformers for long clinical sequences",
+        year=2022,
+        arxiv="2201.11838",
+        idea="Blocks see their neighbours, both ends and a few random blocks: any two tokens are two hops apart.",
+        core=("bigbird_attention", "bigbird_attention_bwd", "bigbird_self_attention"),
+    ),
+    Technique(
         slug="landmark",
         part="attention",
         title="Landmark attention",
