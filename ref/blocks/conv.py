@@ -113,6 +113,40 @@ def conv2d_vjp(x, w, dy, *, stride=1, padding=0, groups=1, dilation=1):
     return dpad[:, padding : padding + H, padding : padding + W], dw, dy.reshape(-1, O).sum(axis=0)
 
 
+def deform_conv2d(x, offsets, w, b=None, *, stride=1, padding=0):
+    """A convolution whose taps are moved: x [B, H, W, C], w [O, C, kh, kw], b [O] -> [B, H', W', O].
+
+    offsets [B, H', W', kh kw, 2]: by how many pixels (down, right) each tap of each output is moved. Samples
+    between pixels are bilinear, zero outside the map. Source: Dai et al. 2017, equations 2 to 4.
+    """
+    O, _, kh, kw = _check_conv(x, w, 1)
+    H, W = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
+    dims(x=(x, "B H W C"), offsets=(offsets, f"B {H} {W} {kh * kw} 2"))
+    tap = np.indices((kh, kw)).reshape(2, -1).T
+    at = stride * np.indices((H, W)).transpose(1, 2, 0)[:, :, None, :] - padding + tap  # [H', W', taps, 2]
+    cols = bilinear_sample(x, at + float64(offsets))  # [B, H', W', taps, C]
+    w = float64(w).transpose(2, 3, 1, 0).reshape(-1, O)
+    y = cols.reshape(*cols.shape[:3], len(w)) @ w
+    return y if b is None else y + b
+
+
+def bilinear_sample(x, at):
+    """Values of the maps x [B, H, W, C] at the points at [B, ..., 2], (row, column): [B, ..., C].
+
+    A point's four pixels count by their nearness; those outside the map are zero.
+    """
+    n = dims(x=(x, "B H W C"))
+    x, low = np.pad(float64(x), ((0, 0), (1, 1), (1, 1), (0, 0))), np.floor(at)
+    batch = np.arange(n["B"]).reshape(-1, *[1] * (at.ndim - 2))
+    last = np.array([n["H"] + 1, n["W"] + 1])
+    total = 0.0
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        near = np.prod(1 - np.abs(at - low - corner), axis=-1)
+        row, column = np.moveaxis(np.clip(low + corner + 1, 0, last).astype(int), -1, 0)
+        total = total + near[..., None] * x[batch, row, column]
+    return total
+
+
 def batch_norm(x, bn, *, train=False, eps=1e-5, momentum=0.1):
     """(x - mean) / sqrt(var + eps) gamma + beta over the last axis.
 
