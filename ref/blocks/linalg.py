@@ -1,7 +1,7 @@
 """Matrix iterations made of products alone.
 
-Source: Ben-Israel and Cohen 1966 (Newton's iteration for the inverse, also named after Schulz 1933); Jordan et
-al. 2024 (Muon) for the quintic that makes a matrix nearly orthogonal.
+Source: Ben-Israel and Cohen 1966 (Newton's iteration for the inverse, also named after Schulz 1933); Jordan
+et al. 2024 (Muon) for the quintic that makes a matrix nearly orthogonal.
 """
 
 import numpy as np
@@ -64,7 +64,7 @@ def newton_schulz_vjp(g, dx, *, steps=5, eps=1e-7, coefs=MUON_COEFS):
 
 
 def newton_schulz_macs(m, n, *, steps=5):
-    """Multiply-accumulates for one m x n matrix: steps (2 s^2 l + s^3), s the shorter and l the longer side."""
+    """Multiply-accumulates of one m x n matrix: steps (2 s^2 l + s^3), s its shorter, l its longer side."""
     short, long = sorted((m, n))
     return steps * (2 * short**2 * long + short**3)
 
