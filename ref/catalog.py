@@ -125,6 +125,27 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="scout",
+        part="attention",
+        title="SCOUT",
+        paper="SCOUT: Toward Sub-Quadratic Attention via Segment Compression for Optimized Utility in "
+        "Transformers",
+        year=2025,
+        arxiv="2509.00935",
+        idea="A cheap mixer goes first; attention then looks back at the last token of every segment only.",
+        core=(
+            "checkpoint_attention",
+            "checkpoint_attention_bwd",
+            "sliding_window_mixer",
+            "mamba_mixer",
+            "selective_scan",
+            "scout_block",
+            "scout_logits",
+            "scout_prefill",
+            "scout_step",
+        ),
+    ),
+    Technique(
         slug="rum",
         part="memory",
         title="RUM",

@@ -108,3 +108,13 @@ def swiglu(x, w_gate, w_up, w_down):
     """(silu(x w_gate) * (x w_up)) w_down (Shazeer 2020). x [..., C], w_gate, w_up [C, F], w_down [F, C]."""
     x = float64(x)
     return (silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def swiglu_vjp(x, w_gate, w_up, w_down, dy):
+    """-> (dx, dw_gate, dw_up, dw_down) of `swiglu` for dy [..., C]."""
+    x = float64(x)
+    gate, up = x @ w_gate, x @ w_up
+    dh, dw_down, _ = linear_vjp(silu(gate) * up, w_down, dy, bias=False)
+    dx_gate, dw_gate, _ = linear_vjp(x, w_gate, dh * up * silu_grad(gate), bias=False)
+    dx_up, dw_up, _ = linear_vjp(x, w_up, dh * silu(gate), bias=False)
+    return dx_gate + dx_up, dw_gate, dw_up, dw_down

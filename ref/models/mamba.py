@@ -38,22 +38,22 @@ class MambaCache(NamedTuple):
     state: np.ndarray  # [..., E, N]
 
 
-def mamba_mixer(x, params: MambaParams, *, cache=None):
-    """(y, cache): the mixer over x [..., T, C], going on from a cache; y [..., T, C] float64, T may be 0.
+def mamba_mixer(x, params: MambaParams, *, state=None):
+    """(y, state): the mixer over x [..., T, C], going on from a MambaCache; y float64, T may be 0.
 
     Raises: ValueError naming the argument at fault.
     """
-    check_mamba(x, params, cache)
+    check_mamba(x, params, state)
     p, (E, _) = params, params.a_log.shape
     xz = float64(x) @ p.w_in
     before, z = xz[..., :E], xz[..., E:]
-    cache = init_mamba_cache(p, x.shape[:-2]) if cache is None else cache
+    cache = init_mamba_cache(p, x.shape[:-2]) if state is None else state
     u = silu(causal_conv(before, p.conv_w, p.conv_b, tail=cache.conv))
     dt, b, c = _projections(u, p)
-    y, state = selective_scan(u, dt @ p.w_dt, -np.exp(p.a_log), b, c, p.d, z, delta_bias=p.b_dt,
-                              state0=cache.state, return_state=True)  # fmt: skip
+    y, h = selective_scan(u, dt @ p.w_dt, -np.exp(p.a_log), b, c, p.d, z, delta_bias=p.b_dt,
+                          state0=cache.state, return_state=True)  # fmt: skip
     seen = np.concatenate([cache.conv, before], axis=-2)
-    return y @ p.w_out, MambaCache(seen[..., x.shape[-2] :, :], state)
+    return y @ p.w_out, MambaCache(seen[..., x.shape[-2] :, :], h)
 
 
 def mamba_block(x, params: MambaParams):
@@ -63,7 +63,7 @@ def mamba_block(x, params: MambaParams):
 
 def mamba_step(x_t, cache: MambaCache, params: MambaParams):
     """(y_t, cache) for one token x_t [..., C]: E N + (K - 1) E numbers of memory, whatever came before."""
-    y, cache = mamba_mixer(x_t[..., None, :], params, cache=cache)
+    y, cache = mamba_mixer(x_t[..., None, :], params, state=cache)
     return y[..., 0, :], cache
 
 
