@@ -572,6 +572,25 @@ CATALOG = (
             "trace_strength",
         ),
     ),
+    Technique(
+        slug="masked_multidomain",
+        part="language",
+        title="Masked multi-domain classifier",
+        paper="Profitable Trade-Off Between Memory and Performance in Multi-Domain Chatbot Architectures",
+        year=2021,
+        arxiv="2111.03963",
+        idea="One encoder for many classification problems: train on all classes, mask the others when asked.",
+        core=(
+            "masked_logits",
+            "masked_softmax",
+            "predict",
+            "full_loss",
+            "masked_loss",
+            "mixed_loss",
+            "bert_classifier_forward",
+            "classifier_loss",
+        ),
+    ),
 )
 
 BY_SLUG = {t.slug: t for t in CATALOG}
