@@ -129,23 +129,36 @@ def transformer_block(
     raise ValueError(f'norm must be "pre" or "post", got {norm!r}')
 
 
-def self_attention_vjp(x, params, dy, *, num_heads, **options):
-    """-> (dx, gradients of w_q .. b_o by name) of `self_attention` with dense attention."""
+def self_attention_vjp(
+    x, params, dy, *, num_heads, attention=attention_dense, attention_vjp=attention_dense_vjp, **options
+):
+    """-> (dx, gradients of w_q .. b_o by name) of `self_attention`; attention_vjp(q, k, v, do) of attention."""
     q, k, v = qkv(x, params, num_heads=num_heads)
-    o = join_heads(attention_dense(q, k, v, **options))
+    o = join_heads(attention(q, k, v, **options))
     do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)
-    dqkv = attention_dense_vjp(q, k, v, split_heads(do, num_heads), **options)
+    dqkv = attention_vjp(q, k, v, split_heads(do, num_heads), **options)
     dx, maps = qkv_vjp(x, params, dqkv)
     grads = {"w_o": dw_o, "b_o": db_o, **maps._asdict()}
     return dx, grads
 
 
 def transformer_block_vjp(
-    x, params, dy, *, num_heads, norm="pre", causal=False, mask=None, eps=1e-5, activation="gelu"
+    x,
+    params,
+    dy,
+    *,
+    num_heads,
+    norm="pre",
+    causal=False,
+    mask=None,
+    eps=1e-5,
+    activation="gelu",
+    attention=attention_dense,
+    attention_vjp=attention_dense_vjp,
 ):
-    """-> (dx, dparams: BlockParams) of `transformer_block` with dense attention, for dy [..., L, C]."""
+    """-> (dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C]; attention_vjp is attention's."""
     ln1, ln2 = _norms(params, eps)
-    options = {"num_heads": num_heads, "mask": mask, "causal": causal}
+    options = {"num_heads": num_heads, "mask": mask, "causal": causal, "attention": attention}
     weights = params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2
     x, dy = float64(x, dy)
 
@@ -159,7 +172,7 @@ def transformer_block_vjp(
         d, g_mlp = back_mlp(ln2(mid), dy)
         d, s2, b2 = layer_norm_vjp(mid, params.ln2_scale, d, eps=eps)
         dmid = dy + d
-        d, g_attn = self_attention_vjp(h1, params, dmid, **options)
+        d, g_attn = self_attention_vjp(h1, params, dmid, attention_vjp=attention_vjp, **options)
         d, s1, b1 = layer_norm_vjp(x, params.ln1_scale, d, eps=eps)
         dx = dmid + d
     elif norm == "post":
@@ -169,7 +182,7 @@ def transformer_block_vjp(
         d2, s2, b2 = layer_norm_vjp(sum2, params.ln2_scale, dy, eps=eps)
         d, g_mlp = back_mlp(mid, d2)
         d1, s1, b1 = layer_norm_vjp(sum1, params.ln1_scale, d2 + d, eps=eps)
-        d, g_attn = self_attention_vjp(x, params, d1, **options)
+        d, g_attn = self_attention_vjp(x, params, d1, attention_vjp=attention_vjp, **options)
         dx = d1 + d
     else:
         raise ValueError(f'norm must be "pre" or "post", got {norm!r}')
