@@ -132,7 +132,7 @@ def transformer_block(
 def self_attention_vjp(
     x, params, dy, *, num_heads, attention=attention_dense, attention_vjp=attention_dense_vjp, **options
 ):
-    """-> (dx, gradients of w_q .. b_o by name) of `self_attention`; attention_vjp(q, k, v, do) of attention."""
+    """-> (dx, gradients of w_q .. b_o by name) of `self_attention`; attention_vjp takes (q, k, v, do)."""
     q, k, v = qkv(x, params, num_heads=num_heads)
     o = join_heads(attention(q, k, v, **options))
     do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)
@@ -156,7 +156,7 @@ def transformer_block_vjp(
     attention=attention_dense,
     attention_vjp=attention_dense_vjp,
 ):
-    """-> (dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C]; attention_vjp is attention's."""
+    """-> (dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C], by the attention's vjp."""
     ln1, ln2 = _norms(params, eps)
     options = {"num_heads": num_heads, "mask": mask, "causal": causal, "attention": attention}
     weights = params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2
