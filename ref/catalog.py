@@ -125,6 +125,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="subsampled",
+        part="attention",
+        title="Subsampled attention",
+        paper="The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
+        year=2023,
+        arxiv="2306.01705",
+        idea="Every layer and step trains on a random part of the edges; several draws make an ensemble.",
+        core=(
+            "ssa_attention",
+            "ssa_attention_bwd",
+            "ssa_transformer",
+            "ssa_transformer_loss",
+            "ssa_transformer_loss_vjp",
+            "self_ensemble",
+        ),
+    ),
+    Technique(
         slug="scout",
         part="attention",
         title="SCOUT",
