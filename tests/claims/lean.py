@@ -138,14 +138,16 @@ def arrays(shape, dtype):
 def row(name, shape, dtype, entries, *, repeat, budget=0.3):
     """{name, bytes, bandwidth, seconds by entry} of one shape.
 
-    entries(q, k, v, lengths) -> {name: function of q, k, v}. A call is `repeat` steps in one program, each
-    with the result of the one before for its query, so that what starting a program costs is shared.
+    entries(q, k, v, lengths) -> {name: (function of q, k, v, its k, its v)}. A call is `repeat` steps in one
+    program, each with the result of the one before for its query, so that what starting a program costs is
+    shared.
     """
     q, k, v, lengths = arrays(shape, dtype)
     chain = lambda f: jax.jit(lambda q, k, v: jax.lax.fori_loop(0, repeat, lambda _, q: f(q, k, v), q))
     read = lambda q, k, v: q + (k * q[0, 0, 0] + v).sum(dtype=jnp.float32).astype(q.dtype) * 0
-    named = {n: chain(f) for n, f in {"read": read, **entries(q, k, v, lengths)}.items()}
-    timed = race({n: lambda f=f: f(q, k, v) for n, f in named.items()}, budget=budget)
+    found = {"read": (read, k, v), **entries(q, k, v, lengths)}
+    named = {n: partial(chain(f), q, *theirs) for n, (f, *theirs) in found.items()}
+    timed = race(named, budget=budget)
     times = {r.name: r.seconds / repeat if r.seconds else r.why_not for r in timed}
     nbytes = 2 * sum(shape[3]) * shape[1] * shape[2] * jnp.dtype(dtype).itemsize
     rate = (k.nbytes + v.nbytes) / times.pop("read")
@@ -162,13 +164,14 @@ def on_cpu(q, k, v, lengths):
     peer = lambda q, k, v: jax.nn.dot_product_attention(
         q[:, None], swap(k), swap(v), key_value_seq_lengths=there
     )[:, 0]
-    return {
+    found = {
         "lean": partial(lean_attention, lengths=lengths, block_n=512),
         "lean, tiles of 256": partial(lean_attention, lengths=lengths),
         "fixed split": partial(flash_decoding_attention, lengths=lengths, block_n=512),
         "one softmax": dense,
         "jax.nn": peer,
     }
+    return {name: (f, k, v) for name, f in found.items()}
 
 
 def on_gpu(q, k, v, lengths):
@@ -184,11 +187,13 @@ def on_gpu(q, k, v, lengths):
     found["fixed split"] = partial(split, num_workers=2 * cores)
     found["a worker an output"] = partial(split, num_splits=1)
     found["one softmax"] = partial(lean_attention, lengths=lengths, impl="xla")
-    k_t, v_t = (jnp.swapaxes(x, 1, 2) + 0 for x in (k, v))  # jax.nn's layout, [B, S, Hkv, D]
+    found = {name: (f, k, v) for name, f in found.items()}
+    theirs = [jnp.swapaxes(x, 1, 2) + 0 for x in (k, v)]  # jax.nn's layout, [B, S, Hkv, D]
     for name in ("xla", "cudnn"):
-        found[f"jax.nn {name}"] = lambda q, k, v, name=name: jax.nn.dot_product_attention(
-            q[:, None], k_t, v_t, key_value_seq_lengths=there, implementation=name
+        peer = lambda q, k, v, name=name: jax.nn.dot_product_attention(
+            q[:, None], k, v, key_value_seq_lengths=there, implementation=name
         )[:, 0]
+        found[f"jax.nn {name}"] = (peer, *theirs)
     return found
 
 
