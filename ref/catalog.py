@@ -173,6 +173,16 @@ CATALOG = (
         core=("rotate", "rotate_vjp", "rotation_matrix", "rum_cell", "rum", "rum_vjp"),
     ),
     Technique(
+        slug="pavlovian",
+        part="memory",
+        title="Attention as conditioning",
+        paper="Understanding Transformers through the Lens of Pavlovian Conditioning",
+        year=2025,
+        arxiv="2508.08289",
+        idea="Keys as cues, values as responses: how much such a memory holds, and why surprise should teach it.",
+        core=("condition", "condition_vjp"),
+    ),
+    Technique(
         slug="atlas",
         part="memory",
         title="ATLAS",
