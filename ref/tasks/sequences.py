@@ -1,4 +1,4 @@
-"""Generated tasks for recurrent networks: copying after a delay, recall by key, and stories with questions.
+"""Generated tasks for models with a memory: copying, recall by key, and stories with questions.
 
 Source: copying as in Arjovsky, Shah and Bengio 2016 (section 4.1), recall as in Ba et al. 2016 with the
 sizes of Dangovski et al. 2019 (section 4); the stories are a re-creation in the manner of Weston et al. 2015
@@ -62,6 +62,50 @@ def recall_task(key, batch, length):
     targets, weight = np.zeros_like(tokens), np.zeros(tokens.shape)
     targets[:, -1:], weight[:, -1] = np.take_along_axis(digits, asked, axis=1), 1.0
     return tokens, targets, weight
+
+
+def mqar_task(key, batch, length, n_pairs, vocab):
+    """(tokens, targets, weight), each [batch, length]: recall of many pairs (Arora et al. 2023).
+
+    n_pairs keys 1..vocab / 2 - 1, all different, each followed by its value vocab / 2..vocab - 1; then every
+    key once more, at random places among blanks (0), where targets holds its value and weight is 1. The
+    places are uniform here; the paper's favour short distances.
+    """
+    rest, half = length - 2 * n_pairs, vocab // 2
+    if batch < 1 or n_pairs < 1 or rest < n_pairs or half - 1 < n_pairs:
+        raise ValueError(
+            f"need batch >= 1, n_pairs >= 1, length >= 3 n_pairs and vocab >= 2 n_pairs + 2, got {batch=}, "
+            f"{n_pairs=}, {length=}, {vocab=}"
+        )
+    rng = np.random.default_rng(key)
+    rows = lambda n, k: rng.permuted(np.tile(np.arange(n), (batch, 1)), axis=1)[:, :k]
+    keys, values = 1 + rows(half - 1, n_pairs), rng.integers(half, vocab, (batch, n_pairs))
+    tokens, targets = np.zeros((2, batch, length), np.int32)
+    tokens[:, 0 : 2 * n_pairs : 2], tokens[:, 1 : 2 * n_pairs : 2] = keys, values
+    asked = 2 * n_pairs + rows(rest, n_pairs)
+    np.put_along_axis(tokens, asked, keys, axis=1)
+    np.put_along_axis(targets, asked, values, axis=1)
+    return tokens, targets, (targets > 0).astype(np.float64)
+
+
+def selective_copy_task(key, batch, length, n_symbols):
+    """(tokens, targets, weight), each [batch, length + n_symbols]: repeat symbols scattered among blanks.
+
+    Vocabulary of 10, as in `copying_task`: n_symbols symbols 1..8 at random places of the first length - 1,
+    the marker 9, then n_symbols blanks, where targets holds the symbols in their order and weight is 1
+    (Gu and Dao 2023, section 4.1).
+    """
+    if batch < 1 or n_symbols < 1 or length <= n_symbols:
+        raise ValueError(
+            f"need batch, n_symbols >= 1 and length > n_symbols, got {batch=}, {n_symbols=}, {length=}"
+        )
+    rng = np.random.default_rng(key)
+    symbols = rng.integers(1, 9, (batch, n_symbols), dtype=np.int32)
+    places = rng.permuted(np.tile(np.arange(length - 1), (batch, 1)), axis=1)[:, :n_symbols]
+    tokens, targets = np.zeros((2, batch, length + n_symbols), np.int32)
+    np.put_along_axis(tokens, np.sort(places, axis=1), symbols, axis=1)
+    tokens[:, length - 1], targets[:, length:] = 9, symbols
+    return tokens, targets, (targets > 0).astype(np.float64)
 
 
 def story_task(key, batch, *, kind, n_facts):

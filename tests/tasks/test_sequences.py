@@ -10,7 +10,9 @@ from ref.tasks.sequences import (
     STORY_WORDS,
     copying_baseline,
     copying_task,
+    mqar_task,
     recall_task,
+    selective_copy_task,
     story_task,
 )
 
@@ -41,6 +43,30 @@ def test_sequences_recall_scores_the_digit_of_the_key():
     assert set(targets[:, -1]) == set(range(10))
     assert (weight[:, -1] == 1).all()
     assert weight.sum() == 50
+
+
+def test_sequences_mqar_asks_for_every_key_once():
+    tokens, targets, weight = mqar_task(0, 20, 24, 5, 16)
+    for row, target, w in zip(tokens, targets, weight, strict=True):
+        pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5
+        assert all(1 <= k < 8 <= v < 16 for k, v in pairs.items())
+        asked = np.flatnonzero(row[10:]) + 10
+        assert sorted(row[asked]) == sorted(pairs)
+        np.testing.assert_array_equal(target[asked], [pairs[k] for k in row[asked]])
+        np.testing.assert_array_equal(np.flatnonzero(w), asked)
+    assert targets.sum() == targets[weight > 0].sum()
+
+
+def test_sequences_selective_copy_keeps_the_order():
+    tokens, targets, weight = selective_copy_task(1, 20, 12, 4)
+    for row, target in zip(tokens, targets, strict=True):
+        np.testing.assert_array_equal(row[:11][row[:11] > 0], target[12:])
+        assert row[11] == 9
+        assert not row[12:].any()
+    assert not targets[:, :12].any()
+    assert weight.sum() == 80
+    assert (weight[:, 12:] == 1).all()
 
 
 def answer(words):
@@ -88,10 +114,13 @@ def test_sequences_story_answers_follow_from_the_facts(kind):
     [
         (lambda: copying_task(0, 2, 0), "at least 1"),
         (lambda: recall_task(0, 2, 7), "length must be even"),
+        (lambda: mqar_task(0, 2, 11, 4, 16), "length >= 3 n_pairs"),
+        (lambda: mqar_task(0, 2, 12, 4, 8), "vocab >= 2 n_pairs"),
+        (lambda: selective_copy_task(0, 2, 4, 4), "length > n_symbols"),
         (lambda: story_task(0, 2, kind="four", n_facts=5), "kind must be one of one_fact"),
         (lambda: story_task(0, 2, kind="three_facts", n_facts=2), "three_facts needs n_facts >= 3"),
     ],
-    ids=["delay", "odd", "kind", "facts"],
+    ids=["delay", "odd", "short", "vocab", "full", "kind", "facts"],
 )
 def test_sequences_reject_bad_sizes(call, message):
     with pytest.raises(ValueError, match=message):
