@@ -223,6 +223,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="bmojo",
+        part="memory",
+        title="B'MOJO",
+        paper="B'MOJO: Hybrid State Space Realizations of Foundation Models with Eidetic and Fading Memory",
+        year=2024,
+        arxiv="2407.06324",
+        idea="One softmax over a window, a fading state behind it, and a store of the tokens that surprised it.",
+        core=(
+            "bmojo_fading_attention",
+            "innovation_scores",
+            "eidetic_members",
+            "bmojo_attention",
+            "bmojo_layer",
+            "bmojo_step",
+        ),
+    ),
+    Technique(
         slug="softmax_free",
         part="vision",
         title="SOFT",
