@@ -1,0 +1,395 @@
+"""MTM: find the article that checked a claim by its few key sentences, those that quote it or debunk it.
+
+Source: Sheng et al. 2021 (ACL-IJCNLP, pages 5468-5481) and, for all that the paper leaves open, the code
+released with it. BM25, ROUGE-2 and the ranking metrics are ref/blocks/retrieval.py, k-means is
+ref/blocks/clustering.py, the encoder is ref/models/bert.py. Left out: dropout.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ref.blocks.clustering import kmeans
+from ref.blocks.optim import tree_leaves, tree_map
+from ref.blocks.retrieval import (
+    BM25Index,
+    bm25,
+    bm25_fit,
+    bm25_scores,
+    hit_at,
+    map_at,
+    mrr,
+    rouge2,
+)
+from ref.dims import dims, float64
+from ref.example import Example
+from ref.models.bert import BertParams
+from ref.models.pairs import (
+    TINY,
+    Linear,
+    MatchParams,
+    RotParams,
+    encode_pairs,
+    init_match,
+    init_rot,
+    match_forward,
+    match_forward_backward,
+    rot_forward,
+    rot_forward_backward,
+)
+
+__all__ = [
+    "BM25Index",
+    "BertParams",
+    "Linear",
+    "MatchParams",
+    "Reranker",
+    "RotParams",
+    "Selection",
+    "bm25",
+    "bm25_fit",
+    "bm25_scores",
+    "encode_pairs",
+    "example",
+    "hit_at",
+    "init_match",
+    "init_rot",
+    "kmeans",
+    "map_at",
+    "match_forward",
+    "match_forward_backward",
+    "match_score",
+    "match_score_backward",
+    "mrr",
+    "pattern_bank",
+    "prediction_weight",
+    "rot_forward",
+    "rot_forward_backward",
+    "rot_loss",
+    "rot_loss_backward",
+    "rouge2",
+    "select_key_sentences",
+    "selection_cost",
+    "sentence_vector",
+    "trainable",
+    "update_memory",
+]
+
+
+class Selection(NamedTuple):
+    """order, pattern int [n], score [n] of all sentences, best first; weight [min(top, n)] of the chosen."""
+
+    order: np.ndarray
+    pattern: np.ndarray
+    score: np.ndarray
+    weight: np.ndarray
+
+
+def rot_loss(
+    ids, mask, types, target, params: RotParams, *, num_heads, anchor=None, regularize=0.0, eps=1e-12
+):
+    """Mean squared error to target [B, 2] + regularize |bert - anchor|^2.
+
+    anchor: BertParams of the pretrained weights; what is None in it (a fresh pooler) is free. The released
+    code's anchor moves with the weights, so that its penalty is always 0: that is regularize = 0 here.
+    Raises: ValueError for regularize < 0, or without an anchor.
+    """
+    gaps = _gaps(params, anchor, regularize)
+    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
+    return ((pred - target) ** 2).mean() + regularize * sum((g**2).sum() for g in tree_leaves(gaps))
+
+
+def rot_loss_backward(
+    ids,
+    mask,
+    types,
+    target,
+    params: RotParams,
+    dloss=1.0,
+    *,
+    num_heads,
+    anchor=None,
+    regularize=0.0,
+    eps=1e-12,
+):
+    """(dtarget [B, 2], RotParams of gradients) of `rot_loss`, times dloss."""
+    gaps = _gaps(params, anchor, regularize)
+    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
+    dpred = dloss * 2 * (pred - target) / pred.size
+    grads = rot_forward_backward(ids, mask, types, params, dpred, num_heads=num_heads, eps=eps)
+    if gaps is not None:
+        pull = tree_map(lambda g, d: g + 2 * dloss * regularize * d, _common(grads.bert, gaps), gaps)
+        grads = grads._replace(bert=_fill(pull, grads.bert))
+    return -dpred, grads
+
+
+def sentence_vector(ids, word):
+    """The mean of the word embeddings of a text: ids [n] of word [V, d] -> [d]; order does not count.
+
+    Raises: ValueError for an empty text.
+    """
+    ids = np.asarray(ids)
+    if not ids.size:
+        raise ValueError("ids must hold at least one token: an empty text has no mean")
+    return float64(word)[ids].mean(axis=0)
+
+
+def pattern_bank(claim_emb, sent_emb, *, k=20, quantiles=(0.25, 0.5), seed=0):
+    """Memory [k, d]: k-means centres of residuals sent_emb - claim_emb of true pairs [n, d].
+
+    Those count whose length lies strictly between two quantiles of all: about the event, but no mere quote.
+    Raises: ValueError for quantiles out of order, or more patterns than residuals.
+    """
+    dims(claim_emb=(claim_emb, "n d"), sent_emb=(sent_emb, "n d"))
+    low, high = quantiles
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"quantiles must rise within [0, 1], got {quantiles}")
+    u = float64(sent_emb) - float64(claim_emb)
+    length = np.linalg.norm(u, axis=1)
+    least, most = np.quantile(length, quantiles)
+    return kmeans(u[(length > least) & (length < most)], k=k, seed=seed)[0]
+
+
+def select_key_sentences(q, s, memory, *, top=3, lambda_q=0.6, lambda_p=0.4) -> Selection:
+    """The sentences s [n, d] that are near the claim q [d], or that less the claim are near a pattern [K, d].
+
+    score = lambda_q scale(|s_i - q|) + lambda_p scale(min_k |s_i - q - M_k|), where scale(d) = 1 - (d - min)
+    / (max - min + 1e-8) over the article. Weights are the best `top` scores over their sum. Equal scores: in
+    order.
+    Raises: ValueError for no sentence, no pattern, top < 1, a negative lambda or what is not finite.
+    """
+    n = dims(q=(q, "d"), s=(s, "n d"), memory=(memory, "K d"))
+    if min(n["n"], n["K"]) < 1 or top < 1:
+        raise ValueError(f"need a sentence in s, a pattern in memory and top >= 1: {n['n']}, {n['K']}, {top}")
+    if not (lambda_q >= 0 and lambda_p >= 0):
+        raise ValueError(f"lambda_q and lambda_p must not be negative, got {lambda_q} and {lambda_p}")
+    u, memory = float64(s) - float64(q), float64(memory)
+    far = np.sqrt(((u[:, None] - memory) ** 2).sum(axis=-1))  # [n, K]
+    if not np.isfinite(far).all():
+        raise ValueError("q, s and memory must be finite")
+    near = np.sqrt((u**2).sum(axis=-1)), far.min(axis=1)
+    score = lambda_q * _scale(near[0]) + lambda_p * _scale(near[1])
+    order = np.argsort(-score, kind="stable")
+    best = score[order][:top]
+    weight = np.ones(1) if len(best) == 1 else best / (best.sum() + TINY)
+    return Selection(order, far.argmin(axis=1)[order], score[order], weight)
+
+
+def match_score(
+    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, *, num_heads, top=3,
+    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
+):  # fmt: skip
+    """Logits [2] of one article, sentence_ids lists of ids in their own order. Rank articles by logit 1."""
+    special = {
+        "max_len": max_len,
+        "claim_max": claim_max,
+        "cls_id": cls_id,
+        "sep_id": sep_id,
+        "pad_id": pad_id,
+    }
+    inputs = _article(claim_ids, sentence_ids, selection, top, special)
+    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
+    return match_forward(*inputs, memory, params, **options)[0]
+
+
+def match_score_backward(
+    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, dlogits, *, num_heads, top=3,
+    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
+) -> MatchParams:  # fmt: skip
+    """Gradients of the parameters for dlogits [2]; selection and memory are constants."""
+    special = {
+        "max_len": max_len,
+        "claim_max": claim_max,
+        "cls_id": cls_id,
+        "sep_id": sep_id,
+        "pad_id": pad_id,
+    }
+    inputs = _article(claim_ids, sentence_ids, selection, top, special)
+    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
+    return match_forward_backward(*inputs, memory, params, float64(dlogits)[None], **options)
+
+
+def prediction_weight(p, label):
+    """(weight [n] = |p - 0.5|, positive bool [n]) of training predictions p [n] of the true label [n].
+
+    Positive is p > 0.5, and a draw where the label is 0: what argmax would answer.
+    """
+    dims(p=(p, "n"), label=(label, "n"))
+    p = float64(p)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p must be probabilities, in [0, 1]")
+    return np.abs(p - 0.5), (p > 0.5) | ((p == 0.5) & (np.asarray(label) == 0))
+
+
+def update_memory(memory, residuals, pattern, weight, positive, *, step=0.3):
+    """Memory [K, d] after an epoch: towards residuals of right predictions, away from those of wrong ones.
+
+    M_k += step |M_k| g / |g|, g = a (centre+ - M_k) + (1 - a) (M_k - centre-), centres weighted means, a the
+    share of the weight that is positive; a missing side is 0.
+    Args: one row a selected sentence: residuals [n, d], pattern int [n], weight [n] >= 0, positive bool [n].
+    A pattern without weight, or with g = 0, stays. Raises: ValueError for weight < 0 or a pattern outside
+    0..K-1.
+    """
+    n = dims(
+        memory=(memory, "K d"), residuals=(residuals, "n d"), pattern=(pattern, "n"), weight=(weight, "n")
+    )
+    dims(pattern=(pattern, "n"), positive=(positive, "n"))
+    memory, u, w, pattern = float64(memory), float64(residuals), float64(weight), np.asarray(pattern)
+    if not (w >= 0).all() or (pattern.size and not (0 <= pattern.min() and pattern.max() < n["K"])):
+        raise ValueError(f"weight must not be negative, pattern must be in 0..{n['K'] - 1}")
+    new, pull = memory.copy(), np.where(np.asarray(positive, bool), w, -w)
+    for k in np.unique(pattern):
+        at = pattern == k
+        g = pull[at] @ (u[at] - memory[k])  # times the weight of all: only its direction counts
+        if (size := np.linalg.norm(g)) > 0:
+            new[k] += step * np.linalg.norm(memory[k]) * g / size
+    return new
+
+
+def trainable(params: MatchParams):
+    """The tree with False at the embeddings and the first block, which stay as ROT left them, else True."""
+    frozen = dict.fromkeys(("word", "position", "token_type", "ln_scale", "ln_bias"), False)
+    yes, no = (lambda tree, flag=flag: tree_map(lambda _: flag, tree) for flag in (True, False))
+    blocks = tuple(no(b) if n == 0 else yes(b) for n, b in enumerate(params.bert.blocks))
+    return yes(params)._replace(bert=yes(params.bert)._replace(**frozen, blocks=blocks))
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """All stages: BM25 picks `candidates` articles, key sentences stand for each, the network orders them.
+
+    word [V, d]: static embeddings of ROT; num_heads: of the matching network.
+    """
+
+    params: MatchParams
+    memory: np.ndarray
+    word: np.ndarray
+    num_heads: int
+    top: int = 3
+    lambda_q: float = 0.6
+    lambda_p: float = 0.4
+    max_len: int = 256
+    claim_max: int = 180
+    candidates: int = 50
+
+    def select(self, claim, sentences) -> Selection:
+        """Key sentences of an article for a claim, lists of ids. Raises: ValueError for an empty text."""
+        if not len(sentences):
+            raise ValueError("an article must hold at least one sentence")
+        s = np.stack([sentence_vector(ids, self.word) for ids in sentences])
+        options = {"top": self.top, "lambda_q": self.lambda_q, "lambda_p": self.lambda_p}
+        return select_key_sentences(sentence_vector(claim, self.word), s, self.memory, **options)
+
+    def score(self, claim, sentences):
+        """Logit 1 of the article."""
+        return match_score(
+            claim, sentences, self.select(claim, sentences), self.memory, self.params,
+            num_heads=self.num_heads, top=self.top, max_len=self.max_len, claim_max=self.claim_max,
+        )[1]  # fmt: skip
+
+    def rank(self, claim, articles, *, index: BM25Index | None = None, seed=0):
+        """Places in `articles` (lists of sentences of ids), best first, of the candidates that BM25 finds.
+
+        Equal scores are in an order drawn by the seed: the order in which candidates are stored may give the
+        answer away. index: `bm25_fit` of the articles' terms, if it is at hand.
+        """
+        index = index or bm25_fit([[t for s in sentences for t in s] for sentences in articles])
+        found = np.argsort(-bm25_scores(index, claim), kind="stable")[: self.candidates]
+        found = np.random.default_rng(seed).permutation(found)
+        scores = np.array([self.score(claim, articles[i]) for i in found])
+        return found[np.argsort(-scores, kind="stable")]
+
+    def learned(self, residuals, pattern, weight, positive):
+        """The reranker with its memory updated after an epoch."""
+        return replace(self, memory=update_memory(self.memory, residuals, pattern, weight, positive))
+
+
+def selection_cost(n_sentences, *, dim, patterns, top, articles):
+    """{"passes", "passes_all", "saved", "macs"} of a claim: encoder passes with and without selection.
+
+    macs is what selection costs: one multiply-accumulate a coordinate for each distance, to the claim and to
+    every pattern.
+    """
+    if min(n_sentences, dim, patterns, top, articles) < 1:
+        raise ValueError("n_sentences, dim, patterns, top and articles must be at least 1")
+    some, every = articles * min(top, n_sentences), articles * n_sentences
+    return {"passes": some, "passes_all": every, "saved": every - some, "macs": every * dim * (patterns + 1)}
+
+
+def _scale(d):
+    return 1 - (d - d.min()) / (d.max() - d.min() + TINY)
+
+
+def _prediction(ids, mask, types, target, params, num_heads, eps):
+    if dims(ids=(ids, "B T"), target=(target, "B 2"))["B"] < 1:
+        raise ValueError("ids must hold at least one pair: a mean over none is not defined")
+    return rot_forward(ids, mask, types, params, num_heads=num_heads, eps=eps)
+
+
+def _gaps(params, anchor, regularize):
+    """params.bert - anchor where the anchor is not None; None if nothing pulls."""
+    if not regularize >= 0:
+        raise ValueError(f"regularize must not be negative, got {regularize}")
+    if regularize == 0:
+        return None
+    if anchor is None:
+        raise ValueError("anchor must be the pretrained weights where regularize > 0")
+    return tree_map(lambda a, p: p - a, anchor, _common(params.bert, anchor))
+
+
+def _common(tree, like):
+    """The tree with None wherever `like` has it."""
+    return tree_map(lambda _, p: p, like, tree)
+
+
+def _fill(tree, default):
+    """The tree with the fields that are None taken from `default`."""
+    return tree._replace(**{n: d for n, t, d in zip(tree._fields, tree, default, strict=True) if t is None})
+
+
+def _article(claim_ids, sentence_ids, selection, top, special):
+    """(ids, mask, types, weight, pattern) of the chosen sentences as a batch of one article."""
+    n = dims(order=(selection.order, "n"), pattern=(selection.pattern, "n"))["n"]
+    if not len(sentence_ids) or n != len(sentence_ids):
+        raise ValueError(f"sentence_ids must be the {n} sentences of the selection, got {len(sentence_ids)}")
+    if top < 1 or len(selection.weight) != min(top, n):
+        raise ValueError(
+            f"selection.weight must hold min(top, {n}) weights, got {len(selection.weight)} for {top=}"
+        )
+    chosen = [sentence_ids[i] for i in selection.order[:top]]
+    pairs = encode_pairs([claim_ids] * len(chosen), chosen, **special)
+    return (*(x[None] for x in pairs), selection.weight[None], selection.pattern[None, :top])
+
+
+def example(seed=0):
+    """Sentences of Hamlet as words by their place in a small vocabulary, networks of one and two blocks."""
+    from ref.data import text
+    from ref.tasks.quotes import quote_corpus, split_sentences
+
+    rng = np.random.default_rng(seed)
+    corpus = quote_corpus(rng, split_sentences(text())[:60], claims=4, extra=4)
+    code = lambda words: [sum(map(ord, w)) % 60 for w in words]
+    claim, article = code(corpus.claims[0]), [code(s) for s in corpus.articles[0]]
+    limits = {"max_len": 24, "claim_max": 8, "cls_id": 61, "sep_id": 62, "pad_id": 63}
+    ids, mask, types = encode_pairs([claim] * 5, article, **limits)
+    sizes = {"vocab": 64, "context": 24, "hidden": 16, "std": 0.3}
+    rot = init_rot(rng, dim=8, **sizes)
+    match, memory = init_match(rng, dim=8, depth=2, **sizes), rng.standard_normal((4, 8))
+    q, s = (
+        sentence_vector(claim, rot.bert.word),
+        np.stack([sentence_vector(t, rot.bert.word) for t in article]),
+    )
+    selection = select_key_sentences(q, s, memory)
+    batch = _article(claim, article, selection, 3, limits)
+    weight, positive = prediction_weight(np.array([0.9, 0.2, 0.6]), np.array([1, 1, 0]))
+    heads = {"num_heads": 2}
+    return [
+        Example("rot_forward", (ids, mask, types, rot), heads, (3,)),
+        Example("rot_loss", (ids, mask, types, rouge2(article, claim), rot), heads, (4,)),
+        Example("kmeans", (s,), {"k": 2, "iters": 5}),
+        Example("select_key_sentences", (q, s, memory)),
+        Example("match_forward", (*batch, memory, match), heads, (6,)),
+        Example("match_score", (claim, article, selection, memory, match), {**heads, **limits}, (4,)),
+        Example("update_memory", (memory, (s - q)[:3], selection.pattern[:3], weight, positive)),
+    ]
