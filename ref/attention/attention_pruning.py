@@ -13,6 +13,7 @@ import numpy as np
 from ref.blocks.attention import (
     attention_dense_vjp,
     check_attention,
+    check_mask,
     join_heads,
     prepare,
     split_heads,
@@ -320,13 +321,7 @@ def _kept(q, k, v, keep_mask, mask, causal, empty_rows):
     if empty_rows not in EMPTY_ROWS[:2]:
         raise ValueError(f'empty_rows must be "official" or "zero", got {empty_rows!r}')
     seen = _seen(q, k, v, mask, causal)
-    scores = (*q.shape[:-1], k.shape[-2])
-    fits = keep_mask.ndim <= len(scores) and all(
-        a in (1, b) for a, b in zip(keep_mask.shape[::-1], scores[::-1], strict=False)
-    )
-    if keep_mask.dtype != bool or not fits:
-        what = f"{keep_mask.dtype} {list(keep_mask.shape)}"
-        raise ValueError(f"keep_mask must be bool (True = kept), broadcastable to {list(scores)}, got {what}")
+    check_mask("keep_mask", keep_mask, (*q.shape[:-1], k.shape[-2]))
     kept = seen & keep_mask
     if empty_rows == "official":
         kept = np.where(kept.any(axis=-1, keepdims=True), kept, seen)

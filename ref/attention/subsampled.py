@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ref.blocks.attention import attention_dense, attention_dense_vjp
+from ref.blocks.attention import attention_dense, attention_dense_vjp, check_mask
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import softmax, softmax_vjp, weigh
 from ref.blocks.transformer import transformer_block, transformer_block_vjp
@@ -159,13 +159,8 @@ def _prepare(q, k, v, source_index, perm, block, left, right, causal, include_se
     if (source_index is None) == (perm is None):
         raise ValueError("exactly one of source_index and perm must be given")
     if mask is not None:
-        if mask.dtype != bool:
-            raise ValueError(f"mask must be boolean (True = visible), got dtype {mask.dtype}")
-        try:
-            mask = np.broadcast_to(mask, (B, n["H"], L, L))
-        except ValueError:
-            what = f"{[B, n['H'], L, L]}, got {list(mask.shape)}"
-            raise ValueError(f"mask must be broadcastable to {what}") from None
+        check_mask("mask", mask, (B, n["H"], L, L))
+        mask = np.broadcast_to(mask, (B, n["H"], L, L))
     if perm is None:
         if block is not None:
             raise ValueError("block goes with perm, source_index has none")

@@ -105,7 +105,7 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
         raise ValueError(f"q has H={n['H']} heads, not a multiple of the Hkv={n['Hkv']} heads of k and v")
     lead = q.shape[:-2]
     if mask is not None:
-        _check_mask("mask", mask, (*lead, n["L"], n["S"]))
+        check_mask("mask", mask, (*lead, n["L"], n["S"]))
     if key_lengths is not None:
         check_lengths("key_lengths", key_lengths, lead, n["S"])
     if not 0 <= dropout_p < 1:
@@ -113,7 +113,7 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
     if dropout_p > 0 and dropout_mask is None:
         raise ValueError(f"dropout_p={dropout_p} needs dropout_mask, a boolean array that says what to keep")
     if dropout_mask is not None:
-        _check_mask("dropout_mask", dropout_mask, (*lead, n["L"], n["S"]))
+        check_mask("dropout_mask", dropout_mask, (*lead, n["L"], n["S"]))
     return n
 
 
@@ -123,7 +123,7 @@ def check_lengths(name, lengths, lead, S, *, least=0):
     dtype, shape = lengths.dtype, np.shape(lengths)
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{name} must be integers, got dtype {dtype}")
-    if not _broadcasts(shape, lead):
+    if not broadcasts(shape, lead):
         raise ValueError(f"{name} of shape {list(shape)} does not broadcast to the leading axes {list(lead)}")
     if isinstance(lengths, np.ndarray | np.integer):  # traced values cannot be looked at
         values = np.asarray(lengths)
@@ -156,14 +156,16 @@ def join_heads(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def _check_mask(name, mask, shape):
+def check_mask(name, mask, shape):
+    """Raise ValueError unless `mask` is boolean, has at least two axes and broadcasts to `shape`."""
     if mask.dtype != bool:
         raise ValueError(f"{name} must be boolean (True = visible or kept), got dtype {mask.dtype}")
-    if mask.ndim < 2 or not _broadcasts(mask.shape, shape):
+    if mask.ndim < 2 or not broadcasts(mask.shape, shape):
         raise ValueError(f"{name} of shape {list(mask.shape)} does not broadcast to {list(shape)}")
 
 
-def _broadcasts(shape, to):
+def broadcasts(shape, to):
+    """Whether an array of that shape broadcasts to exactly `to`."""
     if len(shape) > len(to):
         return False
     return all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))

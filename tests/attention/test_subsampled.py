@@ -56,7 +56,7 @@ BAD = {
     "short": (lambda: attend(perm=np.arange(5), block=2), r"permutation of 0\.\.5, got 5 entries"),
     "heads": (lambda: S.ssa_attention(Q, Q[:, :2], Q, **SOME), r"k\.shape\[1\] = 2"),
     "mask": (lambda: attend(**SOME, mask=np.ones((6, 6))), "mask must be boolean"),
-    "mask_shape": (lambda: attend(**SOME, mask=np.ones((6, 5), bool)), "mask must be broadcastable"),
+    "mask_shape": (lambda: attend(**SOME, mask=np.ones((6, 5), bool)), "mask of shape .* does not broadcast"),
     "cotangent": (lambda: S.ssa_attention_bwd(Q[:, :, :5], Q, Q, Q, **SOME), "axis L is 5 in do"),
     "visible": (lambda: S.ssa_visible(np.array([0, 0]), block=1), "perm must be a permutation"),
     "visible_block": (lambda: S.ssa_visible(np.arange(2), block=0), "block must be at least 1"),
