@@ -10,7 +10,7 @@ import numpy as np
 from ref.blocks.attention import attention_dense
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm, layer_norm_vjp
-from ref.blocks.transformer import BlockParams, init_block, transformer_block
+from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
 from ref.dims import dims, float64
 
 
@@ -192,6 +192,21 @@ def vit_forward(
     """
     x = vit_tokens(images, params, num_heads=num_heads, eps=eps, attention=attention)
     return classify(x, params, global_pool=global_pool, eps=eps)
+
+
+def vit_forward_vjp(images, params: ViTParams, dlogits, *, num_heads, global_pool=False, eps=1e-6):
+    """-> (dimages, ViTParams of gradients) of `vit_forward` with dense attention for dlogits [..., K]."""
+    hidden, blocks = [embed_patches(images, params)], []
+    for p in params.blocks:
+        hidden.append(transformer_block(hidden[-1], p, num_heads=num_heads, eps=eps))
+    pooled = pool(hidden[-1], params, global_pool=global_pool)
+    dpooled, last = head_vjp(pooled, params, float64(dlogits), eps=eps)
+    dx = pool_vjp(hidden[-1], params, dpooled, global_pool=global_pool)
+    for x, p in zip(hidden[-2::-1], params.blocks[::-1], strict=True):
+        dx, grads = transformer_block_vjp(x, p, dx, num_heads=num_heads, eps=eps)
+        blocks.append(grads)
+    dimages, first = embed_patches_vjp(images, params, dx)
+    return dimages, ViTParams(**first, **last, blocks=tuple(blocks[::-1]))
 
 
 def _clip_vjp(clips, params, dx):

@@ -21,6 +21,7 @@ from ref.blocks.adapters import (
     run_block,
 )
 from ref.blocks.conv import BN, batch_norm, batch_norm_vjp
+from ref.blocks.initial import truncated_normal
 from ref.blocks.losses import cross_entropy
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm
@@ -328,9 +329,7 @@ def _schedule(epoch, warmup, epochs):
 
 
 def _new_head(rng, dim, num_classes):
-    w = rng.standard_normal((4 * dim * num_classes + 64,))
-    return {"w_head": 0.01 * w[np.abs(w) < 2][: dim * num_classes].reshape(dim, num_classes),
-            "b_head": np.zeros(num_classes)}  # fmt: skip
+    return {"w_head": 0.01 * truncated_normal(rng, (dim, num_classes)), "b_head": np.zeros(num_classes)}
 
 
 def _trained(params, tuning):

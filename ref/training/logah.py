@@ -1,0 +1,495 @@
+"""LoGAH: a network that reads another network's graph and writes all of its weights, as low-rank products.
+
+Source: Zhou et al. 2024 (arXiv 2405.16287) and the code released with it; graphs, shapes, tiling and
+normalisation are those of GHN-2 and GHN-3 (Knyazev et al. 2021, 2023), which it builds on. The graphs here
+are built from sizes, not traced, and only transformers are. The decoder holds one more r x r layer that its
+forward pass never uses: it is counted and left out.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ref.blocks.initial import truncated_normal
+from ref.blocks.mlp import linear, linear_vjp, relu, sigmoid
+from ref.blocks.optim import adam, adam_init, clip_by_norm, tree_map
+from ref.blocks.transformer import BlockParams
+from ref.dims import dims, float64
+from ref.example import Example
+from ref.models.graphormer import (
+    GraphormerParams,
+    edge_bias,
+    edge_bias_backward,
+    graphormer,
+    graphormer_backward,
+    virtual_edges,
+)
+from ref.models.networks import (
+    OPS,
+    Graph,
+    TargetConfig,
+    as_gpt,
+    as_vit,
+    shape_indices,
+    shape_vocabulary,
+    target_loss,
+    transformer_graph,
+)
+
+__all__ = [
+    "VARIANTS", "GHNConfig", "GHNParams", "Graph", "GraphormerParams", "LowRankParams", "ShapeParams",
+    "TargetConfig", "VectorParams", "as_gpt", "as_vit", "count_parameters", "edge_bias",
+    "edge_bias_backward", "example", "full_decoder_count", "graphormer", "graphormer_backward",
+    "group_size", "init_ghn", "low_rank_decode", "low_rank_decode_backward", "normalize_params",
+    "normalize_params_backward", "predict_parameters", "predict_parameters_backward", "shape_features",
+    "shape_features_backward", "shape_indices", "shape_vocabulary", "target_loss", "tile_params",
+    "tile_params_backward", "train_ghn", "transformer_graph", "virtual_edges",
+]  # fmt: skip
+NORMS = ("fan_in", "gpt2", "std")
+
+
+class ShapeParams(NamedTuple):
+    """Tables of sizes: channel [n + 1, d/4], spatial [m + 1, d/4]; the last row is for no parameters."""
+
+    channel: np.ndarray
+    spatial: np.ndarray
+
+
+class LowRankParams(NamedTuple):
+    """d -> 4d -> 8d -> 2 r^2, then r -> K: w1, b1, w2, b2, w3, b3, w_k [r, K], b_k [K]."""
+
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+    w3: np.ndarray
+    b3: np.ndarray
+    w_k: np.ndarray
+    b_k: np.ndarray
+
+
+class VectorParams(NamedTuple):
+    """The decoder of norms and biases, d -> 2d -> d, and of the classifier's bias, w_class [d/2, classes]."""
+
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+    w_class: np.ndarray
+    b_class: np.ndarray
+
+
+class GHNParams(NamedTuple):
+    """op [15, d], one row a kind of operation; vectors None: norms and biases come from the decoder too."""
+
+    op: np.ndarray
+    shape: ShapeParams
+    encoder: GraphormerParams
+    decoder: LowRankParams
+    vectors: VectorParams | None = None
+
+
+@dataclass(frozen=True)
+class GHNConfig:
+    """Sizes of the hypernetwork: rank r, width d, layers, heads; K rows of each factor at most."""
+
+    rank: int = 32
+    dim: int = 64
+    layers: int = 3
+    heads: int = 8
+    num_classes: int = 100
+    K: int = 2048 * 16
+    max_spatial: int = 16
+    llm: bool = False
+    vectors: bool = True
+    final_norm: bool = False
+    norm: str = "fan_in"
+
+
+VARIANTS = {
+    "tiny": GHNConfig(),
+    "small": GHNConfig(90, 128, 5, 16),
+    "base": GHNConfig(128, 256, 5, 16),
+    "large": GHNConfig(256, 256, 12, 16),
+}
+
+
+def shape_features(x, index, params: ShapeParams):
+    """x [N, d] + [channel[c_out], channel[c_in], spatial[k_h], spatial[k_w]], each d/4 wide; index [N, 4]."""
+    n = dims(
+        x=(x, "N d"), index=(index, "N 4"), channel=(params.channel, "n q"), spatial=(params.spatial, "m q")
+    )
+    if n["d"] != 4 * n["q"]:
+        raise ValueError(f"x has width d={n['d']}, but params has tables of d/4={n['q']}")
+    c, s = params
+    return float64(x) + np.concatenate(
+        [c[index[:, 0]], c[index[:, 1]], s[index[:, 2]], s[index[:, 3]]], axis=1
+    )
+
+
+def shape_features_backward(x, index, params: ShapeParams, dy):
+    """(dx, ShapeParams of gradients) of `shape_features` for dy [N, d]."""
+    grads = ShapeParams(*(np.zeros_like(float64(t)) for t in params))
+    for part, table, i in zip(np.split(float64(dy), 4, axis=1), (0, 0, 1, 1), range(4), strict=True):
+        np.add.at(grads[table], index[:, i], part)
+    return float64(dy), grads
+
+
+def low_rank_decode(z, params: LowRankParams, *, shape, rank):
+    """W = A B, of rank at most r: node vectors z [b, d] -> [b, *shape].
+
+    The network's [2r, K] is read again, row by row in memory, as [2K, r]: A its first K rows, B^T the others.
+    shape (c,), (c_out, c_in) or (c_out, c_in, k_h, k_w): row (o, i) of A meets column (c, j) of B.
+    Raises: ValueError if rank is not that of params, or c_out k_h or c_in k_w exceeds K.
+    """
+    A, B, sizes = _factors(z, params, shape, rank)[-3:]
+    o, i, h, w = sizes
+    W = (A @ B.swapaxes(1, 2)).reshape(-1, o, h, i, w).swapaxes(2, 3)
+    return W.reshape(-1, *shape)
+
+
+def low_rank_decode_backward(z, params: LowRankParams, dw, *, shape, rank):
+    """(dz, LowRankParams of gradients) of `low_rank_decode` for dw [b, *shape]."""
+    p, (h1, h2, u, v, A, B, (o, i, h, w)) = params, _factors(z, params, shape, rank)
+    d = float64(dw).reshape(-1, o, i, h, w).swapaxes(2, 3).reshape(-1, o * h, i * w)
+    dv = np.zeros((len(A), 2 * p.w_k.shape[1], rank))
+    dv[:, : o * h] = d @ B
+    dv[:, p.w_k.shape[1] : p.w_k.shape[1] + i * w] = d.swapaxes(1, 2) @ A
+    dr, dw_k, db_k = linear_vjp(relu(u), p.w_k, dv.reshape(v.shape))
+    du = (dr * (u > 0)).reshape(len(A), -1)
+    d, dw3, db3 = linear_vjp(h2, p.w3, du)
+    d, dw2, db2 = linear_vjp(h1, p.w2, d * (h2 > 0))
+    dz, dw1, db1 = linear_vjp(float64(z), p.w1, d * (h1 > 0))
+    return dz, LowRankParams(dw1, db1, dw2, db2, dw3, db3, dw_k, db_k)
+
+
+def tile_params(w, *, shape):
+    """w cut, and repeated along its first and second axis, to the shape; kernels are cut around the centre.
+
+    w may have kernel axes that the shape lacks. Raises: ValueError for axes that cannot be made.
+    """
+    return float64(w)[_tile_index(w, shape)].reshape(shape)
+
+
+def tile_params_backward(w, dtiled, *, shape):
+    """The gradient of w of `tile_params` for dtiled [*shape]: copies add up."""
+    dw, index = np.zeros_like(float64(w)), _tile_index(w, shape)
+    np.add.at(dw, index, float64(dtiled).reshape(np.broadcast_shapes(*(i.shape for i in index))))
+    return dw
+
+
+def normalize_params(w, *, kind="weight", norm="fan_in", layers=None, initializer_range=0.02):
+    """The scale that a tensor of random numbers of variance 1 needs as a parameter; w has its own shape.
+
+    Matrices and kernels: w sqrt(beta / fan_in), fan_in = w[0].size; beta 2, but 1 for kernels with one input
+    channel or k_h < k_w; tables of positions [1, n, c >= 11] stay as they are. A vector: kind "weight" 2
+    sigmoid(w / 2) in (0, 2), "bias" tanh(w / 5) in (-1, 1).
+    norm: "gpt2" divides by sqrt(2 layers) too where layers is given (projections into the residual stream);
+    "std" makes every tensor's deviation initializer_range.
+    Raises: ValueError for another kind or norm.
+    """
+    w, factor = float64(w), _factor(w, kind, norm, layers)
+    if norm == "std":
+        return w / (_std(w) + 1e-7) * initializer_range
+    if w.ndim > 1:
+        return w * factor
+    return 2 * sigmoid(w / 2) if kind == "weight" else np.tanh(0.2 * w)
+
+
+def normalize_params_backward(w, dy, *, kind="weight", norm="fan_in", layers=None, initializer_range=0.02):
+    """The gradient of w of `normalize_params` for dy of its shape."""
+    w, dy, factor = float64(w), float64(dy), _factor(w, kind, norm, layers)
+    if norm == "std":
+        s, n = _std(w), max(w.size - 1, 1)
+        ds = (w - w.mean()) / (n * s) if s > 0 else 0 * w
+        return initializer_range / (s + 1e-7) * (dy - (dy * w).sum() / (s + 1e-7) * ds)
+    if w.ndim > 1:
+        return dy * factor
+    y = normalize_params(w, kind=kind)
+    return dy * y * (2 - y) / 4 if kind == "weight" else dy * 0.2 * (1 - y**2)
+
+
+def group_size(n, *, max_shape):
+    """Channels that the released code asks the decoder for, so that nodes share a call; cut after.
+
+    min(n, max), a third more if divisible by 3, and max from max / 2 on: 384 asks for 512.
+    """
+    n = min(n, max_shape)
+    n = 4 * n // 3 if n % 3 == 0 else n
+    return max_shape if n >= max_shape / 2 else n
+
+
+def predict_parameters(graph: Graph, params: GHNParams, config: GHNConfig):
+    """{name: array} for every parameter of the graph, in the layout [out, in] of its shapes.
+
+    Tensors larger than the decoder's K rows are tiled; embeddings and positions are not scaled (norm "std"
+    scales all). Raises: ValueError for an unknown operation, and as the functions it calls.
+    """
+    z = _encode(graph, params, config)[-1]
+    depth, found = int(np.sum(graph.op == OPS.index("msa"))), {}
+    for node, name, row, shape in _slots(graph):
+        raw = _raw(z[node], params, config, name, row, shape)
+        found[name] = _scale(graph.op[node], name, row, shape, config, depth, normalize_params, raw)
+    return found
+
+
+def predict_parameters_backward(graph: Graph, params: GHNParams, config: GHNConfig, dparams):
+    """GHNParams of gradients of `predict_parameters` for {name: cotangent}; a missing name counts as 0."""
+    x, index, features, z = _encode(graph, params, config)
+    depth, dz = int(np.sum(graph.op == OPS.index("msa"))), np.zeros_like(z)
+    decoder, vectors = (
+        tree_map(lambda t: np.zeros_like(float64(t)), t) for t in (params.decoder, params.vectors)
+    )
+    for node, name, row, shape in _slots(graph):
+        if name not in dparams:
+            continue
+        raw = _raw(z[node], params, config, name, row, shape)
+        back = lambda w, d=dparams[name], **o: normalize_params_backward(w, d, **o)
+        draw = _scale(graph.op[node], name, row, shape, config, depth, back, raw, dparams[name])
+        dz[node] += _raw_backward(z[node], params, config, name, row, shape, draw, decoder, vectors)
+    mask = np.ones((1, len(z)), bool)
+    dx, encoder = graphormer_backward(features[None], graph.edges[None], mask, params.encoder, dz[None],
+                                      num_heads=config.heads)  # fmt: skip
+    dx, tables = shape_features_backward(x, index, params.shape, dx[0])
+    op = np.zeros_like(float64(params.op))
+    np.add.at(op, graph.op, dx)
+    return GHNParams(op, tables, encoder, decoder, vectors)
+
+
+def train_ghn(params: GHNParams, pool, data, *, steps, seed, config: GHNConfig, meta_batch=4, batch=32,
+              lr=3e-4, warmup=0, weight_decay=1e-2, clip=5.0, penalty=3e-5):  # fmt: skip
+    """(params, history [steps]): AdamW on the mean loss of meta_batch filled networks of the pool a step.
+
+    pool: TargetConfigs. data: (images, labels) for ViTs, or ids [n, T + 1] for GPTs. The rate rises over
+    `warmup` steps and falls as half a cosine; gradients are clipped at norm `clip`; penalty times the sum of
+    every tensor's Frobenius norm is added to each loss (history holds the loss alone).
+    """
+    if steps < 1 or meta_batch < 1 or batch < 1 or not pool:
+        raise ValueError(
+            f"need steps, meta_batch and batch >= 1 and a pool, got {steps=}, {meta_batch=}, {batch=}"
+        )
+    rng, state, history = np.random.default_rng(seed), adam_init(params), []
+    graphs = [transformer_graph(c) for c in pool]
+    rows = len(data[1]) if isinstance(data, tuple) else len(data)
+    for step in range(steps):
+        pick, at = rng.integers(0, len(pool), meta_batch), rng.integers(0, rows, batch)
+        part = tuple(x[at] for x in data) if isinstance(data, tuple) else data[at]
+        losses, total = [], tree_map(lambda x: np.zeros_like(float64(x)), params)
+        for n in pick:
+            weights = predict_parameters(graphs[n], params, config)
+            loss, grads = target_loss(weights, pool[n], part, 0.02 * rng.standard_normal(pool[n].dim))
+            for name, w in weights.items():
+                grads[name] = grads[name] + penalty * w / max(np.linalg.norm(w), 1e-12)
+            g = predict_parameters_backward(graphs[n], params, config, grads)
+            total = tree_map(lambda a, b: a + b / meta_batch, total, g)
+            losses.append(loss)
+        done = (step - warmup) / max(steps - warmup, 1)
+        rate = lr * ((step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + np.cos(np.pi * done)))
+        params, state = adam(params, clip_by_norm(total, clip), state, lr=rate, weight_decay=weight_decay)
+        history.append(np.mean(losses))
+    return params, np.array(history)
+
+
+def init_ghn(rng, config: GHNConfig) -> GHNParams:
+    """Tables normal with std d^-0.5, cut at two; edges sinusoids; other weights uniform in +-1/sqrt(fan_in).
+
+    The last layer of the vector decoder is five times smaller, without bias.
+    Raises: ValueError if d is not a multiple of 4 and of the heads.
+    """
+    c, d, r = config, config.dim, config.rank
+    if d % 4 or d % c.heads:
+        raise ValueError(f"dim must be a multiple of 4 and of heads={c.heads}, got {d}")
+    w = lambda i, o: rng.uniform(-1, 1, (i, o)) / np.sqrt(i)
+    b = lambda i, o: rng.uniform(-1, 1, o) / np.sqrt(i)
+    table = lambda rows, width=d: truncated_normal(rng, (rows, width)) / np.sqrt(d)
+    zero, one = np.zeros(d), np.ones(d)
+    block = lambda: BlockParams(
+        one, zero, w(d, d), None, w(d, d), None, w(d, d), None, w(d, d), b(d, d), one, zero, w(d, 4 * d),
+        b(d, 4 * d), w(4 * d, d), b(4 * d, d),
+    )  # fmt: skip
+    channels, spatial = shape_vocabulary(num_classes=c.num_classes, max_spatial=c.max_spatial, llm=c.llm)
+    angle = np.arange(257)[:, None] / 10000 ** (np.arange(0, d, 2) / d)
+    edges = np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(257, d)
+    edges[0] = 0
+    encoder = GraphormerParams(
+        table(101), table(101), table(1001), edges, w(2 * d, d), b(2 * d, d), w(d, c.heads), b(d, c.heads),
+        tuple(block() for _ in range(c.layers)), *((one, zero) if c.final_norm else (None, None)),
+    )  # fmt: skip
+    sizes = ((d, 4 * d), (4 * d, 8 * d), (8 * d, 2 * r * r), (r, c.K))
+    decoder = LowRankParams(*(x for i, o in sizes for x in (w(i, o), b(i, o))))
+    half = d // 2
+    vectors = VectorParams(w(d, 2 * d), b(d, 2 * d), w(2 * d, d) / 5, zero, w(half, c.num_classes),
+                           b(half, c.num_classes)) if c.vectors else None  # fmt: skip
+    shape = ShapeParams(table(len(channels) + 1, d // 4), table(len(spatial) + 1, d // 4))
+    return GHNParams(table(len(OPS)), shape, encoder, decoder, vectors)
+
+
+def count_parameters(config: GHNConfig):
+    """{part: numbers} of the hypernetwork, the decoder's unused r x r layer included."""
+    c, d, r = config, config.dim, config.rank
+    channels, spatial = shape_vocabulary(num_classes=c.num_classes, max_spatial=c.max_spatial, llm=c.llm)
+    return {
+        "tables": (len(OPS) + 101 + 101 + 1001 + 257) * d + (len(channels) + len(spatial) + 2) * d // 4,
+        "edge bias": 2 * d * d + d + d * c.heads + c.heads,
+        "encoder": c.layers * (12 * d * d + 10 * d) + 2 * d * c.final_norm,
+        "decoder": 36 * d * d + 12 * d + 2 * r * r * (8 * d + 1) + r * r + r + (r + 1) * c.K,
+        "vectors": (4 * d * d + 3 * d + (d // 2 + 1) * c.num_classes) * c.vectors,
+    }
+
+
+def full_decoder_count(hid, width):
+    """Numbers of a decoder d -> 4d -> 8d -> width^2 that writes a whole matrix at once, as GHN-3's."""
+    return 36 * hid**2 + 12 * hid + (8 * hid + 1) * width**2
+
+
+def _factors(z, p, shape, rank):
+    """-> h1, h2, u [b, 2r, r], v [b, 2r, K], A [b, c_out k_h, r], B^T [b, c_in k_w, r], 4-D shape."""
+    n = dims(z=(z, "b d"), w1=(p.w1, "d h"), w_k=(p.w_k, "r K"))
+    if rank != n["r"] or p.w3.shape[1] != 2 * rank**2:
+        raise ValueError(f"rank must be that of params, {n['r']}, got {rank}")
+    if len(shape) not in (1, 2, 4) or min(shape) < 1:
+        raise ValueError(f"shape must be (c,), (c_out, c_in) or (c_out, c_in, k_h, k_w), got {tuple(shape)}")
+    o, i, h, w = sizes = (*shape, 1, 1, 1)[:4]
+    if max(o * h, i * w) > n["K"]:
+        raise ValueError(
+            f"shape {tuple(shape)} needs {max(o * h, i * w)} rows of a factor, more than K={n['K']}"
+        )
+    h1 = relu(linear(z, p.w1, p.b1))
+    h2 = relu(linear(h1, p.w2, p.b2))
+    u = linear(h2, p.w3, p.b3).reshape(-1, 2 * rank, rank)
+    v = linear(relu(u), p.w_k, p.b_k)
+    rows = v.reshape(-1, 2 * n["K"], rank)  # a view of the same memory, not a transpose
+    return h1, h2, u, v, rows[:, : o * h], rows[:, n["K"] : n["K"] + i * w], sizes
+
+
+def _tile_index(w, shape):
+    """For each axis of w, the entries that the tiled tensor reads, ready to index with."""
+    shape = tuple(shape)
+    if not 1 <= len(shape) <= np.ndim(w) or min(shape) < 1:
+        raise ValueError(f"shape {list(shape)} cannot be made of w with shape {list(np.shape(w))}")
+    target, index = (*shape, *(1,) * (np.ndim(w) - len(shape))), []
+    for axis, (have, want) in enumerate(zip(np.shape(w), target, strict=True)):
+        if axis < 2:
+            index.append(np.arange(want) % min(want, have))
+        elif want > have:
+            raise ValueError(f"shape {list(shape)} has a larger kernel than w with shape {list(np.shape(w))}")
+        else:
+            index.append(np.arange(have // 2 - want // 2, have // 2 + (want + 1) // 2))
+    return np.ix_(*index)
+
+
+def _factor(w, kind, norm, layers):
+    if kind not in ("weight", "bias"):
+        raise ValueError(f'kind must be "weight" or "bias", got {kind!r}')
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    shape = np.shape(w)
+    if len(shape) < 2 or (len(shape) > 2 and shape[0] == 1 and shape[2] >= 11):
+        return 1.0
+    single = len(shape) > 2 and (shape[1] == 1 or (len(shape) > 3 and shape[2] < shape[3]))
+    residual = 2 * layers if norm == "gpt2" and layers else 1
+    return np.sqrt((1 if single else 2) / np.prod(shape[1:]) / residual)
+
+
+def _std(w):
+    return w.std(ddof=1) if w.size > 1 else 0.0
+
+
+def _slots(graph):
+    """(node, name, row, shape) of every tensor; row None: a matrix, 0: a norm's scale, 1: a bias."""
+    for node, (names, shape) in enumerate(zip(graph.names, graph.shapes, strict=True)):
+        for i, name in enumerate(names):
+            yield node, name, (i if len(names) == 2 else 1) if len(shape) == 1 else None, shape
+
+
+def _encode(graph, params, config):
+    """-> (x, index, features, z): operations, rows of shapes, both added, what the encoder makes of them."""
+    if graph.op.size and not (0 <= graph.op.min() and graph.op.max() < len(params.op)):
+        raise ValueError(f"graph.op must be operations 0..{len(params.op) - 1}")
+    options = {"num_classes": config.num_classes, "max_spatial": config.max_spatial, "llm": config.llm}
+    index, x = shape_indices(graph.shapes, **options), float64(params.op)[graph.op]
+    features, mask = shape_features(x, index, params.shape), np.ones((1, len(x)), bool)
+    z = graphormer(features[None], graph.edges[None], mask, params.encoder, num_heads=config.heads)[0]
+    return x, index, features, z
+
+
+def _decoded(shape, K):
+    """The shape that is decoded for a tensor: positions as a matrix, nothing beyond K; a vector twice."""
+    if len(shape) == 1:
+        return (2 * min(shape[0], K // 2),)
+    o, i, *k = shape[1:] if len(shape) == 3 else shape
+    h, w = k or (1, 1)
+    return (min(o, K // h), min(i, K // w), *k)
+
+
+def _raw(z, params, config, name, row, shape):
+    """One node's tensor [*shape] before normalisation."""
+    if row is None or params.vectors is None:
+        small = _decoded(shape, config.K)
+        w = low_rank_decode(z[None], params.decoder, shape=small, rank=config.rank)[0]
+        w = w if row is None else w.reshape(2, -1)[row]
+        return tile_params(w, shape=shape[-2:] if len(shape) == 3 else shape).reshape(shape)
+    p, (_, halves) = params.vectors, _vector(z, params.vectors)
+    if name == "b_head":
+        return linear(relu(halves[1]), p.w_class, p.b_class)
+    return tile_params(halves[row], shape=shape)
+
+
+def _raw_backward(z, params, config, name, row, shape, draw, decoder, vectors):
+    """dz [d] of `_raw`; the decoders' gradients are added to the trees handed in."""
+    if row is None or params.vectors is None:
+        small, target = _decoded(shape, config.K), shape[-2:] if len(shape) == 3 else shape
+        half = small if row is None else (small[0] // 2,)
+        d = tile_params_backward(np.empty(half), draw.reshape(target), shape=target)
+        if row is not None:
+            d = np.stack([d if i == row else 0 * d for i in range(2)]).reshape(small)
+        dz, grads = low_rank_decode_backward(z[None], params.decoder, d[None], shape=small, rank=config.rank)
+        for total, g in zip(decoder, grads, strict=True):
+            total += g
+        return dz[0]
+    p, (hidden, halves), d = params.vectors, _vector(z, params.vectors), np.zeros((2, len(z) // 2))
+    if name == "b_head":
+        dhalf, dw, db = linear_vjp(relu(halves[1:]), p.w_class, draw[None])
+        d[1] = dhalf[0] * (halves[1] > 0)
+        vectors.w_class[...] += dw
+        vectors.b_class[...] += db
+    else:
+        d[row] = tile_params_backward(halves[row], draw, shape=shape)
+    dh, dw2, db2 = linear_vjp(hidden, p.w2, d.reshape(1, -1))
+    dz, dw1, db1 = linear_vjp(z[None], p.w1, dh * (hidden > 0))
+    for total, g in zip(vectors, (dw1, db1, dw2, db2), strict=False):
+        total += g
+    return dz[0]
+
+
+def _vector(z, p):
+    hidden = relu(linear(z[None], p.w1, p.b1))
+    return hidden, linear(hidden, p.w2, p.b2).reshape(2, -1)
+
+
+def _scale(op, name, row, shape, config, depth, apply, raw, unscaled=None):
+    """Normalise a raw tensor, or with a backward `apply` its cotangent; `unscaled`: what stays as it is."""
+    if op == OPS.index("pos_enc") and config.norm != "std":
+        return raw if unscaled is None else unscaled
+    residual = depth if name.endswith(("w_o", "w_fc2")) else None
+    return apply(raw, kind="weight" if row in (None, 0) else "bias", norm=config.norm, layers=residual)
+
+
+def example(seed=0):
+    """A tiny hypernetwork reads the graph of a ViT for 8 x 8 digits and writes it; its parts one by one."""
+    rng = np.random.default_rng(seed)
+    config = GHNConfig(rank=3, dim=8, layers=2, heads=2, num_classes=10, K=64)
+    params, target = init_ghn(rng, config), TargetConfig("vit", 8, 1, 2)
+    graph = transformer_graph(target)
+    x, index, features, z = _encode(graph, params, config)
+    edges, mask = graph.edges[None], np.ones((1, len(z)), bool)
+    return [
+        Example("shape_features", (x, index, params.shape), {}, (0, 2)),
+        Example("edge_bias", (edges, params.encoder), {}, (1,)),
+        Example("graphormer", (features[None], edges, mask, params.encoder), {"num_heads": 2}, (0, 3)),
+        Example("low_rank_decode", (z[:2], params.decoder), {"shape": (6, 5, 2, 2), "rank": 3}, (0, 1)),
+        Example("tile_params", (rng.standard_normal((4, 5, 3, 3)),), {"shape": (6, 7, 2, 2)}, (0,)),
+        Example("normalize_params", (rng.standard_normal((6, 5)),), {}, (0,)),
+        Example("predict_parameters", (graph, params, config), {}, (1,)),
+    ]
