@@ -1,6 +1,6 @@
 """The pyramid that EfficientViT and SHViT share: an overlapping stem of stride 16, three stages, a mean.
 
-Source: Liu et al. 2023 (arXiv 2305.07027), section 3.2; Yun and Ro 2024 (arXiv 2401.16456), section 3.1; what
+Source: Liu et al. 2023 (arXiv 2305.07027), section 3.2; Yun and Ro 2024 (arXiv 2401.16456); what
 stands between the stages is in the code released with either. Maps are [B, H, W, C]; what a stage is made of
 is the technique's own.
 """

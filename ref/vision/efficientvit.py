@@ -1,6 +1,6 @@
 """EfficientViT: heads that each read their own slice of the channels, in a cascade; one attention a sandwich.
 
-Source: Liu et al. 2023 (arXiv 2305.07027), equations 1 to 3, Table 1 and the code released with it, which
+Source: Liu et al. 2023 (arXiv 2305.07027), equations 1 to 3, and the code released with it, which
 decides where the paper is short: the position bias, the windows, ReLU before the projection. Maps are
 [B, H, W, C]; batch norm uses its stored statistics. Stem, downsampling and head: ref/models/pyramid.py.
 """
@@ -62,7 +62,7 @@ __all__ = [
     "window_attention",
 ]  # fmt: skip
 
-# name: dims, depths, heads, kernels of the queries' depthwise convolutions (Table 1 and the released code)
+# name: dims, depths, heads, kernels of the queries' depthwise convolutions (the released code)
 VARIANTS = {
     "m0": ((64, 128, 192), (1, 2, 3), (4, 4, 4), (5, 5, 5, 5)),
     "m1": ((128, 144, 192), (1, 2, 3), (2, 3, 3), (7, 5, 3, 3)),

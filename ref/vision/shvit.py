@@ -1,7 +1,7 @@
 """SHViT: one attention head on some of the channels; the others pass by and are mixed in afterwards.
 
-Source: Yun and Ro 2024 (arXiv 2401.16456), equation 1, sections 3.1 and 3.2, and the code released with it,
-which decides where the paper is short: one batch norm a convolution, ReLU before the projection. Maps are
+Source: Yun and Ro 2024 (arXiv 2401.16456), single-head self-attention, and the code released with it, which
+decides where the paper is short: one batch norm a convolution, ReLU before the projection. Maps are
 [B, H, W, C]; batch norm uses its stored statistics. Stem, downsampling and head: ref/models/pyramid.py.
 """
 
@@ -54,7 +54,7 @@ __all__ = [
     "squeeze_excite", "stem_cost",
 ]  # fmt: skip
 
-# name: dims, channels of the attention, depths (Table 2 and the released code); s4 reads 256 pixels
+# name: dims, channels of the attention, depths (as in the released code); s4 reads 256 pixels
 VARIANTS = {
     "s1": ((128, 224, 320), (32, 48, 68), (2, 4, 5)),
     "s2": ((128, 308, 448), (32, 66, 96), (2, 4, 5)),
@@ -138,7 +138,7 @@ def group_norm_1_vjp(x, gamma, dy, *, eps=1e-5):
 
 
 def single_head_attention(x, params: SHSAParams, *, pdim, qk_dim=16, eps=1e-5, full=False):
-    """proj(relu([attention of the first P channels, the others untouched])) (eq. 1).
+    """proj(relu([attention of the first P channels, the others untouched])).
 
     Args: x [B, H, W, C], any H and W. pdim: P, 1 <= P < C (P = C only with full: plain attention of one
       head). qk_dim: channels of queries and keys. eps: of the group norm.

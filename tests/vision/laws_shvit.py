@@ -41,7 +41,7 @@ def attention(rng, side, C=12, P=5):
 
 
 def by_pixels(x, p, P, qk):
-    """One image [H, W, C], equation 1 with sums over pixels written out."""
+    """One image [H, W, C], sums over pixels written out."""
     H, W, C = x.shape
     norm = lambda y, bn: (y - bn.mean) / np.sqrt(bn.var + 1e-5) * bn.gamma + bn.beta
     seen = x[..., :P].reshape(-1, P)
