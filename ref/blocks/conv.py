@@ -178,7 +178,7 @@ def batch_norm_vjp(x, bn, dy, *, train=False, eps=1e-5):
     return dx.reshape(x.shape), (drows * xh).sum(axis=0), drows.sum(axis=0)
 
 
-def conv_bn(x, p, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
+def conv_bn(x, p: ConvBN, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
     """Convolution, then batch norm; in training -> (y, new BN). p: ConvBN, or the Conv it folds into.
 
     Raises: ValueError for training a folded convolution, which has no statistics.
@@ -203,7 +203,7 @@ def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-
     return dx, ConvBN(dw, BN(dgamma, dbeta, zero, zero))
 
 
-def fold_conv_bn(p, *, eps=1e-5):
+def fold_conv_bn(p: ConvBN, *, eps=1e-5):
     """Conv(w, b), the one convolution that equals `conv_bn` at inference: w gamma / sqrt(var + eps)."""
     gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
     return Conv(p.w * gain[:, None, None, None], p.bn.beta - p.bn.mean * gain)

@@ -131,7 +131,7 @@ def fold_pyramid(params, *, eps=1e-5):
     return type(params)(*map(fold, params._fields, params))
 
 
-def fold_residual_depthwise(p, *, eps=1e-5):
+def fold_residual_depthwise(p: ConvBN, *, eps=1e-5):
     """ResidualConv(w, b) with x + conv_bn(x) = w * x + b: one is added in the middle of every kernel.
 
     Raises: ValueError unless p is depthwise with an odd kernel.

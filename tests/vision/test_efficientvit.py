@@ -17,9 +17,10 @@ E = ref.efficientvit
 
 
 def released(img, params: EfficientViTParams, cfg, **options):
-    """The released network: its last linear map is stored [out, in]."""
-    head = params.head._replace(w=params.head.w.T)
-    return E.efficientvit_forward(img, params._replace(head=head), cfg, **options)
+    """The released network: its last linear maps are stored [out, in]."""
+    turn = lambda head: None if head is None else head._replace(w=head.w.T)
+    params = params._replace(head=turn(params.head), head_dist=turn(params.head_dist))
+    return E.efficientvit_forward(img, params, cfg, **options)
 
 
 def config(fields):

@@ -17,9 +17,10 @@ V = ref.shvit
 
 
 def released(img, params: SHViTParams, cfg, **options):
-    """The released network: its last linear map is stored [out, in]."""
-    head = params.head._replace(w=params.head.w.T)
-    return V.shvit_forward(img, params._replace(head=head), cfg, **options)
+    """The released network: its last linear maps are stored [out, in]."""
+    turn = lambda head: None if head is None else head._replace(w=head.w.T)
+    params = params._replace(head=turn(params.head), head_dist=turn(params.head_dist))
+    return V.shvit_forward(img, params, cfg, **options)
 
 
 def config(fields):
