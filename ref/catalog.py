@@ -261,6 +261,27 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="concept_centric",
+        part="memory",
+        title="Concept-centric transformer",
+        paper="Concept-Centric Transformers: Enhancing Model Interpretability through Object-Centric Concept "
+        "Learning within a Shared Global Workspace",
+        year=2024,
+        arxiv="2305.15775",
+        idea="Slots of the image become named concepts, and a class score is a sum of what each says.",
+        core=(
+            "concept_slot_attention",
+            "concept_isa",
+            "concept_bo_qsa",
+            "concept_cross_attention",
+            "concept_contributions",
+            "explanation_loss",
+            "sparsity_loss",
+            "cct_loss",
+            "cct_classify",
+        ),
+    ),
+    Technique(
         slug="softmax_free",
         part="vision",
         title="SOFT",

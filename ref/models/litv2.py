@@ -1,7 +1,7 @@
 """LITv2: parameters, sizes and initial values of the pyramid around HiLo attention.
 
-Source: Pan et al. 2022 (arXiv 2205.13213), table 8, and the code released with it; the merging between stages
-is that of Pan et al. 2021 (arXiv 2105.14217).
+Source: Pan et al. 2022 (arXiv 2205.13213) and the code released with it; the merging between stages is that
+of Pan et al. 2021 (arXiv 2105.14217).
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref.blocks.mlp import sigmoid
+from ref.blocks.mlp import linear, linear_vjp, sigmoid
 from ref.dims import dims, float64
 
 
@@ -100,6 +100,30 @@ def gru_vjp(x, params: GRUParams, cotangent, *, h0=None):
     return dx, GRUParams(*_weights_vjp(x, before, d_rz), *_weights_vjp(x, reset, d_n))
 
 
+def gru_reset_after_cell(x, h, w_ih, w_hh, b_ih, b_hh):
+    """h' = (1 - z) n + z h, n = tanh(x w_n + b_n + r (h u_n + c_n)): the reset gate behind the product.
+
+    Args: x [..., Nx], h [..., N]; w_ih [Nx, 3N], w_hh [N, 3N], b_ih, b_hh [3N], columns r, z, n. This is the
+      cell of cuDNN and PyTorch, two biases a gate.
+    """
+    check_rnn(x, h, np.concatenate([w_ih, w_hh]), b_ih, 3)
+    _, z, n, _ = _reset_after_gates(float64(x), float64(h), w_ih, w_hh, b_ih, b_hh)
+    return (1 - z) * n + z * h
+
+
+def gru_reset_after_cell_vjp(x, h, w_ih, w_hh, b_ih, b_hh, dh):
+    """-> (dx, dh before the step, dw_ih, dw_hh, db_ih, db_hh) for the cotangent dh [..., N] of h'."""
+    x, h = float64(x, h)
+    r, z, n, from_h = _reset_after_gates(x, h, w_ih, w_hh, b_ih, b_hh)
+    d_n = dh * (1 - z) * (1 - n**2)
+    d_z = dh * (h - n) * z * (1 - z)
+    d_r = d_n * from_h * r * (1 - r)
+    to_x, to_h = (np.concatenate([d_r, d_z, d], axis=-1) for d in (d_n, d_n * r))
+    dx, dw_ih, db_ih = linear_vjp(x, w_ih, to_x)
+    before, dw_hh, db_hh = linear_vjp(h, w_hh, to_h)
+    return dx, before + dh * z, dw_ih, dw_hh, db_ih, db_hh
+
+
 def init_lstm(key, input_size, hidden_size, *, forget_bias=1.0):
     """LSTMParams: uniform in +-1/sqrt(N), biases 0 but the forget gate's. key: NumPy Generator or seed."""
     rng, n = np.random.default_rng(key), hidden_size
@@ -151,6 +175,15 @@ def _gru_gates(x, h, params):
     rz = sigmoid(np.concatenate([x, h], axis=-1) @ params.w_rz + params.b_rz)
     r, z = np.split(rz, 2, axis=-1)
     return r, z, np.tanh(np.concatenate([x, r * h], axis=-1) @ params.w_n + params.b_n)
+
+
+def _reset_after_gates(x, h, w_ih, w_hh, b_ih, b_hh):
+    """r, z, n, and what n's state part is before the reset gate."""
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = (
+        np.split(y, 3, axis=-1) for y in (linear(x, w_ih, b_ih), linear(h, w_hh, b_hh))
+    )
+    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+    return r, z, np.tanh(x_n + r * h_n), h_n
 
 
 def _start(x, w, h0, gates=1):

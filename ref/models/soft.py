@@ -1,6 +1,6 @@
 """The pyramid around SOFT's attention: parameters, sizes and initial values.
 
-Source: Lu et al. 2024 (arXiv 2207.03341), table 2, and the code released with it.
+Source: Lu et al. 2024 (arXiv 2207.03341) and the code released with it.
 """
 
 from dataclasses import dataclass

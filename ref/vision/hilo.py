@@ -1,7 +1,7 @@
 """HiLo: some heads look inside small windows, the others at one averaged token a window.
 
-Source: Pan et al. 2022 (arXiv 2205.13213), section 3, and the code released with it, whose order of heads
-and channels this keeps. Maps are [B, H, W, C]. No positions anywhere: LITv2 gets them from the zero padding
+Source: Pan et al. 2022 (arXiv 2205.13213) and the code released with it, whose order of heads and
+channels this keeps. Maps are [B, H, W, C]. No positions anywhere: LITv2 gets them from the zero padding
 of its depthwise convolutions. Ours: `pad`, where the released layer only counts what padding would cost.
 """
 
