@@ -773,6 +773,17 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="long_text_hack",
+        part="language",
+        title="Long-text hack",
+        paper="Simple Hack for Transformers against Heavy Long-Text Classification on a Time- and Memory-Limited GPU "
+        "Service",
+        year=2024,
+        arxiv="2403.12563",
+        idea="Drop stop words before the text is cut: 128 tokens then reach as far as many more did.",
+        core=("encoder_classifier",),
+    ),
+    Technique(
         slug="masked_multidomain",
         part="language",
         title="Masked multi-domain classifier",
