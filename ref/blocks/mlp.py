@@ -50,6 +50,18 @@ def silu_grad(x):
     return s * (1 + x * (1 - s))
 
 
+def quick_gelu(x):
+    """x sigmoid(1.702 x): a cheap form of gelu, elementwise."""
+    return float64(x) * sigmoid(1.702 * float64(x))
+
+
+def quick_gelu_grad(x):
+    """d quick_gelu / dx = s (1 + 1.702 x (1 - s)), s = sigmoid(1.702 x)."""
+    x = 1.702 * float64(x)
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
 def softplus(x):
     """log(1 + exp(x)), elementwise, without overflow."""
     x = float64(x)
@@ -65,6 +77,7 @@ def relu(x):
 ACTIVATIONS = {
     "gelu": (gelu, gelu_grad),
     "gelu_tanh": (lambda x: gelu(x, approximate=True), lambda x: gelu_grad(x, approximate=True)),
+    "quick_gelu": (quick_gelu, quick_gelu_grad),
     "relu": (relu, lambda x: (float64(x) > 0).astype(np.float64)),
     "silu": (silu, silu_grad),
 }
