@@ -722,6 +722,16 @@ CATALOG = (
         core=("adapter", "adapted_block", "vit_forward"),
     ),
     Technique(
+        slug="user_prefix",
+        part="training",
+        title="User-aware prefix-tuning",
+        paper="User-Aware Prefix-Tuning is a Good Learner for Personalized Image Captioning",
+        year=2023,
+        arxiv="2312.04793",
+        idea="An image and a user's own words become a prefix of vectors; the language model behind it stays frozen.",
+        core=("mapping_network", "fusion", "prefix_lm_logits", "prefix_lm_loss"),
+    ),
+    Technique(
         slug="logah",
         part="training",
         title="LoGAH",

@@ -1,0 +1,103 @@
+"""User-aware prefix-tuning: laws on ref, golden vectors, bad inputs."""
+
+import numpy as np
+import pytest
+
+import ref
+from ref.blocks.transformer import BlockParams
+from tests.golden_runner import call_args, golden, run
+from tests.laws import law_tests
+from tests.training import laws_user_prefix
+
+globals().update(law_tests(laws_user_prefix))
+U = ref.user_prefix
+
+
+def fused(raw):
+    """Stored fusion blocks have no biases of q, k and v."""
+    none = {"b_q": None, "b_k": None, "b_v": None}
+    return U.FusionParams(raw["constants"], tuple(BlockParams(**none, **b) for b in raw["blocks"]))
+
+
+def build(case):
+    return {"params": fused} if case.meta["fn"] == "fusion" else None
+
+
+@golden("user_prefix")
+def test_user_prefix_golden_ref(case):
+    one = lambda case, result: (result,)  # a list of captions is one output
+    run(case, U, build=build(case), outs=one if case.meta["fn"] == "generate_caption" else None)
+
+
+@golden("user_prefix", only=("mapping_network", "fusion", "prefix_lm_loss"))
+def test_user_prefix_golden_ref_gradients(case):
+    name = case.meta["fn"]
+    args = call_args(case, getattr(U, name), build(case))
+    cot = {"prefix_lm_loss": "dloss"}.get(name, "dprefix")
+    got = getattr(U, f"{name}_backward")(**args, **{cot: case["cot/0"]})
+    floats = {"mapping_network": ("visual", "params"), "fusion": ("visual_prefix", "user", "params")}
+    named = dict(zip(floats.get(name, ("prefix", "lm_params")), got, strict=True))
+    for path, key in case.meta["grads"].items():
+        x = named[path] if "." not in path else getattr(named["params"], path.split(".")[1])
+        rtol, atol = case.meta["tol"][key]
+        np.testing.assert_allclose(x, case[key], rtol=rtol, atol=atol, err_msg=path)
+
+
+RNG, MAP, FUSE, LM = laws_user_prefix.world(0)
+X, W, PREFIX = np.ones((1, 4, 5)), np.ones((1, 2, 8)), np.ones((1, 2, 8))
+IDS, MASK = np.zeros((1, 3), int), np.ones((1, 3), bool)
+MODEL = U.CaptionModel(MAP, FUSE, LM, {"ann": (W[0], np.zeros(2, bool))}, (2, 2, 2))
+TEXT = ["a b c d"]
+loss = lambda p=PREFIX, ids=IDS, mask=MASK: U.prefix_lm_loss(p, ids, mask, LM, num_heads=2)
+BAD = {
+    "visual": (
+        lambda: U.mapping_network(X[..., :4], MAP, num_heads=2),
+        r"w_ck\.shape\[0\] = 5, but axis d_v is 4",
+    ),
+    "map_heads": (lambda: U.mapping_network(X, MAP, num_heads=3), "num_heads must divide d_m=8"),
+    "no_token": (lambda: U.mapping_network(X[:, :0], MAP, num_heads=2), "visual hold a token"),
+    "user": (lambda: U.fusion(PREFIX, W[..., :6], FUSE, num_heads=2), r"user\.shape\[2\] = 6"),
+    "user_mask": (
+        lambda: U.fusion(PREFIX, W, FUSE, num_heads=2, user_mask=MASK),
+        r"user_mask\.shape\[1\] = 3",
+    ),
+    "fusion_heads": (lambda: U.fusion(PREFIX, W, FUSE, num_heads=5), "num_heads must divide d=8"),
+    "caption": (lambda: loss(mask=~MASK), "mask must hold at least one caption token"),
+    "vocab": (lambda: loss(ids=IDS + 6), r"tokens must be in 0\.\.5"),
+    "width": (lambda: loss(p=PREFIX[..., :6]), r"wte\.shape\[1\] = 8, but axis d is 6"),
+    "positions": (lambda: loss(p=np.ones((1, 12, 8))), "15 positions, more than the 14"),
+    "no_prefix": (lambda: loss(p=PREFIX[:, :0]), "prefix must hold at least one position"),
+    "mask": (lambda: loss(mask=MASK[:, :2]), r"mask\.shape\[1\] = 2"),
+    "beam": (lambda: U.beam_search(None, PREFIX, beam=0, max_len=2), "beam and max_len must be at least 1"),
+    "length": (lambda: U.generate_caption(PREFIX[0], LM, num_heads=2, max_len=14), "exceed the 14 positions"),
+    "stranger": (lambda: U.personalized_caption(X[0], "bob", MODEL), "'bob' is none of the 1 users"),
+    "wordless": (lambda: U.personalized_caption(X[0], "ann", MODEL, require_user=True), "'ann' has no word"),
+    "nan": (lambda: U.personalized_caption(X[0] * np.nan, "ann", MODEL), "image_tokens must be finite"),
+    "docs": (lambda: U.user_tfidf([]), "at least one document"),
+    "norm": (lambda: U.user_tfidf(["a"], norm="l1"), 'norm must be "l2" or None'),
+    "words": (lambda: U.user_words(np.ones((1, 3)), ["a", "b"], 1), r"weights\.shape\[1\] = 3"),
+    "k": (lambda: U.user_words(np.ones((1, 2)), ["a", "b"], -1), "k must not be negative"),
+    "pairs": (lambda: U.bleu([TEXT], []), "must pair at least one caption"),
+    "refs": (lambda: U.cider(["a b"], ["a b"]), "refs must hold a list"),
+    "n": (lambda: U.bleu([TEXT], TEXT, n=0), "n must be at least 1"),
+    "steps": (lambda: U.train_captioner(MODEL, (X, ["ann"], IDS, MASK), steps=0, seed=0), "need steps"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_user_prefix_rejects_bad_input(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_user_prefix_edges():
+    """An empty batch, documents without a word, a caption without a token."""
+    assert U.mapping_network(X[:0], MAP, num_heads=2).shape == (0, 3, 8)
+    assert U.fusion(PREFIX[:0], W[:0], FUSE, num_heads=2).shape == (0, 2, 8)
+    weights, vocab = U.user_tfidf(["a b", "see the sea"])
+    assert not weights[0].any()
+    assert U.user_words(weights, vocab, 5)[0] == []
+    assert U.rouge_l([TEXT], [""]) == 0
+    assert U.meteor([TEXT], [""]).tolist() == [0]
+    assert np.isnan(U.mapping_network(X * np.nan, MAP, num_heads=2)).all()
