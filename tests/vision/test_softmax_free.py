@@ -86,6 +86,10 @@ def test_softmax_free_edges():
     assert S.soft_attention(Q[:0], Q[:3], V[:0]).shape == (0, 2)
     assert LAYER(x=X[:0]).shape == (0, 12, 8)
     far = 1e6 * np.arange(12.0)[:, None] * Q
-    np.testing.assert_allclose(S.soft_attention(far, far, V, ridge=0.0), V, rtol=1e-12)  # K = A = I
+    for normalize in (False, True):  # K = A = I
+        y = S.soft_attention(far, far, V, ridge=0.0, normalize=normalize)
+        np.testing.assert_allclose(y, V, rtol=1e-12)
+    # the released step, 2 over the row sum squared, falls to 0 here and stays there
+    assert not S.newton_inverse(A, ridge=0.0, normalize=True, batch_alpha=True).any()
     assert not S.newton_inverse(np.zeros((3, 3)), ridge=0.0).any()
     assert np.isfinite(S.soft_attention(Q, Q[:3], V, normalize=True)).all()  # A of rank 1, no ridge
