@@ -833,6 +833,16 @@ CATALOG = (
             "classifier_loss",
         ),
     ),
+    Technique(
+        slug="melt",
+        part="devices",
+        title="MELT",
+        paper="MELTing point: Mobile Evaluation of Language Transformers",
+        year=2024,
+        arxiv="2403.12844",
+        idea="Language models measured on the device, and predicted from bytes, products and heat.",
+        core=("quantize", "dequantize", "quantized_matvec"),
+    ),
 )
 
 BY_SLUG = {t.slug: t for t in CATALOG}
