@@ -5,12 +5,15 @@ turning back: O(N^2 + T N) numbers instead of O(T N^2). It may be differentiated
 lambda_ = 0 in both modes and any number of times. On degenerate planes gradients are 0, as in ref.
 """
 
+import importlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from accel.blocks.backend import choose_impl
+from accel.kernels.rum_step import Step
 from ref.dims import dims
 from ref.memory.rum import (
     BAND,
@@ -48,6 +51,7 @@ __all__ = [
 ]
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "softsign": jax.nn.soft_sign}
+LARGEST = {"triton": 128, "tpu": 512}  # N whose memory a kernel keeps on the chip: in registers, in VMEM
 STATIC = ("lambda_", "eta", "activation", "update_gate")
 
 
@@ -82,7 +86,7 @@ def rum_cell(
     return _cell(x, h, assoc, params, lambda_, eta, activation, update_gate, eps)
 
 
-@partial(jax.jit, static_argnames=(*STATIC, "return_assoc"))
+@partial(jax.jit, static_argnames=(*STATIC, "return_assoc", "impl", "interpret"))
 def rum(
     x,
     params: RumParams,
@@ -94,8 +98,16 @@ def rum(
     activation="relu",
     update_gate=True,
     return_assoc=False,
+    impl="auto",
+    interpret=False,
 ):
-    """All steps of `rum_cell` over x [..., T, Nx] -> (hidden [..., T, N], h_last [..., N]); see ref."""
+    """All steps of `rum_cell` over x [..., T, Nx] -> (hidden [..., T, N], h_last [..., N]); see ref.
+
+    impl: "triton" and "tpu" run the steps of lambda_ = 1 in one kernel that keeps the memory on the chip, in
+      float32; "auto" is "xla", until a device shows that a kernel pays. interpret: kernels in Pallas's
+      interpreter. The backward pass is the same for all.
+    Raises: NotImplementedError, saying why, if an impl asked for by name cannot run.
+    """
     check_steps(x, params, lambda_)
     lead, N, dtype = x.shape[:-2], params.W_e.shape[-1], jnp.result_type(x)
     h = jnp.zeros((*lead, N), dtype) if h0 is None else h0
@@ -103,10 +115,13 @@ def rum(
     if lambda_ == 1 and assoc0 is None:
         assoc = jnp.broadcast_to(jnp.eye(N, dtype=dtype), (*lead, N, N))
     check_cell(x[..., 0, :], h, assoc, params, lambda_, eta, activation, update_gate, EPS)
-    steps = _steps if lambda_ == 0 else _steps_recovering
-    hidden, h, assoc = steps(
-        (lambda_, eta, activation, update_gate), jnp.moveaxis(x, -2, 0), h, assoc, params
-    )
+    impl = choose_impl(impl, interpret=interpret, obstacles=_obstacles(lambda_, N, dtype))
+    options = lambda_, eta, activation, update_gate
+    xs = jnp.moveaxis(x, -2, 0)
+    if lambda_ == 0:
+        hidden, h, assoc = _steps(options, xs, h, assoc, params)
+    else:
+        hidden, h, assoc = _steps_recovering(options, (impl, interpret), xs, h, assoc, params)
     hidden = jnp.moveaxis(hidden, 0, -2)
     return (hidden, h, assoc) if return_assoc else (hidden, h)
 
@@ -141,7 +156,16 @@ def _cell(x, h, assoc, params, lambda_, eta, activation, update_gate, eps):
         z = _times(assoc, h)
     c = ACTIVATIONS[activation](e + z)
     h = g * h + (1 - g) * c
-    return h if eta is None else eta * h / jnp.maximum(_norm(h), eps), assoc
+    return _rescale(h, eta, eps), assoc
+
+
+def _rescale(h, eta, eps):
+    """The state with length eta; one without a direction passes no gradient on, as in ref."""
+    if eta is None:
+        return h
+    length = _norm(h)
+    whole = jnp.where(length > eps, length, 1)
+    return jnp.where(length > eps, eta * h / whole, lax.stop_gradient(eta * h / eps))
 
 
 def _steps(options, xs, h, assoc, params):
@@ -155,18 +179,50 @@ def _steps(options, xs, h, assoc, params):
     return hidden, h, assoc
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _steps_recovering(options, xs, h, assoc, params):
+def _obstacles(lambda_, N, dtype):
+    """{impl: why it cannot run}."""
+    found = {"hopper": "does not exist: a step is one vector at a time, which tensor cores do not help"}
+    for name, largest in LARGEST.items():
+        if lambda_ != 1:
+            found[name] = "keeps a memory: it runs lambda_=1 alone"
+        elif dtype != jnp.float32:
+            found[name] = f"computes in float32, got {dtype}"
+        elif largest < N:
+            found[name] = f"keeps states up to N={largest} on the chip, got N={N}"
+    return found
+
+
+def _steps_in_kernel(options, kernel, xs, h, assoc, params):
+    """`_steps` of lambda_ = 1 in one kernel; what depends on x alone is computed before it."""
+    impl, interpret = kernel
+    _, eta, activation, update_gate = options
+    module = importlib.import_module(f"accel.kernels.rum_{impl}")
+    n_x, N = xs.shape[-1], h.shape[-1]
+    affine = lambda w, b: jnp.moveaxis(_add(xs @ w[:n_x], b), 0, -2)  # [..., T, N]
+    r, e = affine(params.W_r, params.b_r), affine(params.W_e, params.b_e)
+    g, w_u = (affine(params.W_u, params.b_u), params.W_u[n_x:]) if update_gate else (e, params.W_r[n_x:])
+    step = Step(eta, ACTIVATIONS[activation], update_gate, EPS, BAND)
+    lead, flat = h.shape[:-1], lambda x, k: x.reshape(-1, *x.shape[-k:])
+    operands = *(flat(x, 2) for x in (r, e, g)), flat(h, 1), flat(assoc, 2), params.W_r[n_x:], w_u
+    hidden, assoc = module.scan(*operands, step=step, interpret=interpret)
+    hidden, assoc = hidden.reshape(*lead, -1, N), assoc.reshape(*lead, N, N)
+    return jnp.moveaxis(hidden, -2, 0), hidden[..., -1, :], assoc
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _steps_recovering(options, kernel, xs, h, assoc, params):
     """`_steps` whose backward pass turns the memory back instead of having stored it."""
-    return _steps(options, xs, h, assoc, params)
+    if kernel[0] == "xla":
+        return _steps(options, xs, h, assoc, params)
+    return _steps_in_kernel(options, kernel, xs, h, assoc, params)
 
 
-def _steps_fwd(options, xs, h, assoc, params):
-    out = _steps(options, xs, h, assoc, params)
+def _steps_fwd(options, kernel, xs, h, assoc, params):
+    out = _steps_recovering(options, kernel, xs, h, assoc, params)
     return out, (xs, h, params, out[0], out[2])
 
 
-def _steps_bwd(options, saved, cotangents):
+def _steps_bwd(options, kernel, saved, cotangents):
     xs, h0, params, hidden, assoc = saved
     d_hidden, dh, dassoc = cotangents
     before = jnp.concatenate([h0[None], hidden[:-1]])
@@ -193,9 +249,8 @@ _steps_recovering.defvjp(_steps_fwd, _steps_bwd)
 def _maps(x, h, params, update_gate, eps):
     """(plane of R(e, r), gate, e)."""
     xh = jnp.concatenate([x, h], axis=-1)
-    add = lambda y, b: y + jnp.broadcast_to(b, y.shape)
-    r, e = add(xh @ params.W_r, params.b_r), add(x @ params.W_e, params.b_e)
-    g = jax.nn.sigmoid(add(xh @ params.W_u, params.b_u)) if update_gate else jnp.zeros_like(h)
+    r, e = _add(xh @ params.W_r, params.b_r), _add(x @ params.W_e, params.b_e)
+    g = jax.nn.sigmoid(_add(xh @ params.W_u, params.b_u)) if update_gate else jnp.zeros_like(h)
     return _plane(e, r, eps), g, e
 
 
@@ -219,6 +274,10 @@ def _plane(a, b, eps):
     return Plane(
         pick(u0, u), pick(axis / _norm(axis), w), pick(jnp.where(half_turn, -one, one), c), pick(0 * one, s)
     )
+
+
+def _add(y, b):
+    return y + jnp.broadcast_to(b, y.shape)
 
 
 def _dot(x, y):

@@ -11,6 +11,7 @@ from tests.claims import record
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests
+from tests.lower import lowered
 from tests.memory import laws_rum
 
 globals().update(law_tests(laws_rum))
@@ -76,6 +77,63 @@ def test_rum_accel_gradient_is_finite_on_degenerate_planes():
         np.testing.assert_allclose(x, y, rtol=0, atol=16 * 2.0**-23)
     assert not np.any(got[0])
     assert not np.any(got[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"rum_{i}")
+def test_rum_kernel_matches_ref_in_values_and_gradients(impl):
+    """Two sequences over the end of a run, off the tile; the first inputs are 0, so planes are degenerate."""
+    options = {"lambda_": 1, "eta": 0.7, "activation": "tanh", "update_gate": impl == "tpu"}
+    params, rng = ref.rum.init_rum(0, 3, 5), np.random.default_rng(1)
+    x, d = rng.standard_normal((2, 66, 3)), rng.standard_normal((2, 66, 5))
+    x[:, 0] = 0
+    want = ref.rum.rum(x, params, **options, return_assoc=True)
+    dx, dparams = ref.rum.rum_vjp(x, params, d, **options)
+    single = lambda tree: jax.tree.map(jnp.float32, tree)
+    kernel = {"impl": impl, "interpret": True}
+    got, pull = jax.vjp(
+        lambda x, p: accel.rum.rum(x, p, **options, **kernel, return_assoc=True),
+        single(x), single(params),
+    )  # fmt: skip
+    found = pull((single(d), jnp.zeros((2, 5)), jnp.zeros((2, 5, 5))))
+    # 66 steps of some 16 roundings each, forth and back
+    for g, w in zip(jax.tree.leaves((got, found)), jax.tree.leaves((want, (dx, dparams))), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=66 * 16 * 2.0**-23 * max(1, np.abs(w).max()))
+
+
+def test_rum_kernels_lower_for_their_devices():
+    from accel.kernels import rum_tpu, rum_triton
+    from accel.kernels.rum_step import Step
+
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    rows, N = shape(2, 70, 100), 100
+    operands = (rows, rows, rows, shape(2, N), shape(2, N, N), shape(N, N), shape(N, N))
+    step = Step(1.0, jax.nn.relu, True, 1e-12, 1e-7)
+    for module, platform in ((rum_tpu, "tpu"), (rum_triton, "cuda")):
+        lowered(lambda *a, m=module: m.scan(*a, step=step), operands, platform)
+
+
+def test_rum_impl_asked_for_by_name_says_why_not():
+    x, params = np.zeros((4, 3), np.float32), jax.tree.map(jnp.float32, ref.rum.init_rum(0, 3, 4))
+    wide = jax.tree.map(jnp.float32, ref.rum.init_rum(0, 3, 129))
+    for impl, params_, options, says in (
+        ("triton", params, {}, "lambda_=1 alone"),
+        ("hopper", params, {"lambda_": 1}, "does not exist"),
+        ("triton", wide, {"lambda_": 1}, "up to N=128 on the chip, got N=129"),
+        ("tpu", params, {"lambda_": 1}, "needs a TPU"),
+    ):
+        with pytest.raises(NotImplementedError, match=says):
+            accel.rum.rum(x, params_, impl=impl, **options)
+    with pytest.raises(ValueError, match="impl must be"):
+        accel.rum.rum(x, params, impl="cuda")
+
+
+@pytest.mark.gpu
+def test_rum_kernel_runs_on_the_gpu():
+    params, x = ref.rum.init_rum(0, 8, 64), np.random.default_rng(0).standard_normal((4, 200, 8))
+    got = accel.rum.rum(jnp.float32(x), jax.tree.map(jnp.float32, params), lambda_=1, eta=1.0, impl="triton")
+    want = ref.rum.rum(x, params, lambda_=1, eta=1.0)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=200 * 16 * 2.0**-23 * max(1, np.abs(w).max()))
 
 
 def test_rum_tiny_instances_learn():
