@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ref.blocks.attention import attention_dense, attention_dense_vjp, join_heads
+from ref.blocks.masks import bigbird_block_mask, check_rand_blocks
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, transformer_block
 from ref.dims import dims, float64
@@ -29,28 +30,6 @@ class BigBirdConfig:
     num_rand: int = 3
     hf_plan: bool = False
     eps: float = 1e-12
-
-
-def bigbird_block_mask(num_blocks, rand_blocks=None, *, num_global_blocks=0):
-    """bool [..., n, n], n = num_global_blocks + num_blocks: block i sees block j.
-
-    The first and last block and those in front see and are seen by all; block i sees i - 1, i, i + 1 and the
-    rand_blocks of row i - 1, int [..., num_blocks - 2, r], which do not count the blocks in front.
-    Raises: ValueError for a random block that is already seen, or twice the same.
-    """
-    if num_blocks < 1 or num_global_blocks < 0:
-        raise ValueError(
-            f"need num_blocks >= 1 and num_global_blocks >= 0, got {num_blocks=}, {num_global_blocks=}"
-        )
-    i = np.arange(num_blocks)
-    ends = (i == 0) | (i == num_blocks - 1)
-    mask = (np.abs(i[:, None] - i) <= 1) | ends[:, None] | ends
-    if rand_blocks is not None:
-        rand = _check_rand(rand_blocks, num_blocks)
-        mask = np.broadcast_to(mask, (*rand.shape[:-2], num_blocks, num_blocks)).copy()
-        np.put_along_axis(mask[..., 1:-1, :], rand, True, axis=-1)
-    front = [(0, 0)] * (mask.ndim - 2) + [(num_global_blocks, 0)] * 2
-    return np.pad(mask, front, constant_values=True)
 
 
 def bigbird_rand_blocks(uniforms, *, num_rand, plan="uniform"):
@@ -261,7 +240,7 @@ class _Plan:
         fixed = np.stack([0 * rows, 0 * rows + nb - 1, rows - 1, rows, rows + 1], axis=-1)
         self.rand = np.zeros((n["H"], len(rows), 0), int)
         if rand_blocks is not None:
-            self.rand = _check_rand(rand_blocks, nb)
+            self.rand = check_rand_blocks(rand_blocks, nb)
             if self.rand.shape[-3] != n["H"] or not _broadcasts(self.rand.shape[:-3], lead):
                 raise ValueError(
                     f"rand_blocks must be [..., H={n['H']}, nb - 2={nb - 2}, r], its leading axes broadcast "
@@ -334,24 +313,6 @@ def _num_blocks(length, block_size, num_global_tokens):
             f"{num_global_tokens=}; `pad_to_blocks` pads and masks"
         )
     return rest // block_size
-
-
-def _check_rand(rand_blocks, nb):
-    """The table as an array; ValueError unless every row's random blocks are legal and distinct."""
-    rand = np.asarray(rand_blocks)
-    if rand.ndim < 2 or rand.dtype.kind not in "iu" or rand.shape[-2] != max(nb - 2, 0):
-        raise ValueError(
-            f"rand_blocks must be integers [..., nb - 2={max(nb - 2, 0)}, r], got {list(rand.shape)} of "
-            f"{rand.dtype}"
-        )
-    row = np.arange(1, rand.shape[-2] + 1)[:, None]
-    legal = (rand > 0) & (rand < nb - 1) & (np.abs(rand - row) > 1)
-    if not legal.all() or (np.diff(np.sort(rand, axis=-1), axis=-1) == 0).any():
-        raise ValueError(
-            f"rand_blocks of block i must be distinct, in 1..{nb - 2} and not i - 1, i or i + 1: those are "
-            "seen already"
-        )
-    return rand
 
 
 def _broadcasts(shape, to):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.attention import attention_dense, join_heads, split_heads
-from ref.blocks.masks import dilated_window_mask
+from ref.blocks.masks import check_window, dilated_window_mask, longformer_mask
 from ref.blocks.mlp import linear, mlp
 from ref.blocks.norms import layer_norm
 from ref.blocks.softmax import softmax, softmax_vjp
@@ -73,20 +73,6 @@ class LongformerConfig:
     window: int | tuple[int, ...] = 512
     num_reserved: int = 2
     eps: float = 1e-5
-
-
-def longformer_mask(n, *, window, dilation=1, global_mask=None, causal=False):
-    """bool [..., n, n], who sees whom: |i - j| <= dilation window / 2 in steps of dilation, or i or j global.
-
-    Args: global_mask bool [..., n]; window even, at least 2; causal keeps j <= i and needs global_mask None.
-    """
-    _check_window(window, dilation, causal, global_mask)
-    near = dilated_window_mask(n, window=window, dilation=dilation, causal=causal)
-    if global_mask is None:
-        return near
-    dims(global_mask=(global_mask, f"... {n}"))
-    g = np.asarray(global_mask, bool)
-    return near | g[..., :, None] | g[..., None, :]
 
 
 def sliding_window_attention(
@@ -204,7 +190,7 @@ def receptive_field(windows, dilations):
     """Tokens that a token of the last of several layers can depend on: 1 + sum of window dilation."""
     pairs = list(zip(windows, dilations, strict=True))
     for window, dilation in pairs:
-        _check_window(window, dilation)
+        check_window(window, dilation)
     return 1 + sum(w * d for w, d in pairs)
 
 
@@ -220,7 +206,7 @@ def longformer_cost(n, window, num_global, dim, *, num_heads, itemsize=4):
             f"need n >= 1, dim a multiple of num_heads and 0 <= num_global <= n, got {n=}, {dim=}, "
             f"{num_heads=}, {num_global=}"
         )
-    _check_window(window, 1)
+    check_window(window, 1)
     scores = num_heads * (n * (window + 1 + num_global) + num_global * n)
     maps = 3 * n + (3 * n if num_global else 0)
     return {
@@ -235,7 +221,7 @@ class _Plan:
 
     def __init__(self, q, k, v, window, dilation, global_mask, token_mask, causal, scale):
         n = dims(q=(q, "... H L D"), k=(k, "... H L D"), v=(v, "... H L D"))
-        _check_window(window, dilation, causal, global_mask)
+        check_window(window, dilation, causal, global_mask)
         lead, L = n["..."], n["L"]
         self.real = _mask("token_mask", token_mask, lead, L, True)
         self.is_global = _mask("global_mask", global_mask, lead, L, False) & self.real
@@ -389,15 +375,6 @@ def _mask(name, mask, lead, L, default):
     if np.shape(mask) != (*lead, L) or np.asarray(mask).dtype != bool:
         raise ValueError(f"{name} must be bool {[*lead, L]}, got {list(np.shape(mask))} of {mask.dtype}")
     return np.asarray(mask)
-
-
-def _check_window(window, dilation, causal=False, global_mask=None):
-    if window < 2 or window % 2:
-        raise ValueError(f"window must be even and at least 2 (half on each side), got {window}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
-    if causal and global_mask is not None:
-        raise ValueError("causal attention has no global tokens: global_mask must be None")
 
 
 def example(seed=0):

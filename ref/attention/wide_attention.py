@@ -3,7 +3,7 @@
 Source: Brown et al. 2022 (arXiv 2210.00640); the encoder and the kinds are those of Long Range Arena (Tay et
 al. 2020, arXiv 2011.04006), of whose eleven the paper uses ten. Ours: the head size stays when heads are
 added (only so is the attention of one wide layer as large as that of many narrow ones); Reformer is the kind
-left out; "local" takes contiguous blocks, where the arena's code strides.
+left out. The kinds themselves are ref/blocks/attention_kinds.py.
 """
 
 from dataclasses import dataclass, field
@@ -11,23 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref.attention.bigbird import bigbird_block_mask, bigbird_rand_blocks
-from ref.attention.longformer import longformer_mask
-from ref.blocks.attention import attention_dense, attention_dense_vjp, join_heads, split_heads
-from ref.blocks.linear_attention import (
-    linear_attention,
-    linear_attention_vjp,
-    orthogonal_features,
-    performer_attention,
+from ref.attention.bigbird import bigbird_rand_blocks
+from ref.blocks.attention import join_heads, split_heads
+from ref.blocks.attention_kinds import (
+    MASKED,
+    attend,
+    attend_vjp,
+    attention_mask,
+    check_kind,
+    key_mask,
+    seen_by_kind,
 )
-from ref.blocks.masks import block_window_mask
-from ref.blocks.mixed_attention import (
-    linformer_attention,
-    linformer_attention_vjp,
-    sinkhorn,
-    sinkhorn_attention,
-    synthesizer_attention,
-)
+from ref.blocks.linear_attention import linear_attention, orthogonal_features, performer_attention
+from ref.blocks.mixed_attention import linformer_attention, sinkhorn_attention, synthesizer_attention
 from ref.blocks.mlp import linear, linear_vjp, relu
 from ref.blocks.norms import layer_norm
 from ref.blocks.positions import sinusoidal_positions
@@ -57,107 +53,17 @@ __all__ = [
     "multi_head_attention",
     "multi_head_attention_bwd",
     "performer_attention",
-    "sinkhorn",
     "sinkhorn_attention",
     "synthesizer_attention",
 ]
 
-# kind -> its options; those in INIT_ONLY are read by init_encoder alone, which draws the kind's extras
-KINDS = {
-    "dense": (),
-    "local": ("block", "neighbors"),
-    "sparse": ("block", "stride", "keep_from", "causal"),
-    "longformer": ("window", "global_tokens"),
-    "bigbird": ("block",),
-    "linformer": (),
-    "linear": (),
-    "performer": ("kernel", "eps"),
-    "sinkhorn": ("block", "iterations"),
-    "synthesizer": (),
-}
-EXTRAS = {
-    "bigbird": ("rand_blocks",),  # may be left out
-    "linformer": ("e_k", "e_v"),
-    "performer": ("proj",),
-    "synthesizer": ("r1", "r2"),
-}
-MASKED = ("local", "sparse", "longformer", "bigbird")
+# what init_encoder draws for a kind, with its default size
 INIT_ONLY = {
     "bigbird": {"num_rand": 3},
     "linformer": {"rank": 32},
     "performer": {"features": 256},
     "synthesizer": {"rank": 32},
 }
-
-
-def attention_mask(
-    kind,
-    length,
-    *,
-    block=None,
-    neighbors=0,
-    window=None,
-    global_tokens=(),
-    rand_blocks=None,
-    stride=None,
-    keep_from=None,
-    causal=False,
-):
-    """bool [T, T], True = seen, of a kind "local", "sparse", "longformer" or "bigbird".
-
-    local: blocks of `block` tokens see themselves and `neighbors` blocks on each side. sparse: j <= i in the
-      same block, or with j a multiple of stride or j mod stride >= keep_from; unless causal, i sees j too if
-      j sees i. longformer: |i - j| <= window / 2, and global_tokens (indices). bigbird: see
-      `bigbird_block_mask`; rand_blocks [..., nb - 2, r] gives [..., T, T].
-    Raises: ValueError for another kind, or an option that is missing or out of range.
-    """
-    if kind not in MASKED:
-        raise ValueError(f"kind must be one of {', '.join(MASKED)} to have a mask, got {kind!r}")
-    needed = {"longformer": {"window": window}, "sparse": {"block": block, "stride": stride}}
-    for name, value in needed.get(kind, {"block": block}).items():
-        if value is None or value < 1:
-            raise ValueError(f"kind {kind!r} needs {name} >= 1, got {value}")
-    i = np.arange(length)
-    if kind == "local":
-        return block_window_mask(length, block=block, neighbors=neighbors)
-    if kind == "sparse":
-        summary = i % stride >= (stride if keep_from is None else keep_from)
-        seen = block_window_mask(length, block=block) | (i % stride == 0) | summary
-        seen = seen & (i <= i[:, None])
-        return seen if causal else seen | seen.T
-    if kind == "longformer":
-        return longformer_mask(length, window=window, global_mask=np.isin(i, global_tokens))
-    if length % block:
-        raise ValueError(f"block must divide the {length} tokens (pad and mask them), got {block}")
-    blocks = bigbird_block_mask(length // block, rand_blocks)
-    return np.repeat(np.repeat(blocks, block, axis=-1), block, axis=-2)
-
-
-def attend(q, k, v, *, kind="dense", mask=None, extras=None, options=None):
-    """Attention of any kind: q, k, v [..., H, T, D] -> [..., H, T, D].
-
-    Args: kind: dense, local, sparse, longformer, bigbird, linformer, linear, performer, sinkhorn or
-      synthesizer. mask: bool [..., T], True = real keys; padded ones have no influence.
-      extras: arrays by name: bigbird rand_blocks [H, nb - 2, r] (or none), linformer e_k, e_v [T, n],
-      performer proj [m, D], synthesizer r1 [H, T, n], r2 [H, n, T].
-      options: local block, neighbors; sparse block, stride, keep_from, causal; longformer window,
-      global_tokens; bigbird block; performer kernel, eps; sinkhorn block, iterations.
-    Raises: ValueError for an unknown kind or option, or extras that are missing.
-    """
-    n = dims(q=(q, "... H T D"), k=(k, "... H T D"), v=(v, "... H T Dv"))
-    options, extras = _check_kind(kind, options, extras)
-    keys = _key_mask(mask, n["..."], n["T"])
-    if kind in ("dense", *MASKED):
-        return attention_dense(q, k, v, mask=_seen(kind, n["T"], keys, extras, options))
-    if kind == "synthesizer":
-        return synthesizer_attention(v, extras["r1"], extras["r2"], mask=keys)
-    fn = {
-        "linear": linear_attention,
-        "linformer": linformer_attention,
-        "performer": performer_attention,
-        "sinkhorn": sinkhorn_attention,
-    }[kind]
-    return fn(q, k, v, **extras, **options, mask=keys)
 
 
 def multi_head_attention(
@@ -186,9 +92,9 @@ def multi_head_attention(
         return y
     if kind not in ("dense", *MASKED):
         raise ValueError(f"kind {kind!r} never forms the weights: return_weights must be False")
-    options, extras = _check_kind(kind, options, extras)
-    keys = _key_mask(mask, q.shape[:-3], q.shape[-2])
-    seen = _seen(kind, q.shape[-2], keys, extras, options)
+    options, extras = check_kind(kind, options, extras)
+    keys = key_mask(mask, q.shape[:-3], q.shape[-2])
+    seen = seen_by_kind(kind, q.shape[-2], keys, extras, options)
     s = q @ np.swapaxes(k, -1, -2) / np.sqrt(head_dim)
     return y, softmax(s if seen is None else np.where(seen, s, -np.inf))
 
@@ -214,17 +120,9 @@ def multi_head_attention_bwd(
     dims(do=(do, "... T d"), x=(x, "... T d"))
     o = join_heads(attend(q, k, v, kind=kind, mask=mask, extras=extras, options=options))
     do_heads, dw_o, db_o = linear_vjp(o, params.w_o, float64(do), bias=params.b_o is not None)
-    do_heads = split_heads(do_heads, heads)
-    options, extras = _check_kind(kind, options, extras)
-    keys = _key_mask(mask, q.shape[:-3], q.shape[-2])
-    if kind in ("dense", *MASKED):
-        grads = attention_dense_vjp(q, k, v, do_heads, mask=_seen(kind, q.shape[-2], keys, extras, options))
-    elif kind == "linear":
-        grads = linear_attention_vjp(q, k, v, do_heads, mask=keys)
-    elif kind == "linformer":
-        grads = linformer_attention_vjp(q, k, v, **extras, do=do_heads, mask=keys)[:3]
-    else:
-        raise NotImplementedError(f"kind {kind!r} has no hand-written backward pass")
+    grads = attend_vjp(
+        q, k, v, split_heads(do_heads, heads), kind=kind, mask=mask, extras=extras, options=options
+    )
     dx, dw = 0.0, []
     for w, d in zip((params.w_q, params.w_k, params.w_v), grads, strict=True):
         part, dw_one, _ = linear_vjp(x, w, join_heads(d), bias=False)
@@ -403,7 +301,7 @@ def _read(x, mask):
     x = float64(x)
     if mask is None:
         return x
-    _key_mask(mask, x.shape[:-2], x.shape[-2])
+    key_mask(mask, x.shape[:-2], x.shape[-2])
     return np.where(np.asarray(mask)[..., None], x, 0.0)
 
 
@@ -415,40 +313,6 @@ def _heads(x, params, heads, head_dim):
     dims(x=(x, "... T d"), **{name: (m, f"d {inner}") for name, m in w.items()})
     dims(w_o=(params.w_o, f"{inner} d"), w_q=(params.w_q, "d inner"))
     return tuple(split_heads(linear(x, m), heads) for m in w.values())
-
-
-def _check_kind(kind, options, extras):
-    """(options, extras) as dicts, without what only `init_encoder` reads."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    options, extras = dict(options or {}), dict(extras or {})
-    unknown = set(options) - set(KINDS[kind])
-    if unknown:
-        raise ValueError(f"kind {kind!r} has the options {KINDS[kind]}, got {sorted(unknown)}")
-    names = EXTRAS.get(kind, ())
-    missing = [name for name in names if name not in extras and name != "rand_blocks"]
-    if missing:
-        raise ValueError(
-            f"extras of kind {kind!r} must hold {', '.join(names)}; it lacks {', '.join(missing)}"
-        )
-    return options, {name: extras[name] for name in names if name in extras}
-
-
-def _key_mask(mask, lead, T):
-    """bool [..., 1, T], one for all heads; None stays None."""
-    if mask is None:
-        return None
-    if np.shape(mask) != (*lead, T) or np.asarray(mask).dtype != bool:
-        raise ValueError(f"mask must be bool {[*lead, T]}, True = real, got shape {list(np.shape(mask))}")
-    return np.asarray(mask)[..., None, :]
-
-
-def _seen(kind, T, keys, extras, options):
-    """What every query sees, broadcast to [..., H, T, T], or None for everything."""
-    pattern = None if kind == "dense" else attention_mask(kind, T, **extras, **options)
-    if keys is None:
-        return pattern
-    return keys[..., None, :] if pattern is None else pattern & keys[..., None, :]
 
 
 def _init_options(c):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ref.dims import dims
+
 
 def causal_mask(num_queries, num_keys):
     """[L, S], True where key j <= query i + S - L: the last query sees every key (bottom-right alignment)."""
@@ -27,6 +29,54 @@ def block_window_mask(n, *, block, neighbors=0):
     return np.abs(at[:, None] - at) <= neighbors
 
 
+def fixed_sparse_mask(n, *, block, stride, keep_from=None, causal=False):
+    """[n, n], True where j <= i is in i's block, a multiple of stride, or has j mod stride >= keep_from.
+
+    Unless causal, i sees j too if j sees i. keep_from None keeps no such columns. Source: Child et al. 2019
+    (arXiv 1904.10509), the fixed pattern, with the options of Long Range Arena.
+    """
+    j = np.arange(n)
+    summary = (j % stride == 0) | (j % stride >= (stride if keep_from is None else keep_from))
+    seen = (block_window_mask(n, block=block) | summary) & (j <= j[:, None])
+    return seen if causal else seen | seen.T
+
+
+def longformer_mask(n, *, window, dilation=1, global_mask=None, causal=False):
+    """bool [..., n, n], who sees whom: |i - j| <= dilation window / 2 in steps of dilation, or i or j global.
+
+    Args: global_mask bool [..., n]; window even, at least 2; causal keeps j <= i and needs global_mask None.
+    """
+    check_window(window, dilation, causal, global_mask)
+    near = dilated_window_mask(n, window=window, dilation=dilation, causal=causal)
+    if global_mask is None:
+        return near
+    dims(global_mask=(global_mask, f"... {n}"))
+    g = np.asarray(global_mask, bool)
+    return near | g[..., :, None] | g[..., None, :]
+
+
+def bigbird_block_mask(num_blocks, rand_blocks=None, *, num_global_blocks=0):
+    """bool [..., n, n], n = num_global_blocks + num_blocks: block i sees block j.
+
+    The first and last block and those in front see and are seen by all; block i sees i - 1, i, i + 1 and the
+    rand_blocks of row i - 1, int [..., num_blocks - 2, r], which do not count the blocks in front.
+    Raises: ValueError for a random block that is already seen, or twice the same.
+    """
+    if num_blocks < 1 or num_global_blocks < 0:
+        raise ValueError(
+            f"need num_blocks >= 1 and num_global_blocks >= 0, got {num_blocks=}, {num_global_blocks=}"
+        )
+    i = np.arange(num_blocks)
+    ends = (i == 0) | (i == num_blocks - 1)
+    mask = (np.abs(i[:, None] - i) <= 1) | ends[:, None] | ends
+    if rand_blocks is not None:
+        rand = check_rand_blocks(rand_blocks, num_blocks)
+        mask = np.broadcast_to(mask, (*rand.shape[:-2], num_blocks, num_blocks)).copy()
+        np.put_along_axis(mask[..., 1:-1, :], rand, True, axis=-1)
+    front = [(0, 0)] * (mask.ndim - 2) + [(num_global_blocks, 0)] * 2
+    return np.pad(mask, front, constant_values=True)
+
+
 def length_mask(lengths, num_keys):
     """[..., 1, S], True for the first `lengths` keys: int lengths [...] with 0 <= length <= S."""
     return np.arange(num_keys) < np.asarray(lengths)[..., None, None]
@@ -46,3 +96,31 @@ def visible(rows, cols, *, num_queries, num_keys, mask=None, key_lengths=None, c
         mask = np.broadcast_to(mask, (*np.shape(mask)[:-2], num_queries, num_keys))
         seen = seen & mask[..., rows[:, None], cols]
     return np.broadcast_to(seen, (*seen.shape[:-2], len(rows), len(cols)))
+
+
+def check_window(window, dilation, causal=False, global_mask=None):
+    """Raise ValueError for a window that is not even, a dilation below 1, or global tokens with causal."""
+    if window < 2 or window % 2:
+        raise ValueError(f"window must be even and at least 2 (half on each side), got {window}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if causal and global_mask is not None:
+        raise ValueError("causal attention has no global tokens: global_mask must be None")
+
+
+def check_rand_blocks(rand_blocks, nb):
+    """The table as an array; ValueError unless every row's random blocks are legal and distinct."""
+    rand = np.asarray(rand_blocks)
+    if rand.ndim < 2 or rand.dtype.kind not in "iu" or rand.shape[-2] != max(nb - 2, 0):
+        raise ValueError(
+            f"rand_blocks must be integers [..., nb - 2={max(nb - 2, 0)}, r], got {list(rand.shape)} of "
+            f"{rand.dtype}"
+        )
+    row = np.arange(1, rand.shape[-2] + 1)[:, None]
+    legal = (rand > 0) & (rand < nb - 1) & (np.abs(rand - row) > 1)
+    if not legal.all() or (np.diff(np.sort(rand, axis=-1), axis=-1) == 0).any():
+        raise ValueError(
+            f"rand_blocks of block i must be distinct, in 1..{nb - 2} and not i - 1, i or i + 1: those are "
+            "seen already"
+        )
+    return rand

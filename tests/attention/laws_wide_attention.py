@@ -23,10 +23,9 @@ from ref.attention.wide_attention import (
     listops,
     multi_head_attention,
     multi_head_attention_bwd,
-    sinkhorn,
 )
 from ref.blocks.linear_attention import linear_attention_vjp, orthogonal_features, performer_attention
-from ref.blocks.mixed_attention import linformer_attention, linformer_attention_vjp
+from ref.blocks.mixed_attention import linformer_attention, linformer_attention_vjp, sinkhorn
 from ref.blocks.positions import sinusoidal_positions
 from ref.blocks.transformer import AttentionParams
 from ref.counting import Tally, count
