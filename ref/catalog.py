@@ -282,6 +282,23 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="gtrxl",
+        part="memory",
+        title="GTrXL",
+        paper="Stabilizing Transformers for Reinforcement Learning",
+        year=2020,
+        arxiv="1910.06764",
+        idea="A transformer that remembers and learns from rewards: gates that start shut stand where sums stood.",
+        core=(
+            "gate",
+            "relative_attention",
+            "relative_shift",
+            "gtrxl_block",
+            "gtrxl",
+            "vmpo_loss",
+        ),
+    ),
+    Technique(
         slug="concept_centric",
         part="memory",
         title="Concept-centric transformer",
