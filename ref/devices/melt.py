@@ -296,7 +296,7 @@ def steadiness(t, tps):
 
 
 def offload(n_out, *, net_s, edge_tps, radio_w):
-    """(seconds, joules) a phone spends on a reply from elsewhere: net_s + n_out / edge_tps, at the radio's power."""
+    """(seconds, joules) of a phone that waits for a reply from elsewhere: net_s + n_out / edge_tps."""
     seconds = net_s + n_out / edge_tps
     return seconds, radio_w * seconds
 
