@@ -56,7 +56,7 @@ def params(tree):
             made[name] = None if x is None else params(x)
         else:
             made[MODEL[name]] = turned(name, x)
-    return (ExteriorParams if "blocks" in made else AxialParams)(**made)
+    return (AxialParams if "embs" in made else ExteriorParams)(**made)
 
 
 def stored(tree, wanted):
