@@ -297,8 +297,8 @@ def init_gtrxl(key, *, inputs, width, layers, heads, head_dim, gate="gru", hidde
     """
     _check_kind(gate)
     if min(width, layers, heads, head_dim) < 1 or width % 2:
-        raise ValueError(f"width must be even, layers, heads and head_dim at least 1, got {width=}, {layers=}, "
-                         f"{heads=}, {head_dim=}")  # fmt: skip
+        given = f"{width=}, {layers=}, {heads=}, {head_dim=}"
+        raise ValueError(f"width must be even, layers, heads and head_dim at least 1, got {given}")
     rng, F = np.random.default_rng(key), hidden or width
     bias = (2.0 if gate == "gru" else 1.0) if bias is None else bias
     w = lambda a, b: rng.standard_normal((a, b)) / np.sqrt(a)
@@ -317,7 +317,7 @@ def init_gtrxl(key, *, inputs, width, layers, heads, head_dim, gate="gru", hidde
 
 
 def init_memory(batch, *, layers, length, width, mask_empty=True):
-    """GTrXLMemory of zeros. mask_empty: never-written slots are not attended to; else zero rows act as keys."""
+    """GTrXLMemory of zeros. mask_empty: slots never written are not attended to; else they act as keys."""
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
     return GTrXLMemory(np.zeros((batch, layers, length, width)), np.full((batch, length), not mask_empty))
