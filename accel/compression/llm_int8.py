@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from accel.blocks.backend import choose_impl
 from accel.blocks.quantize import affine_params, quantize, symmetric_params
 from accel.blocks.softmax import wide
 from ref.compression.llm_int8 import (
@@ -93,7 +94,7 @@ def llm_int8_linear(
     """
     check_terms(check_layer(x, layer, max_outliers)["K"])
     check_rows(x, threshold)
-    impl = _choose(impl, interpret)
+    impl = choose_impl(impl, interpret=interpret, obstacles={"hopper": 'is not there yet; use "triton"'})
     tiles = (block_t, block_n, block_k)
     if impl == "xla" and any(tiles):
         raise ValueError(f'tile sizes are for impl="triton" and "tpu", got {tiles} with impl="xla"')
@@ -258,16 +259,3 @@ def _zeropoint_product(x, w, mask):
     total = lambda q: q.astype(jnp.int32).sum(axis=1)
     acc = _product(x_q, w_q) - z_x * total(w_q)[None, :] - z_w * total(x_q)[:, None]
     return (acc + z_x * z_w * x.shape[1]).astype(x.dtype) * (s_x * s_w)
-
-
-def _choose(impl, interpret):
-    """The implementation that runs; a backend asked for by name raises if it cannot."""
-    if impl not in ("auto", "xla", "hopper", "triton", "tpu"):
-        raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
-    if impl == "hopper":
-        raise NotImplementedError('impl="hopper" is not written yet; use "triton"')
-    if impl == "triton" and not interpret and jax.default_backend() != "gpu":
-        raise NotImplementedError(f'impl="triton" needs a GPU, and JAX runs on {jax.default_backend()}')
-    if impl == "tpu" and not interpret and jax.default_backend() != "tpu":
-        raise NotImplementedError(f'impl="tpu" needs a TPU, and JAX runs on {jax.default_backend()}')
-    return "xla" if impl == "auto" else impl

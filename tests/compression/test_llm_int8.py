@@ -254,7 +254,7 @@ def test_llm_int8_rejects_bad_input(name, layer):
 def test_llm_int8_impl_asked_by_name_runs_or_says_why_not():
     for impl, error, message in (
         ("cuda", ValueError, "impl must be"),
-        ("hopper", NotImplementedError, "is not written yet"),
+        ("hopper", NotImplementedError, "is not there yet"),
         ("tpu", NotImplementedError, "needs a TPU"),
         ("triton", NotImplementedError, "needs a GPU"),
     ):
