@@ -87,21 +87,25 @@ def note_history(x, p, capacity, threshold, policy, chunk, pool0=None):
     """The pool before each chunk and at the end, stacked: NotePool with [..., n + 1, K]."""
     scores, summaries = note_scores(x, p), x @ p.w_summary
     lead, T = x.shape[:-2], x.shape[-2]
-    pool, seen = _empty(lead, capacity, p.w_summary.shape[1]) if pool0 is None else pool0, []
+    pool, seen = empty_pool(lead, capacity, p.w_summary.shape[1]) if pool0 is None else pool0, []
     first = pool.age.max(axis=-1) + 1
     for t in range(T):
         if t % chunk == 0:
             seen.append(pool)
-        pool = _insert(pool, scores[..., t], summaries[..., t, :], first + t, threshold, policy)
+        pool = insert_note(pool, scores[..., t], summaries[..., t, :], first + t, threshold, policy)
     seen.append(pool)
     summaries, priority, age = zip(*seen, strict=True)
     return NotePool(np.stack(summaries, axis=-3), np.stack(priority, axis=-2), np.stack(age, axis=-2))
 
 
+def read_pool(x, pool, p):
+    """What x [..., T, C] reads of one pool, [..., T, C]."""
+    return _read(x, pool.summaries, pool.age >= 0, p)
+
+
 def read_notes(x, history, p, chunk):
     """What each token of x [..., T, C] reads of its chunk's pool, [..., T, C]."""
-    seen = pool_at(history, BEFORE)
-    return _join(_read(_split(x, chunk), seen.summaries, seen.age >= 0, p), x.shape)
+    return _join(read_pool(_split(x, chunk), pool_at(history, BEFORE), p), x.shape)
 
 
 def read_notes_vjp(u, p, history, chunk, dcontext, dpool):
@@ -154,7 +158,7 @@ def pool_at(history, index):
     return NotePool(summaries[..., index, :, :], priority[..., index, :], age[..., index, :])
 
 
-def _insert(pool, score, summary, index, threshold, policy):
+def insert_note(pool, score, summary, index, threshold, policy):
     """One token of each sequence. Free slots have the lowest age and priority, so they go first."""
     order = pool.age if policy == "fifo" else pool.priority
     slot = np.arange(order.shape[-1]) == order.argmin(axis=-1)[..., None]  # the first of equals
@@ -165,7 +169,7 @@ def _insert(pool, score, summary, index, threshold, policy):
     return NotePool(
         np.where(at[..., None], summary[..., None, :], pool.summaries),
         np.where(at, score[..., None], pool.priority),
-        np.where(at, index[..., None], pool.age).astype(np.int32),
+        np.where(at, np.asarray(index)[..., None], pool.age).astype(np.int32),
     )
 
 
@@ -195,7 +199,8 @@ def _scorer(x, p):
     return mlp(x, p.w1, p.b1, p.w2[:, None], p.b2, activation="relu")
 
 
-def _empty(lead, capacity, ds):
+def empty_pool(lead, capacity, ds):
+    """A NotePool of free slots: leading axes, slots, width of a summary."""
     shape = (*lead, capacity)
     return NotePool(np.zeros((*shape, ds)), np.full(shape, -np.inf), np.full(shape, -1, np.int32))
 

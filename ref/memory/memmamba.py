@@ -16,6 +16,8 @@ from ref.blocks.notes import (
     NotePool,
     check_notes,
     cross_layer_attention,
+    empty_pool,
+    insert_note,
     note_history,
     note_pool,
     note_scores,
@@ -24,6 +26,7 @@ from ref.blocks.notes import (
     read_layers_vjp,
     read_notes,
     read_notes_vjp,
+    read_pool,
 )
 from ref.blocks.retention import (
     half_life,
@@ -48,11 +51,12 @@ from ref.models.mamba import (
 )
 
 __all__ = [
-    "CrossParams", "MambaCache", "MambaParams", "MemMambaBlock", "MemMambaParams", "NoteParams", "NotePool",
-    "cross_layer_attention", "example", "half_life", "influence", "init_memmamba", "layer_memory_fidelity",
-    "mamba_block", "mamba_block_vjp", "mamba_step", "memmamba_block", "memmamba_block_vjp", "memmamba_lm",
-    "memmamba_lm_vjp", "memmamba_macs", "memory_capacity", "memory_information", "note_pool", "note_scores",
-    "selective_scan", "selective_scan_vjp", "token_memory_fidelity",
+    "CrossParams", "MambaCache", "MambaParams", "MemMambaBlock", "MemMambaCache", "MemMambaParams",
+    "NoteParams", "NotePool", "cross_layer_attention", "example", "half_life", "influence", "init_memmamba",
+    "init_memmamba_cache", "layer_memory_fidelity", "mamba_block", "mamba_block_vjp", "mamba_step",
+    "memmamba_block", "memmamba_block_vjp", "memmamba_lm", "memmamba_lm_vjp", "memmamba_macs",
+    "memmamba_step", "memory_capacity", "memory_information", "note_pool", "note_scores", "selective_scan",
+    "selective_scan_vjp", "token_memory_fidelity",
 ]  # fmt: skip
 
 
@@ -80,6 +84,15 @@ class MemMambaParams(NamedTuple):
     embedding: np.ndarray
     blocks: tuple[MemMambaBlock, ...]
     norm: np.ndarray
+
+
+class MemMambaCache(NamedTuple):
+    """By layer: the mixer's cache, the pool, the mixer's last output z [..., C]; and the tokens read."""
+
+    mixers: tuple[MambaCache, ...]
+    pools: tuple[NotePool, ...]
+    outputs: tuple[np.ndarray, ...]
+    steps: int
 
 
 def memmamba_block(x, params: MemMambaBlock, pools, *, layer, every=4, capacity=50, threshold=0.5,
@@ -151,6 +164,37 @@ def memmamba_lm_vjp(tokens, params: MemMambaParams, dlogits, *, every=4, capacit
     return MemMambaParams(dembedding, tuple(blocks[::-1]), dnorm)
 
 
+def memmamba_step(token, cache: MemMambaCache, params: MemMambaParams, *, every=4, threshold=0.5,
+                  state_threshold=0.3, policy="priority"):  # fmt: skip
+    """(logits [..., V], cache) for one more token [...]: `memmamba_lm` with chunk = 1, in constant memory."""
+    x, mixers, pools, outputs = _embed(token, params), [], [], []
+    for layer, p in enumerate(params.blocks):
+        u, pool, z = rms_norm(x, p.norm), cache.pools[layer], cache.outputs[layer]
+        one = u[..., None, :]
+        check_notes(one, p.notes, pool.age.shape[-1], policy, 1, pool)
+        opened = _opens(z, p, state_threshold)
+        context = read_pool(one, pool, p.notes)[..., 0, :] @ p.w_token
+        mixed = u + np.where(opened[..., None], p.gate_token * context, 0.0)
+        if _reads_below(layer, every):
+            below = cross_layer_attention(one, cache.pools[layer - every : layer], p.cross)[..., 0, :]
+            mixed = mixed + p.gate_layer * (below @ p.w_layer)
+        z, mixer = mamba_step(mixed, cache.mixers[layer], p.mamba)
+        score, index = note_scores(one, p.notes)[..., 0], np.int32(cache.steps)
+        pools.append(insert_note(pool, score, u @ p.notes.w_summary, index, threshold, policy))
+        mixers.append(mixer)
+        outputs.append(z)
+        x = x + z
+    cache = MemMambaCache(tuple(mixers), tuple(pools), tuple(outputs), cache.steps + 1)
+    return rms_norm(x, params.norm) @ params.embedding.T, cache
+
+
+def init_memmamba_cache(params: MemMambaParams, *, capacity=50, lead=()):
+    """The cache before the first token, for sequences of leading axes `lead`."""
+    mixers = tuple(init_mamba_cache(p.mamba, lead) for p in params.blocks)
+    pools = tuple(empty_pool(lead, capacity, p.notes.w_summary.shape[1]) for p in params.blocks)
+    return MemMambaCache(mixers, pools, tuple(np.zeros((*lead, len(p.norm))) for p in params.blocks), 0)
+
+
 def init_memmamba(key, *, vocab, width, layers, state=16, summary=64, every=4):
     """MemMambaParams: fusion gates 0, so that training starts from plain Mamba (our choice).
 
@@ -204,7 +248,7 @@ def _run(x, p, pools, layer, every, capacity, threshold, state_threshold, policy
     opened, z = np.zeros(x.shape[:-1], bool), np.zeros_like(x, shape=(*x.shape[:-2], x.shape[-1]))
     cache = init_mamba_cache(p.mamba, x.shape[:-2])
     for t in range(x.shape[-2]):
-        opened[..., t] = sigmoid((z[..., None, :] @ p.w_z)[..., 0] + p.b_z) > state_threshold
+        opened[..., t] = _opens(z, p, state_threshold)
         mixed[..., t, :] = rest[..., t, :] + np.where(opened[..., t, None], token[..., t, :], 0.0)
         z, cache = mamba_step(mixed[..., t, :], cache, p.mamba)
         y[..., t, :] = z
@@ -213,15 +257,24 @@ def _run(x, p, pools, layer, every, capacity, threshold, state_threshold, policy
 
 def _layers(tokens, params, options):
     """(input of every block and the last output, pools of every block)."""
-    tokens, V = np.asarray(tokens), len(params.embedding)
-    if tokens.dtype.kind not in "iu" or (tokens.size and not 0 <= tokens.min() <= tokens.max() < V):
-        raise ValueError(f"tokens must be integers in 0..{V - 1}, got {tokens.dtype}")
-    hidden, pools = [float64(params.embedding)[tokens]], []
+    hidden, pools = [_embed(tokens, params)], []
     for layer, block in enumerate(params.blocks):
         x, pool = memmamba_block(hidden[-1], block, pools, layer=layer, **options)
         hidden.append(x)
         pools.append(pool)
     return hidden, pools
+
+
+def _embed(tokens, params):
+    tokens, V = np.asarray(tokens), len(params.embedding)
+    if tokens.dtype.kind not in "iu" or (tokens.size and not 0 <= tokens.min() <= tokens.max() < V):
+        raise ValueError(f"tokens must be integers in 0..{V - 1}, got {tokens.dtype}")
+    return float64(params.embedding)[tokens]
+
+
+def _opens(z, p, state_threshold):
+    """Whether the mixer's last output z [..., C] suggests that something was lost: bool [...]."""
+    return sigmoid((z[..., None, :] @ p.w_z)[..., 0] + p.b_z) > state_threshold
 
 
 def _fuse_vjp(context, gate, w, dy):

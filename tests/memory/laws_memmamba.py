@@ -18,6 +18,7 @@ from ref.memory.memmamba import (
     half_life,
     influence,
     init_memmamba,
+    init_memmamba_cache,
     layer_memory_fidelity,
     mamba_block,
     memmamba_block,
@@ -25,6 +26,7 @@ from ref.memory.memmamba import (
     memmamba_lm,
     memmamba_lm_vjp,
     memmamba_macs,
+    memmamba_step,
     memory_capacity,
     memory_information,
     note_pool,
@@ -232,6 +234,27 @@ def law_memmamba_gate_looks_at_the_previous_output():
     assert not gates[0]  # z_{-1} = 0 and b_z < 0
     assert len(set(gates)) == 2
     np.testing.assert_allclose(y, x + z[1:], rtol=0, atol=1024 * EPS * (1 + np.abs(y).max()))
+
+
+@given(seeds, policies)
+def law_memmamba_steps_are_the_sequence(seed, policy):
+    """With chunk = 1, in memory that does not grow."""
+    rng, params = model(seed)
+    tokens, options = rng.integers(0, 5, (2, 7)), {"every": 2, "policy": policy, "state_threshold": 0.5}
+    want = memmamba_lm(tokens, params, capacity=2, chunk=1, **options)
+    cache, rows = init_memmamba_cache(params, capacity=2, lead=(2,)), []
+    size = sum(a.size for a in tree_leaves(cache[:3]))
+    for t in range(7):
+        row, cache = memmamba_step(tokens[:, t], cache, params, **options)
+        rows.append(row)
+    # a row alone is multiplied in another order: 8 terms, three layers
+    np.testing.assert_allclose(
+        np.stack(rows, axis=1), want, rtol=0, atol=4096 * EPS * (1 + np.abs(want).max())
+    )
+    assert sum(a.size for a in tree_leaves(cache[:3])) == size
+    _, pool = memmamba_block(params.embedding[tokens], params.blocks[0], [], layer=0, capacity=2, chunk=1,
+                             policy=policy, state_threshold=0.5)  # fmt: skip
+    np.testing.assert_array_equal(cache.pools[0].age, pool.age[:, -1])
 
 
 def law_memmamba_empty_batches_and_sequences_pass():
