@@ -183,12 +183,11 @@ def bmojo_layer_vjp(x, params: BmojoParams, dy, *, window, capacity=0, select="t
     weights["w_o"] = _per_head(o, dout[..., None, :, :])
     d = {"x": np.zeros_like(x), "y": np.zeros_like(x)}
     for name, projection in projections.items():
-        if name in grads:
-            source, dsource, dw, dgain = _project_vjp(grads[name], projection, p, rope_base)
-            d[source] = d[source] + dsource
-            weights[projection.weight] += dw
-            if dgain is not None:
-                weights[projection.norm] += dgain
+        source, dsource, dw, dgain = _project_vjp(grads[name], projection, p, rope_base)
+        d[source] = d[source] + dsource
+        weights[projection.weight] += dw
+        if dgain is not None:
+            weights[projection.norm] += dgain
     _, dpredict, dw_pred = innovation_loss(x, y, p.w_pred, weight=predict)
     weights["w_pred"] = dw_pred
     dx, dmixer = mamba_block_vjp(x, p.mixer, d["y"] + dpredict)
@@ -202,6 +201,8 @@ def bmojo_step(x_t, cache: BmojoCache, params: BmojoParams, *, window, capacity=
     The fading path has its own maps if params.w_k_fading is there (untied).
     """
     check_layer(x_t[..., None, :], params, window, capacity, select, threshold, params.w_k_fading is None)
+    if cache.index.shape[-1] != capacity:
+        raise ValueError(f"capacity is {capacity}, but the cache has a store of {cache.index.shape[-1]}")
     p, c, x = params, cache, float64(x_t)
     y, mixer = mamba_step(x, c.mixer, p.mixer)
     predicted = np.stack([c.y, y], axis=-2)

@@ -108,6 +108,31 @@ def selective_copy_task(key, batch, length, n_symbols):
     return tokens, targets, (targets > 0).astype(np.float64)
 
 
+def passkey_task(key, batch, length, *, n_digits=5, n_filler=16):
+    """(tokens, targets, weight), each [batch, length + n_digits]: a number hidden in a long text.
+
+    Vocabulary of 13 + n_filler: 0 blank, 1..10 the digits 0..9, 11 marks the number, 12 asks for it, the rest
+    is filler. The first length - 1 places are filler but for the mark and the digits behind it, somewhere;
+    then the question, and n_digits blanks, where targets holds the digits' tokens and weight is 1 (in the
+    manner of Mohtashami and Jaggi 2023).
+    """
+    room = length - 2 - n_digits  # places that the mark may take, less one
+    if batch < 1 or n_digits < 1 or n_filler < 1 or room < 0:
+        raise ValueError(
+            f"need batch, n_digits, n_filler >= 1 and length >= n_digits + 2, got {batch=}, {n_digits=}, "
+            f"{n_filler=}, {length=}"
+        )
+    rng = np.random.default_rng(key)
+    tokens, targets = np.zeros((2, batch, length + n_digits), np.int32)
+    tokens[:, : length - 1] = rng.integers(13, 13 + n_filler, (batch, length - 1))
+    digits = rng.integers(1, 11, (batch, n_digits), dtype=np.int32)
+    at = rng.integers(0, room + 1, (batch, 1))
+    hidden = np.concatenate([np.full((batch, 1), 11, np.int32), digits], axis=1)
+    np.put_along_axis(tokens, at + np.arange(n_digits + 1), hidden, axis=1)
+    tokens[:, length - 1], targets[:, length:] = 12, digits
+    return tokens, targets, (targets > 0).astype(np.float64)
+
+
 def story_task(key, batch, *, kind, n_facts):
     """(tokens [batch, 3 n_facts + Q], answer [batch]): a story of facts of three words, then a question.
 

@@ -78,6 +78,10 @@ BAD = {
         "not a multiple of the Hkv=3",
     ),
     "cache": (lambda: M.bmojo_step(np.ones((2, 8)), CACHE, PARAMS, window=2), "conv.shape"),
+    "store": (
+        lambda: M.bmojo_step(X[:, 0], CACHE, PARAMS, window=2, capacity=1),
+        "but the cache has a store of 0",
+    ),
     "n_r": (lambda: M.archive_lookup(ARCHIVE, np.ones((4, 4)), n_r=0), "n_r >= 1"),
     "query": (lambda: M.archive_lookup(ARCHIVE, np.ones((4, 3)), n_r=1), r"query.shape\[1\] = 3"),
     "init": (lambda: M.init_bmojo(0, 8, heads=3, kv_heads=1), "heads must divide the width"),

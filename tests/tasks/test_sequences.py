@@ -11,6 +11,7 @@ from ref.tasks.sequences import (
     copying_baseline,
     copying_task,
     mqar_task,
+    passkey_task,
     recall_task,
     selective_copy_task,
     story_task,
@@ -69,6 +70,22 @@ def test_sequences_selective_copy_keeps_the_order():
     assert (weight[:, 12:] == 1).all()
 
 
+def test_sequences_passkey_is_hidden_once():
+    tokens, targets, weight = passkey_task(2, 50, 12, n_digits=3)
+    places = set()
+    for row, target in zip(tokens, targets, strict=True):
+        (at,) = np.flatnonzero(row == 11)
+        np.testing.assert_array_equal(row[at + 1 : at + 4], target[12:])
+        assert (np.delete(row[:11], range(at, at + 4)) >= 13).all()
+        assert row[11] == 12
+        assert not row[12:].any()
+        places.add(at)
+    assert places == set(range(8))
+    assert weight.sum() == 150
+    assert (weight[:, 12:] == 1).all()
+    assert passkey_task(0, 1, 7)[0].shape == (1, 12)
+
+
 def answer(words):
     """The answer, by reading the story sentence by sentence."""
     place, has, been = {}, {p: set() for p in PEOPLE}, {}
@@ -117,10 +134,11 @@ def test_sequences_story_answers_follow_from_the_facts(kind):
         (lambda: mqar_task(0, 2, 11, 4, 16), "length >= 3 n_pairs"),
         (lambda: mqar_task(0, 2, 12, 4, 8), "vocab >= 2 n_pairs"),
         (lambda: selective_copy_task(0, 2, 4, 4), "length > n_symbols"),
+        (lambda: passkey_task(0, 2, 6), "length >= n_digits"),
         (lambda: story_task(0, 2, kind="four", n_facts=5), "kind must be one of one_fact"),
         (lambda: story_task(0, 2, kind="three_facts", n_facts=2), "three_facts needs n_facts >= 3"),
     ],
-    ids=["delay", "odd", "short", "vocab", "full", "kind", "facts"],
+    ids=["delay", "odd", "short", "vocab", "full", "hidden", "kind", "facts"],
 )
 def test_sequences_reject_bad_sizes(call, message):
     with pytest.raises(ValueError, match=message):
