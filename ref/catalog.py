@@ -783,6 +783,16 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="verbatim_memory",
+        part="language",
+        title="Verbatim memory",
+        paper="Characterizing Verbatim Short-Term Memory in Neural Language Models",
+        year=2022,
+        arxiv="2210.13569",
+        idea="Show a list of nouns twice: how much less the second surprises says what a model keeps word for word.",
+        core=("token_surprisal",),
+    ),
+    Technique(
         slug="grokking",
         part="language",
         title="Grokking",
