@@ -2,6 +2,8 @@
 
 import inspect
 
+import numpy as np
+
 from ref.blocks.optim import tree_leaves
 from tests.golden_runner import _at, _check, call_args, resolve
 
@@ -13,7 +15,14 @@ def check_backward(case, module, *, build=None):
     args = [given[name] for name in case.meta["args"]]
     known = inspect.signature(back).parameters
     options = {n: given[n] for n in case.meta["kwargs"] if n in known}
-    grads = back(*args, *(case[key] for key in case.meta["cotangents"]), **options)
+    outs = case.meta["outs"]
+    weights = [
+        np.zeros(case[out].shape) if key is None else case[key]
+        for key, out in zip(
+            case.meta["cotangents"], outs.values() if isinstance(outs, dict) else outs, strict=True
+        )
+    ]
+    grads = back(*args, *weights, **options)
     floats = [n for n in case.meta["args"] if any(x.dtype.kind == "f" for x in tree_leaves(given[n]))]
     by_name = dict(zip(floats, grads if len(floats) > 1 else (grads,), strict=True))
     for path, key in case.meta["grads"].items():

@@ -19,7 +19,7 @@ G = ref.grokking
 
 def parameters(raw):
     """GPTParams of a golden tree; the lens cases leave out what the lens does not read."""
-    blocks = tuple(BlockParams(**b) for b in raw.get("blocks", ()))
+    blocks = tuple(BlockParams(*(b.get(f) for f in BlockParams._fields)) for b in raw.get("blocks", ()))
     return GPTParams(raw["wte"], raw.get("wpe"), blocks, raw["lnf_scale"], raw["lnf_bias"])
 
 
