@@ -61,20 +61,3 @@ def kendall_tau(a, b):
     if size == 0:
         raise ValueError("a and b must not be constant: their order is not defined")
     return float((s * t).sum() / size)
-
-
-def macro_f1(y, p, *, num_classes):
-    """Mean over classes of 2 P R / (P + R) = 2 hits / (true + predicted); 0 for a class that never occurs.
-
-    Args: y, p int [n]: true and predicted classes in 0..num_classes-1, n >= 1.
-    Raises: ValueError for an empty list or another class.
-    """
-    y, p = np.asarray(y), np.asarray(p)
-    if dims(y=(y, "n"), p=(p, "n"))["n"] < 1:
-        raise ValueError("y must hold at least one class")
-    for name, x in (("y", y), ("p", p)):
-        if x.dtype.kind not in "iu" or not (0 <= x.min() and x.max() < num_classes):
-            raise ValueError(f"{name} must be integers in 0..{num_classes - 1}, got {x.min()}..{x.max()}")
-    count = lambda x: np.bincount(x, minlength=num_classes)
-    hits, total = count(y[y == p]), count(y) + count(p)
-    return float(np.mean(2 * hits / np.where(total == 0, 1, total)))

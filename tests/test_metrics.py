@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ref.metrics import macro_f1, pearson, ranks, recall_at, spearman
+from ref.metrics import pearson, ranks, recall_at, spearman
 
 numbers = st.lists(st.integers(-4, 4), min_size=2, max_size=9)
 
@@ -33,13 +33,6 @@ def test_metrics_recall_by_hand():
     assert recall_at(v, labels, 3) == 1.0
 
 
-def test_metrics_macro_f1_by_hand():
-    y, p = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
-    # hits 1, 1, 0 of 2 + 2, 1 + 2 and 1 + 1; a fourth class never occurs
-    np.testing.assert_allclose(macro_f1(y, p, num_classes=4), (2 / 4 + 2 / 3 + 0 + 0) / 4, rtol=1e-15)
-    assert macro_f1(y, y, num_classes=3) == 1
-
-
 def test_metrics_reject_bad_input():
     for call, words in (
         (lambda: pearson([1, 1], [1, 2]), "must not be constant"),
@@ -47,12 +40,6 @@ def test_metrics_reject_bad_input():
         (lambda: pearson(np.ones(2), np.ones(3)), "axis n is 2 in a"),
         (lambda: recall_at(np.ones((3, 2)), np.zeros(3, int), 3), r"k must be in 1\.\.2"),
         (lambda: recall_at(np.ones((3, 2)), np.arange(3), 1), "one label twice"),
-        (lambda: macro_f1(np.zeros(0, int), np.zeros(0, int), num_classes=2), "at least one class"),
-        (
-            lambda: macro_f1(np.array([0, 2]), np.array([0, 1]), num_classes=2),
-            r"y must be integers in 0\.\.1",
-        ),
-        (lambda: macro_f1(np.array([0, 1]), np.array([0.0, 1]), num_classes=2), "p must be integers"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

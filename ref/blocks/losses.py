@@ -1,4 +1,4 @@
-"""Cross-entropy of class labels, with its gradient."""
+"""What a classifier is trained and judged by: cross-entropy with its gradient, and macro-F1."""
 
 import numpy as np
 
@@ -38,3 +38,20 @@ def cross_entropy(logits, labels, *, ignore=None):
     p[np.arange(len(picked)), picked] -= 1
     grad[scored] = p / len(picked)
     return nll.mean(), grad
+
+
+def macro_f1(y, p, *, num_classes):
+    """Mean over classes of 2 P R / (P + R) = 2 hits / (true + predicted); 0 for a class that never occurs.
+
+    Args: y, p int [n]: true and predicted classes in 0..num_classes-1, n >= 1.
+    Raises: ValueError for an empty list or another class.
+    """
+    y, p = np.asarray(y), np.asarray(p)
+    if dims(y=(y, "n"), p=(p, "n"))["n"] < 1:
+        raise ValueError("y must hold at least one class")
+    for name, x in (("y", y), ("p", p)):
+        if x.dtype.kind not in "iu" or not (0 <= x.min() and x.max() < num_classes):
+            raise ValueError(f"{name} must be integers in 0..{num_classes - 1}, got {x.min()}..{x.max()}")
+    count = lambda x: np.bincount(x, minlength=num_classes)
+    hits, total = count(y[y == p]), count(y) + count(p)
+    return float(np.mean(2 * hits / np.where(total == 0, 1, total)))

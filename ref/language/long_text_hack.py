@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.ladder import dynamic_hpo
+from ref.blocks.losses import macro_f1
 from ref.blocks.words import Encoder, is_word, split_tokens, truncate, word_counts, word_encoder
 from ref.example import Example
-from ref.metrics import macro_f1
 from ref.models.classifier import ClassifierParams, init_classifier
 from ref.models.classifier import bert_classifier_forward as encoder_classifier
 from ref.models.classifier import bert_classifier_forward_backward as encoder_classifier_backward

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref.blocks.losses import cross_entropy
+from ref.blocks.losses import cross_entropy, macro_f1
 from ref.blocks.optim import adam_init, adamw_step, matrix_mask, warmup_linear
 from ref.blocks.words import (
     CLS,
@@ -23,7 +23,6 @@ from ref.blocks.words import (
     word_counts,
     word_encoder,
 )
-from ref.metrics import macro_f1
 from ref.models.classifier import (
     ClassifierParams,
     bert_classifier_forward,

@@ -1,9 +1,9 @@
-"""Cross-entropy: the definition, what is not scored, and its gradient."""
+"""Cross-entropy: the definition, what is not scored, and its gradient; macro-F1 by hand."""
 
 import numpy as np
 import pytest
 
-from ref.blocks.losses import cross_entropy, negative_log_likelihood
+from ref.blocks.losses import cross_entropy, macro_f1, negative_log_likelihood
 
 RNG = np.random.default_rng(0)
 Z, Y = 3 * RNG.standard_normal((2, 4, 5)), RNG.integers(0, 5, (2, 4))
@@ -50,3 +50,24 @@ def test_losses_cross_entropy_is_the_mean_over_what_is_scored():
 def test_losses_reject_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         cross_entropy(Z, labels, ignore=-100)
+
+
+def test_losses_macro_f1_by_hand():
+    y, p = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
+    # hits 1, 1, 0 of 2 + 2, 1 + 2 and 1 + 1; a fourth class never occurs
+    np.testing.assert_allclose(macro_f1(y, p, num_classes=4), (2 / 4 + 2 / 3 + 0 + 0) / 4, rtol=1e-15)
+    assert macro_f1(y, y, num_classes=3) == 1
+
+
+@pytest.mark.parametrize(
+    ("y", "p", "message"),
+    [
+        (np.zeros(0, int), np.zeros(0, int), "at least one class"),
+        (np.array([0, 2]), np.array([0, 1]), r"y must be integers in 0\.\.1"),
+        (np.array([0, 1]), np.array([0.0, 1]), "p must be integers"),
+    ],
+    ids=["empty", "range", "float"],
+)
+def test_losses_reject_bad_classes(y, p, message):
+    with pytest.raises(ValueError, match=message):
+        macro_f1(y, p, num_classes=2)
