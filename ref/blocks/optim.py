@@ -128,3 +128,10 @@ def warmup_linear(step, *, steps, warmup=0.1):
         raise ValueError(f"need 0 <= step < steps and 0 <= warmup < 1, got {step=}, {steps=}, {warmup=}")
     warm = round(warmup * steps)
     return step / warm if step < warm else (steps - step) / (steps - warm)
+
+
+def cosine_decay(step, *, steps):
+    """The factor of the learning rate at `step` of `steps`: half a cosine, from 1 at step 0 towards 0."""
+    if not 0 <= step < steps:
+        raise ValueError(f"need 0 <= step < steps, got {step=}, {steps=}")
+    return 0.5 * (1 + np.cos(np.pi * step / steps))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.clustering import kmeans
-from ref.blocks.optim import tree_leaves, tree_map
+from ref.blocks.losses import cross_entropy
+from ref.blocks.optim import AdamState, adamw_step, cosine_decay, matrix_mask, tree_leaves, tree_map
 from ref.blocks.retrieval import (
     BM25Index,
     bm25,
@@ -22,6 +23,7 @@ from ref.blocks.retrieval import (
     mrr,
     rouge2,
 )
+from ref.blocks.softmax import softmax
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert import BertParams
@@ -50,6 +52,7 @@ __all__ = [
     "bm25",
     "bm25_fit",
     "bm25_scores",
+    "cosine_decay",
     "encode_pairs",
     "example",
     "hit_at",
@@ -69,10 +72,13 @@ __all__ = [
     "rot_loss",
     "rot_loss_backward",
     "rouge2",
+    "sampling_weights",
     "select_key_sentences",
     "selection_cost",
     "sentence_vector",
+    "train_epoch",
     "trainable",
+    "unique_targets",
     "update_memory",
 ]
 
@@ -122,6 +128,11 @@ def rot_loss_backward(
         pull = tree_map(lambda g, d: g + 2 * dloss * regularize * d, _common(grads.bert, gaps), gaps)
         grads = grads._replace(bert=_fill(pull, grads.bert))
     return -dpred, grads
+
+
+def unique_targets(targets):
+    """Places, ascending, of the first of every distinct row of targets [n, 2]: what ROT is trained on."""
+    return np.sort(np.unique(np.asarray(targets), axis=0, return_index=True)[1])
 
 
 def sentence_vector(ids, word):
@@ -247,6 +258,12 @@ def update_memory(memory, residuals, pattern, weight, positive, *, step=0.3):
     return new
 
 
+def sampling_weights(labels):
+    """N / n_class of each label [N], the odds of being drawn: rare classes come as often as common ones."""
+    labels = np.asarray(labels)
+    return len(labels) / np.bincount(labels)[labels]
+
+
 def trainable(params: MatchParams):
     """The tree with False at the embeddings and the first block, which stay as ROT left them, else True."""
     frozen = dict.fromkeys(("word", "position", "token_type", "ln_scale", "ln_bias"), False)
@@ -272,6 +289,14 @@ class Reranker:
     max_len: int = 256
     claim_max: int = 180
     candidates: int = 50
+    cls_id: int = 101
+    sep_id: int = 102
+    pad_id: int = 103
+
+    @property
+    def limits(self):
+        """The keywords of `encode_pairs`."""
+        return {n: getattr(self, n) for n in ("max_len", "claim_max", "cls_id", "sep_id", "pad_id")}
 
     def select(self, claim, sentences) -> Selection:
         """Key sentences of an article for a claim, lists of ids. Raises: ValueError for an empty text."""
@@ -285,7 +310,7 @@ class Reranker:
         """Logit 1 of the article."""
         return match_score(
             claim, sentences, self.select(claim, sentences), self.memory, self.params,
-            num_heads=self.num_heads, top=self.top, max_len=self.max_len, claim_max=self.claim_max,
+            num_heads=self.num_heads, top=self.top, **self.limits,
         )[1]  # fmt: skip
 
     def rank(self, claim, articles, *, index: BM25Index | None = None, seed=0):
@@ -300,9 +325,53 @@ class Reranker:
         scores = np.array([self.score(claim, articles[i]) for i in found])
         return found[np.argsort(-scores, kind="stable")]
 
-    def learned(self, residuals, pattern, weight, positive):
-        """The reranker with its memory updated after an epoch."""
-        return replace(self, memory=update_memory(self.memory, residuals, pattern, weight, positive))
+
+def train_epoch(
+    reranker: Reranker,
+    claims,
+    articles,
+    labels,
+    state: AdamState,
+    *,
+    rng,
+    lr=5e-6,
+    weight_decay=0.01,
+    batch=16,
+):
+    """(Reranker, state, mean loss) after an epoch over pairs of a claim and an article, labels [n] 0 or 1.
+
+    Pairs are drawn so that both labels come equally often. Cross-entropy, AdamW on what is `trainable`; then
+    the memory learns from the predictions that were made on the way. Args: claims: lists of ids; articles:
+    lists of sentences; state: `adam_init(reranker.params)` at first; lr: of this epoch, see `cosine_decay`.
+    Raises: ValueError unless there is a label a pair.
+    """
+    r, labels, free = reranker, np.asarray(labels), trainable(reranker.params)
+    if not len(claims) == len(articles) == len(labels) or not len(labels):
+        raise ValueError(f"need a label a pair, got {len(claims)}, {len(articles)} and {len(labels)}")
+    decay = tree_map(lambda m, f: m and f, matrix_mask(r.params), free)
+    odds, params, losses, seen = sampling_weights(labels), r.params, [], []
+    order = rng.choice(len(labels), len(labels), p=odds / odds.sum())
+    for at in (order[i : i + batch] for i in range(0, len(order), batch)):
+        chosen = [r.select(claims[j], articles[j]) for j in at]
+        inputs = [
+            _article(claims[j], articles[j], c, r.top, r.limits) for j, c in zip(at, chosen, strict=True)
+        ]
+        inputs = [np.concatenate(x) for x in zip(*(_padded(a, r.top) for a in inputs), strict=True)]
+        logits = match_forward(*inputs, r.memory, params, num_heads=r.num_heads)
+        loss, d = cross_entropy(logits, labels[at])
+        grads = match_forward_backward(*inputs, r.memory, params, d, num_heads=r.num_heads)
+        grads = tree_map(lambda g, f: g * f, grads, free)
+        params, state, _ = adamw_step(
+            params, grads, state, lr=lr, weight_decay=weight_decay, decay_mask=decay, clip=np.inf
+        )
+        losses.append(loss)
+        weight, positive = prediction_weight(softmax(logits)[np.arange(len(at)), labels[at]], labels[at])
+        for j, c, w, yes in zip(at, chosen, weight, positive, strict=True):
+            q = sentence_vector(claims[j], r.word)
+            for i, k in zip(c.order[: r.top], c.pattern, strict=False):
+                seen.append((sentence_vector(articles[j][i], r.word) - q, k, w, yes))
+    memory = update_memory(r.memory, *(np.array(x) for x in zip(*seen, strict=True)))
+    return replace(r, params=params, memory=memory), state, float(np.mean(losses))
 
 
 def selection_cost(n_sentences, *, dim, patterns, top, articles):
@@ -360,6 +429,15 @@ def _article(claim_ids, sentence_ids, selection, top, special):
     chosen = [sentence_ids[i] for i in selection.order[:top]]
     pairs = encode_pairs([claim_ids] * len(chosen), chosen, **special)
     return (*(x[None] for x in pairs), selection.weight[None], selection.pattern[None, :top])
+
+
+def _padded(article, top):
+    """The inputs of one article with `top` pairs: the first again, at weight 0, for those it lacks."""
+    lacks = top - article[0].shape[1]
+    ids, mask, types, weight, pattern = article
+    again = (np.repeat(x[:, :1], lacks, axis=1) for x in (ids, mask, types))
+    more = (*again, np.zeros((1, lacks)), np.zeros((1, lacks), int))
+    return [np.concatenate(x, axis=1) for x in zip((ids, mask, types, weight, pattern), more, strict=True)]
 
 
 def example(seed=0):

@@ -65,6 +65,13 @@ def test_optim_warm_up_rises_and_falls_in_straight_lines():
             optim.warmup_linear(**bad, steps=3)
 
 
+def test_optim_cosine_falls_by_half_a_wave():
+    rates = [optim.cosine_decay(s, steps=4) for s in range(4)]
+    np.testing.assert_allclose(rates, [1, (1 + np.sqrt(0.5)) / 2, 0.5, (1 - np.sqrt(0.5)) / 2], rtol=1e-15)
+    with pytest.raises(ValueError, match="need 0 <= step < steps"):
+        optim.cosine_decay(4, steps=4)
+
+
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam"])
 def test_optim_accel_takes_the_steps_of_ref(name):
     """Three compiled steps on the same gradients: a dozen operations each, float32."""

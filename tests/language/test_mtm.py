@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ref
+from ref.blocks.optim import adam_init
 from ref.tasks.quotes import quote_corpus
 from tests.golden_runner import cases, golden, run
 from tests.language import laws_mtm
@@ -96,6 +97,11 @@ BAD = {
     "k_hit": (lambda: M.hit_at([[1]], [[1]], k=0), "k must be at least 1"),
     "empty": (lambda: RANKER.select([1], []), "at least one sentence"),
     "no_claim": (lambda: RANKER.score([], [[1]]), "at least one token"),
+    "epoch": (
+        lambda: M.train_epoch(RANKER, [[1]], [[[1]]], [0, 1], adam_init(MATCH), rng=RNG),
+        "need a label a pair, got 1, 1 and 2",
+    ),
+    "no_pairs": (lambda: M.train_epoch(RANKER, [], [], [], adam_init(MATCH), rng=RNG), "need a label a pair"),
     "cost": (lambda: M.selection_cost(0, dim=1, patterns=1, top=1, articles=1), "must be at least 1"),
     "quotes": (lambda: quote_corpus(RNG, [["a"]] * 5, claims=1), "1 articles of 6 sentences asked"),
 }
