@@ -15,6 +15,7 @@ from ref.blocks.losses import cross_entropy, macro_f1
 from ref.blocks.softmax import logsumexp, softmax
 from ref.dims import dims, float64
 from ref.example import Example
+from ref.models.bert_cost import BertConfig, encoder_parameters
 from ref.models.classifier import (
     ClassifierParams,
     bert_classifier_forward,
@@ -279,26 +280,6 @@ def risk_coverage(routing_mass, correct) -> RiskCoverage:
     last = np.flatnonzero(np.diff(mass[order], append=-np.inf))  # the last of each run of equals
     answered = last + 1
     return RiskCoverage(mass[order][last], answered / len(mass), np.cumsum(wrong[order])[last] / answered)
-
-
-@dataclass(frozen=True)
-class BertConfig:
-    """Sizes of an encoder; the defaults are BERT-base, uncased."""
-
-    vocab: int = 30522
-    positions: int = 512
-    types: int = 2
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    hidden: int = 3072
-
-
-def encoder_parameters(config: BertConfig):
-    """Parameters of the encoder with its pooler: 109,482,240 for BERT-base."""
-    c, d = config, config.dim
-    block = 4 * (d * d + d) + 2 * d * c.hidden + c.hidden + d + 4 * d
-    return (c.vocab + c.positions + c.types) * d + 2 * d + c.depth * block + d * d + d
 
 
 def server_memory(config: BertConfig, spec: ProblemSpec, *, mode="single", dtype_bytes=4, batch=1, length=64):

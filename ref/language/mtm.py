@@ -2,17 +2,16 @@
 
 Source: Sheng et al. 2021 (ACL-IJCNLP, pages 5468-5481) and, for all that the paper leaves open, the code
 released with it. BM25, ROUGE-2 and the ranking metrics are ref/blocks/retrieval.py, k-means is
-ref/blocks/clustering.py, the encoder is ref/models/bert.py. Left out: dropout.
+ref/blocks/clustering.py, the networks are ref/models/pairs.py.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from ref.blocks.clustering import kmeans
 from ref.blocks.losses import cross_entropy
-from ref.blocks.optim import AdamState, adamw_step, cosine_decay, matrix_mask, tree_leaves, tree_map
+from ref.blocks.optim import AdamState, adamw_step, cosine_decay, matrix_mask, tree_map
 from ref.blocks.retrieval import (
     BM25Index,
     bm25,
@@ -32,13 +31,20 @@ from ref.models.pairs import (
     Linear,
     MatchParams,
     RotParams,
+    Selection,
     encode_pairs,
     init_match,
     init_rot,
     match_forward,
     match_forward_backward,
+    match_score,
+    match_score_backward,
+    pad_pairs,
     rot_forward,
     rot_forward_backward,
+    rot_loss,
+    rot_loss_backward,
+    selected_pairs,
 )
 
 __all__ = [
@@ -81,53 +87,6 @@ __all__ = [
     "unique_targets",
     "update_memory",
 ]
-
-
-class Selection(NamedTuple):
-    """order, pattern int [n], score [n] of all sentences, best first; weight [min(top, n)] of the chosen."""
-
-    order: np.ndarray
-    pattern: np.ndarray
-    score: np.ndarray
-    weight: np.ndarray
-
-
-def rot_loss(
-    ids, mask, types, target, params: RotParams, *, num_heads, anchor=None, regularize=0.0, eps=1e-12
-):
-    """Mean squared error to target [B, 2] + regularize |bert - anchor|^2.
-
-    anchor: BertParams of the pretrained weights; what is None in it (a fresh pooler) is free. The released
-    code's anchor moves with the weights, so that its penalty is always 0: that is regularize = 0 here.
-    Raises: ValueError for regularize < 0, or without an anchor.
-    """
-    gaps = _gaps(params, anchor, regularize)
-    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
-    return ((pred - target) ** 2).mean() + regularize * sum((g**2).sum() for g in tree_leaves(gaps))
-
-
-def rot_loss_backward(
-    ids,
-    mask,
-    types,
-    target,
-    params: RotParams,
-    dloss=1.0,
-    *,
-    num_heads,
-    anchor=None,
-    regularize=0.0,
-    eps=1e-12,
-):
-    """(dtarget [B, 2], RotParams of gradients) of `rot_loss`, times dloss."""
-    gaps = _gaps(params, anchor, regularize)
-    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
-    dpred = dloss * 2 * (pred - target) / pred.size
-    grads = rot_forward_backward(ids, mask, types, params, dpred, num_heads=num_heads, eps=eps)
-    if gaps is not None:
-        pull = tree_map(lambda g, d: g + 2 * dloss * regularize * d, _common(grads.bert, gaps), gaps)
-        grads = grads._replace(bert=_fill(pull, grads.bert))
-    return -dpred, grads
 
 
 def unique_targets(targets):
@@ -185,40 +144,6 @@ def select_key_sentences(q, s, memory, *, top=3, lambda_q=0.6, lambda_p=0.4) -> 
     best = score[order][:top]
     weight = np.ones(1) if len(best) == 1 else best / (best.sum() + TINY)
     return Selection(order, far.argmin(axis=1)[order], score[order], weight)
-
-
-def match_score(
-    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, *, num_heads, top=3,
-    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
-):  # fmt: skip
-    """Logits [2] of one article, sentence_ids lists of ids in their own order. Rank articles by logit 1."""
-    special = {
-        "max_len": max_len,
-        "claim_max": claim_max,
-        "cls_id": cls_id,
-        "sep_id": sep_id,
-        "pad_id": pad_id,
-    }
-    inputs = _article(claim_ids, sentence_ids, selection, top, special)
-    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
-    return match_forward(*inputs, memory, params, **options)[0]
-
-
-def match_score_backward(
-    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, dlogits, *, num_heads, top=3,
-    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
-) -> MatchParams:  # fmt: skip
-    """Gradients of the parameters for dlogits [2]; selection and memory are constants."""
-    special = {
-        "max_len": max_len,
-        "claim_max": claim_max,
-        "cls_id": cls_id,
-        "sep_id": sep_id,
-        "pad_id": pad_id,
-    }
-    inputs = _article(claim_ids, sentence_ids, selection, top, special)
-    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
-    return match_forward_backward(*inputs, memory, params, float64(dlogits)[None], **options)
 
 
 def prediction_weight(p, label):
@@ -354,9 +279,10 @@ def train_epoch(
     for at in (order[i : i + batch] for i in range(0, len(order), batch)):
         chosen = [r.select(claims[j], articles[j]) for j in at]
         inputs = [
-            _article(claims[j], articles[j], c, r.top, r.limits) for j, c in zip(at, chosen, strict=True)
+            selected_pairs(claims[j], articles[j], c, r.top, r.limits)
+            for j, c in zip(at, chosen, strict=True)
         ]
-        inputs = [np.concatenate(x) for x in zip(*(_padded(a, r.top) for a in inputs), strict=True)]
+        inputs = [np.concatenate(x) for x in zip(*(pad_pairs(a, r.top) for a in inputs), strict=True)]
         logits = match_forward(*inputs, r.memory, params, num_heads=r.num_heads)
         loss, d = cross_entropy(logits, labels[at])
         grads = match_forward_backward(*inputs, r.memory, params, d, num_heads=r.num_heads)
@@ -390,56 +316,6 @@ def _scale(d):
     return 1 - (d - d.min()) / (d.max() - d.min() + TINY)
 
 
-def _prediction(ids, mask, types, target, params, num_heads, eps):
-    if dims(ids=(ids, "B T"), target=(target, "B 2"))["B"] < 1:
-        raise ValueError("ids must hold at least one pair: a mean over none is not defined")
-    return rot_forward(ids, mask, types, params, num_heads=num_heads, eps=eps)
-
-
-def _gaps(params, anchor, regularize):
-    """params.bert - anchor where the anchor is not None; None if nothing pulls."""
-    if not regularize >= 0:
-        raise ValueError(f"regularize must not be negative, got {regularize}")
-    if regularize == 0:
-        return None
-    if anchor is None:
-        raise ValueError("anchor must be the pretrained weights where regularize > 0")
-    return tree_map(lambda a, p: p - a, anchor, _common(params.bert, anchor))
-
-
-def _common(tree, like):
-    """The tree with None wherever `like` has it."""
-    return tree_map(lambda _, p: p, like, tree)
-
-
-def _fill(tree, default):
-    """The tree with the fields that are None taken from `default`."""
-    return tree._replace(**{n: d for n, t, d in zip(tree._fields, tree, default, strict=True) if t is None})
-
-
-def _article(claim_ids, sentence_ids, selection, top, special):
-    """(ids, mask, types, weight, pattern) of the chosen sentences as a batch of one article."""
-    n = dims(order=(selection.order, "n"), pattern=(selection.pattern, "n"))["n"]
-    if not len(sentence_ids) or n != len(sentence_ids):
-        raise ValueError(f"sentence_ids must be the {n} sentences of the selection, got {len(sentence_ids)}")
-    if top < 1 or len(selection.weight) != min(top, n):
-        raise ValueError(
-            f"selection.weight must hold min(top, {n}) weights, got {len(selection.weight)} for {top=}"
-        )
-    chosen = [sentence_ids[i] for i in selection.order[:top]]
-    pairs = encode_pairs([claim_ids] * len(chosen), chosen, **special)
-    return (*(x[None] for x in pairs), selection.weight[None], selection.pattern[None, :top])
-
-
-def _padded(article, top):
-    """The inputs of one article with `top` pairs: the first again, at weight 0, for those it lacks."""
-    lacks = top - article[0].shape[1]
-    ids, mask, types, weight, pattern = article
-    again = (np.repeat(x[:, :1], lacks, axis=1) for x in (ids, mask, types))
-    more = (*again, np.zeros((1, lacks)), np.zeros((1, lacks), int))
-    return [np.concatenate(x, axis=1) for x in zip((ids, mask, types, weight, pattern), more, strict=True)]
-
-
 def example(seed=0):
     """Sentences of Hamlet as words by their place in a small vocabulary, networks of one and two blocks."""
     from ref.data import text
@@ -459,7 +335,7 @@ def example(seed=0):
         np.stack([sentence_vector(t, rot.bert.word) for t in article]),
     )
     selection = select_key_sentences(q, s, memory)
-    batch = _article(claim, article, selection, 3, limits)
+    batch = selected_pairs(claim, article, selection, 3, limits)
     weight, positive = prediction_weight(np.array([0.9, 0.2, 0.6]), np.array([1, 1, 0]))
     heads = {"num_heads": 2}
     return [

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, sigmoid
+from ref.blocks.optim import tree_leaves, tree_map
 from ref.dims import dims, float64
 from ref.models.bert import BertParams, bert_encode, bert_encode_vjp, bert_pool, bert_pool_vjp, init_bert
 
@@ -35,6 +36,15 @@ class MatchParams(NamedTuple):
 
     bert: BertParams
     head: tuple[Linear, ...]
+
+
+class Selection(NamedTuple):
+    """order, pattern int [n], score [n] of all sentences, best first; weight [min(top, n)] of the chosen."""
+
+    order: np.ndarray
+    pattern: np.ndarray
+    score: np.ndarray
+    weight: np.ndarray
 
 
 def encode_pairs(claims, sentences, *, max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103):
@@ -74,6 +84,44 @@ def rot_forward_backward(ids, mask, types, params: RotParams, dpred, *, num_head
     options = {"num_heads": num_heads, "token_mask": mask, "types": types, "eps": eps}
     dbert = bert_encode_vjp(ids, params.bert, dh, **options)
     return RotParams(dbert._replace(w_pool=dw_pool, b_pool=db_pool), dw_head)
+
+
+def rot_loss(
+    ids, mask, types, target, params: RotParams, *, num_heads, anchor=None, regularize=0.0, eps=1e-12
+):
+    """Mean squared error to target [B, 2] + regularize |bert - anchor|^2.
+
+    anchor: BertParams of the pretrained weights; what is None in it (a fresh pooler) is free. The released
+    code's anchor moves with the weights, so that its penalty is always 0: that is regularize = 0 here.
+    Raises: ValueError for regularize < 0, or without an anchor.
+    """
+    gaps = _gaps(params, anchor, regularize)
+    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
+    return ((pred - target) ** 2).mean() + regularize * sum((g**2).sum() for g in tree_leaves(gaps))
+
+
+def rot_loss_backward(
+    ids,
+    mask,
+    types,
+    target,
+    params: RotParams,
+    dloss=1.0,
+    *,
+    num_heads,
+    anchor=None,
+    regularize=0.0,
+    eps=1e-12,
+):
+    """(dtarget [B, 2], RotParams of gradients) of `rot_loss`, times dloss."""
+    gaps = _gaps(params, anchor, regularize)
+    pred = _prediction(ids, mask, types, target, params, num_heads, eps)
+    dpred = dloss * 2 * (pred - target) / pred.size
+    grads = rot_forward_backward(ids, mask, types, params, dpred, num_heads=num_heads, eps=eps)
+    if gaps is not None:
+        pull = tree_map(lambda g, d: g + 2 * dloss * regularize * d, _common(grads.bert, gaps), gaps)
+        grads = grads._replace(bert=_fill(pull, grads.bert))
+    return -dpred, grads
 
 
 def match_forward(
@@ -117,6 +165,63 @@ def match_forward_backward(
     return MatchParams(bert_encode_vjp(ids, params.bert, dh, **options), tuple(head[::-1]))
 
 
+def match_score(
+    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, *, num_heads, top=3,
+    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
+):  # fmt: skip
+    """Logits [2] of one article, sentence_ids lists of ids in their own order. Rank articles by logit 1."""
+    special = {
+        "max_len": max_len,
+        "claim_max": claim_max,
+        "cls_id": cls_id,
+        "sep_id": sep_id,
+        "pad_id": pad_id,
+    }
+    inputs = selected_pairs(claim_ids, sentence_ids, selection, top, special)
+    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
+    return match_forward(*inputs, memory, params, **options)[0]
+
+
+def match_score_backward(
+    claim_ids, sentence_ids, selection: Selection, memory, params: MatchParams, dlogits, *, num_heads, top=3,
+    max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
+) -> MatchParams:  # fmt: skip
+    """Gradients of the parameters for dlogits [2]; selection and memory are constants."""
+    special = {
+        "max_len": max_len,
+        "claim_max": claim_max,
+        "cls_id": cls_id,
+        "sep_id": sep_id,
+        "pad_id": pad_id,
+    }
+    inputs = selected_pairs(claim_ids, sentence_ids, selection, top, special)
+    options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
+    return match_forward_backward(*inputs, memory, params, float64(dlogits)[None], **options)
+
+
+def selected_pairs(claim_ids, sentence_ids, selection, top, special):
+    """(ids, mask, types, weight, pattern) of the selected sentences, a batch of one article."""
+    n = dims(order=(selection.order, "n"), pattern=(selection.pattern, "n"))["n"]
+    if not len(sentence_ids) or n != len(sentence_ids):
+        raise ValueError(f"sentence_ids must be the {n} sentences of the selection, got {len(sentence_ids)}")
+    if top < 1 or len(selection.weight) != min(top, n):
+        raise ValueError(
+            f"selection.weight must hold min(top, {n}) weights, got {len(selection.weight)} for {top=}"
+        )
+    chosen = [sentence_ids[i] for i in selection.order[:top]]
+    pairs = encode_pairs([claim_ids] * len(chosen), chosen, **special)
+    return (*(x[None] for x in pairs), selection.weight[None], selection.pattern[None, :top])
+
+
+def pad_pairs(article, top):
+    """The inputs of one article with `top` pairs: the first again, at weight 0, for those it lacks."""
+    lacks = top - article[0].shape[1]
+    ids, mask, types, weight, pattern = article
+    again = (np.repeat(x[:, :1], lacks, axis=1) for x in (ids, mask, types))
+    more = (*again, np.zeros((1, lacks)), np.zeros((1, lacks), int))
+    return [np.concatenate(x, axis=1) for x in zip((ids, mask, types, weight, pattern), more, strict=True)]
+
+
 def init_rot(rng, *, vocab, context, dim, hidden=None, std=0.02) -> RotParams:
     """One block with a fresh pooler and head, normal weights."""
     bert = init_bert(rng, vocab=vocab, context=context, dim=dim, depth=1, hidden=hidden, std=std)
@@ -131,6 +236,33 @@ def init_match(rng, *, vocab, context, dim, depth, hidden=None, std=0.02) -> Mat
     widths = [max(3 * dim // 2**n, 2) for n in range(5)]
     maps = [Linear(std * rng.standard_normal(io), np.zeros(io[1])) for io in pairwise(widths)]
     return MatchParams(bert, (*maps, Linear(std * rng.standard_normal((widths[-1], 2)))))
+
+
+def _prediction(ids, mask, types, target, params, num_heads, eps):
+    if dims(ids=(ids, "B T"), target=(target, "B 2"))["B"] < 1:
+        raise ValueError("ids must hold at least one pair: a mean over none is not defined")
+    return rot_forward(ids, mask, types, params, num_heads=num_heads, eps=eps)
+
+
+def _gaps(params, anchor, regularize):
+    """params.bert - anchor where the anchor is not None; None if nothing pulls."""
+    if not regularize >= 0:
+        raise ValueError(f"regularize must not be negative, got {regularize}")
+    if regularize == 0:
+        return None
+    if anchor is None:
+        raise ValueError("anchor must be the pretrained weights where regularize > 0")
+    return tree_map(lambda a, p: p - a, anchor, _common(params.bert, anchor))
+
+
+def _common(tree, like):
+    """The tree with None wherever `like` has it."""
+    return tree_map(lambda _, p: p, like, tree)
+
+
+def _fill(tree, default):
+    """The tree with the fields that are None taken from `default`."""
+    return tree._replace(**{n: d for n, t, d in zip(tree._fields, tree, default, strict=True) if t is None})
 
 
 def _rot(ids, mask, types, params, num_heads, eps):
