@@ -188,7 +188,7 @@ def law_softmax_free_gram_matrix(seed, gain):
 
 
 @given(seeds)
-def law_softmax_free_all_tokens_as_landmarks_are_exact(seed):
+def law_softmax_free_all_tokens_as_anchors_are_exact(seed):
     """Ratio 1, no ridge, tokens well apart: K K^-1 K v = K v."""
     noise, _, v = tokens(seed, gain=0.1)
     rows, columns = np.divmod(np.arange(12), 3)

@@ -55,7 +55,7 @@ BAD = {
     "no_ratio": (lambda: LAYER(ratio=0), r"ratio must be in 1\.\.3"),
     "even": (lambda: LAYER(conv_size=2), "conv_size must be odd, got 2"),
     "filter": (lambda: LAYER(conv_size=5), r"w_local\.shape\[2\] = 3, but must be 5"),
-    "landmark": (lambda: LAYER(ratio=3), r"w_landmark\.shape\[2\] = 2, but must be 3"),
+    "anchor_kernel": (lambda: LAYER(ratio=3), r"w_landmark\.shape\[2\] = 2, but must be 3"),
     "nan": (lambda: LAYER(x=X * np.nan), "x must be finite"),
     "weights": (lambda: LAYER(p=P._replace(w_q=P.w_q[:4])), r"w_q\.shape\[0\] = 4"),
     "backward": (lambda: S.soft_layer_backward(X, X, P, **{**AT, "ratio": 4}), r"ratio must be in 1\.\.3"),
@@ -67,7 +67,7 @@ BAD = {
     "kernel": (lambda: S.gaussian_kernel(Q, V), r"b\.shape\[1\] = 2, but axis d is 4 in a"),
     "attention": (lambda: S.soft_attention(Q, Q[:3], V[:5]), r"v\.shape\[0\] = 5"),
     "values": (lambda: S.soft_attention(Q, Q[:3], V * np.inf), "v must be finite"),
-    "landmarks": (lambda: S.soft_attention(Q, Q[:3] * np.nan, V), "q_tilde must be finite"),
+    "anchors": (lambda: S.soft_attention(Q, Q[:3] * np.nan, V), "q_tilde must be finite"),
     "image": (lambda: S.soft_forward(np.ones((1, 32, 32, 1)), None, None), "but must be 3"),
 }
 
