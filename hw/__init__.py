@@ -15,6 +15,7 @@ import types
 
 _HOME = {
     "trace": "hw.trace",
+    "from_onnx": "hw.onnx",
     **dict.fromkeys(("Program", "Op", "Tensor", "Loop", "Block"), "hw.program"),
     **dict.fromkeys(("MatmulDims", "ConvDims", "ElementwiseDims", "ReduceDims", "MoveDims"), "hw.program"),
     **dict.fromkeys(("count", "Counts"), "hw.count"),

@@ -106,13 +106,22 @@ def _parser():
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     p = command("price", _price, "price your own JAX function on a target")
     p.add_argument(
-        "function", metavar="MODULE:FUNCTION", help="imported from here, or an op program as .json"
+        "function",
+        metavar="MODULE:FUNCTION",
+        help="imported from here, an op program as .json, a model as .onnx",
     )
     p.add_argument(
         "--shape", action="append", default=[], metavar="1x128x64:float32",
         help="one argument's shape and type, repeatable; float32 if no type is given, ':float32' is a scalar",
     )  # fmt: skip
     p.add_argument("--static", action="append", default=[], metavar="NAME=VALUE", help="a keyword argument")
+    p.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        metavar="AXIS=LENGTH",
+        help="a length that a .onnx file leaves open",
+    )
     p.add_argument("--weights", default="", metavar="NAMES", help="arguments that are weights, by name: w,b")
     p.add_argument(
         "--target", action="append", metavar="NAME", help="preset or .toml, repeatable (default h200)"
@@ -553,13 +562,15 @@ def _price(options):
 
 
 def _program(options):
-    """The op program of MODULE:FUNCTION with the given shapes, or the one in a .json file."""
+    """The op program of MODULE:FUNCTION with the given shapes, or the one in a .json or .onnx file."""
     import hw
 
     if options.function.endswith(".json"):
         from hw.program import Program
 
         return Program.from_json(Path(options.function).read_text())
+    if options.function.endswith(".onnx"):
+        return hw.from_onnx(options.function, sizes=dict(_assignment(x) for x in options.size))[0]
     module, colon, name = options.function.partition(":")
     if not (module and colon and name):
         raise Refusal(f"say what to price as MODULE:FUNCTION, got {options.function!r}")
