@@ -1,0 +1,432 @@
+"""Local learning: a transformer cut into modules that are trained each by a loss of its own, none waiting for
+another.
+
+Source: Pathak, Zhang and Samaras 2023 (WACV, arXiv 2212.14215), no released code: a module keeps what it was
+given by reconstructing its input features. The baseline, which reconstructs the image, is InfoPro's
+(ref/blocks/auxiliary.py). Our choices, where the paper was silent: mean squared error for features, the
+tokens behind the patch embedding as the first target, the weights' schedule, plain gradient descent.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ref.blocks.auxiliary import (
+    EPS,
+    AuxParams,
+    FeatureDecoderParams,
+    ImageDecoderParams,
+    affine,
+    as_grid,
+    aux_classifier,
+    aux_classifier_loss,
+    bce_reconstruction,
+    bce_reconstruction_vjp,
+    decoder_kind,
+    feature_decoder,
+    feature_decoder_vjp,
+    image_decoder,
+    image_decoder_vjp,
+    init_aux,
+    init_feature_decoder,
+    init_image_decoder,
+    mse_reconstruction,
+    supervised_contrastive,
+    supervised_contrastive_vjp,
+    upsample_bilinear,
+)
+from ref.blocks.losses import cross_entropy
+from ref.blocks.mlp import linear, linear_vjp, relu
+from ref.blocks.norms import layer_norm
+from ref.blocks.optim import tree_map
+from ref.blocks.transformer import transformer_block, transformer_block_vjp
+from ref.dims import dims, float64
+from ref.example import Example
+from ref.models.shapes import BlockShape, NetShape, swin_tiny, vit_shape
+from ref.models.vit import (
+    ViTParams,
+    classify,
+    embed_patches,
+    embed_patches_vjp,
+    head_vjp,
+    init_vit,
+    pool,
+    pool_vjp,
+)
+
+__all__ = [
+    "AuxParams",
+    "BlockShape",
+    "FeatureDecoderParams",
+    "ImageDecoderParams",
+    "LocalAux",
+    "LocalParams",
+    "LossParts",
+    "ModuleBytes",
+    "NetShape",
+    "TokenHead",
+    "activation_memory",
+    "aux_classifier",
+    "aux_classifier_loss",
+    "bce_reconstruction",
+    "example",
+    "feature_decoder",
+    "feature_decoder_vjp",
+    "image_decoder",
+    "init_feature_decoder",
+    "init_local",
+    "lambda_schedule",
+    "local_gradients",
+    "local_loss",
+    "local_loss_vjp",
+    "local_train_step",
+    "mse_reconstruction",
+    "pipeline_times",
+    "split_blocks",
+    "supervised_contrastive",
+    "swin_tiny",
+    "upsample_bilinear",
+    "vit_shape",
+]
+
+METHODS = ("feature", "infopro", "greedy", "e2e")
+
+
+class TokenHead(NamedTuple):
+    """A classifier of the mean token: relu(mean w1 + b1) w2 + b2, w1 [C, h], w2 [h, K]."""
+
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+
+
+class LocalAux(NamedTuple):
+    """What helps one module and is dropped afterwards: a decoder (of features or of the image) and a head."""
+
+    decoder: FeatureDecoderParams | ImageDecoderParams | None
+    head: TokenHead
+
+
+class LocalParams(NamedTuple):
+    """The network, without a class token, and one LocalAux for every module but the last."""
+
+    net: ViTParams
+    aux: tuple[LocalAux, ...]
+
+
+class LossParts(NamedTuple):
+    """The two losses of a module before their weights; rec is 0 where nothing is reconstructed."""
+
+    rec: float
+    cls: float
+
+
+def split_blocks(costs, k, *, balanced=True):
+    """Ends of k runs of blocks, the last len(costs): (3, 6) cuts six blocks in the middle.
+
+    balanced: the largest sum of costs [n] in a run is the least possible; else equal numbers of blocks, the
+    longer runs first. Raises: ValueError unless 1 <= k <= n.
+    """
+    costs = [float(c) for c in costs]
+    n = len(costs)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in 1..{n}, the number of blocks, got {k}")
+    if not balanced:
+        return tuple(int(e) for e in np.cumsum([n // k + (i < n % k) for i in range(k)]))
+    total = np.concatenate([[0.0], np.cumsum(costs)])
+    best = [[np.inf] * (n + 1) for _ in range(k + 1)]  # [runs][blocks]: the least largest sum
+    cut = [[0] * (n + 1) for _ in range(k + 1)]
+    best[0][0] = 0.0
+    for runs in range(1, k + 1):
+        for end in range(runs, n + 1):
+            for start in range(runs - 1, end):
+                worst = max(best[runs - 1][start], total[end] - total[start])
+                if worst < best[runs][end]:
+                    best[runs][end], cut[runs][end] = worst, start
+    ends = [n]
+    for runs in range(k, 1, -1):
+        ends.insert(0, cut[runs][ends[0]])
+    return tuple(ends)
+
+
+def lambda_schedule(k_index, modules, *, first, last):
+    """first (1 - r) + last r with r = k_index / (modules - 2), k_index in 0..modules - 2; r = 0 for two."""
+    if not (modules >= 2 and 0 <= k_index <= modules - 2):
+        raise ValueError(f"need modules >= 2 and k_index in 0..modules - 2, got {modules=}, {k_index=}")
+    ratio = k_index / max(modules - 2, 1)
+    return first * (1 - ratio) + last * ratio
+
+
+def local_loss(h, target, labels, aux: LocalAux, *, lambda_rec, lambda_cls, rec="mse", cls="cross_entropy"):
+    """(lambda_rec rec + lambda_cls cls, LossParts) of a module's output h [B, N, C].
+
+    rec: "mse" against target [B, N, P], the features it was given; "bce" against target [B, S, S, 3], the
+    image in [0, 1]. cls: "cross_entropy" of the head's logits, or "contrast" of its outputs. target and
+    labels are constants. Without a decoder, or with lambda_rec = 0, nothing is reconstructed and rec is 0.
+    Raises: ValueError naming the argument at fault.
+    """
+    check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls)
+    parts = [0.0, 0.0]
+    if aux.decoder is not None and lambda_rec:
+        guess = _reconstruct(h, aux.decoder, target, rec)
+        parts[0] = (mse_reconstruction if rec == "mse" else bce_reconstruction)(guess, target)
+    out = _head(h, aux.head)[-1]
+    parts[1] = (
+        cross_entropy(out, labels)[0] if cls == "cross_entropy" else supervised_contrastive(out, labels)
+    )
+    return lambda_rec * parts[0] + lambda_cls * parts[1], LossParts(*parts)
+
+
+def local_loss_vjp(
+    h, target, labels, aux: LocalAux, *, lambda_rec, lambda_cls, rec="mse", cls="cross_entropy"
+):
+    """-> (dh, LocalAux of gradients) of `local_loss`; that of a decoder which is not used is None."""
+    check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls)
+    dh, ddecoder = np.zeros(h.shape), None
+    if aux.decoder is not None and lambda_rec:
+        guess = _reconstruct(h, aux.decoder, target, rec)
+        if rec == "mse":
+            d = 2 * lambda_rec * (guess - target) / guess.size
+            dh, ddecoder = feature_decoder_vjp(h, aux.decoder, d, kind=decoder_kind(aux.decoder))
+        else:
+            d = lambda_rec * bce_reconstruction_vjp(guess, target)
+            dgrid, ddecoder = image_decoder_vjp(as_grid(h), aux.decoder, d, image_size=target.shape[1])
+            dh = dgrid.reshape(h.shape)
+    p, (pooled, hidden, out) = aux.head, _head(h, aux.head)
+    dout = (
+        cross_entropy(out, labels)[1] if cls == "cross_entropy" else supervised_contrastive_vjp(out, labels)
+    )
+    d, dw2, db2 = linear_vjp(relu(hidden), p.w2, lambda_cls * dout)
+    d, dw1, db1 = linear_vjp(pooled, p.w1, d * (hidden > 0))
+    return dh + d[:, None] / h.shape[1], LocalAux(ddecoder, TokenHead(dw1, db1, dw2, db2))
+
+
+def local_gradients(params: LocalParams, batch, *, boundaries, method="feature", lambda_rec=1.0,
+                    lambda_cls=1.0, num_heads=4, first_target="embedding", normalize_target=False,
+                    cls="cross_entropy"):  # fmt: skip
+    """(LocalParams of gradients, [LossParts] by module) of one batch: (images [B, H, W, C], labels int [B]).
+
+    Every module runs on the output of the one before, held constant, and ends its own gradient there. Args
+    and Raises as for `local_train_step`.
+    """
+    images, labels = batch
+    check_split(params, images, labels, boundaries, method, first_target)
+    images, net = float64(images), params.net
+    weigh = lambda w, k: float(np.broadcast_to(w, max(len(boundaries) - 1, 1))[k])
+    h = embed_patches(images, net)
+    blocks, aux, parts, start, first = [], [], [], 0, None
+    ends = (len(net.blocks),) if method == "e2e" else boundaries
+    for k, end in enumerate(ends):
+        inputs, target = [h], h
+        for block in net.blocks[start:end]:
+            inputs.append(transformer_block(inputs[-1], block, num_heads=num_heads, eps=EPS))
+        h = inputs[-1]
+        if k == len(ends) - 1:
+            loss, dlogits = cross_entropy(classify(h, net, eps=EPS), labels)
+            dpooled, last = head_vjp(pool(h, net), net, dlogits, eps=EPS)
+            d, part = pool_vjp(h, net, dpooled), LossParts(0.0, loss)
+        else:
+            to_image = method == "infopro" or (k == 0 and first_target == "image")
+            target = images if to_image else _standard(target) if normalize_target else target
+            options = {"lambda_rec": 0.0 if method == "greedy" else weigh(lambda_rec, k),
+                       "lambda_cls": weigh(lambda_cls, k), "cls": cls,
+                       "rec": "bce" if to_image else "mse"}  # fmt: skip
+            part = local_loss(h, target, labels, params.aux[k], **options)[1]
+            d, daux = local_loss_vjp(h, target, labels, params.aux[k], **options)
+            aux.append(daux)
+        grads = []
+        for x, block in zip(inputs[-2::-1], net.blocks[start:end][::-1], strict=True):
+            d, g = transformer_block_vjp(x, block, d, num_heads=num_heads, eps=EPS)
+            grads.insert(0, g)
+        if k == 0:
+            first = embed_patches_vjp(images, net, d)[1]  # the embedding belongs to the first module
+        blocks += grads
+        parts.append(part)
+        start = end
+    aux = tuple(aux) if method != "e2e" else tuple(tree_map(np.zeros_like, a) for a in params.aux)
+    return LocalParams(ViTParams(**first, **last, blocks=tuple(blocks)), aux), parts
+
+
+def local_train_step(params: LocalParams, batch, *, boundaries, method="feature", learning_rate,
+                     lambda_rec=1.0, lambda_cls=1.0, **options):  # fmt: skip
+    """(params after one step of gradient descent, {"loss": [LossParts] by module}).
+
+    Args: batch: (images [B, H, W, C], in [0, 1] where they are a target; labels int [B]).
+      boundaries: ends of the modules in blocks, see `split_blocks`; one alone is end-to-end training.
+      method: "feature", "infopro" (every target the image), "greedy" (no reconstruction), "e2e".
+      lambda_rec, lambda_cls: one number, or one for each module but the last, see `lambda_schedule`.
+      options: num_heads (4); first_target "embedding" or "image"; normalize_target, each target token
+        standardised (False); cls, see `local_loss`.
+    Raises: ValueError naming the argument at fault.
+    """
+    options |= {
+        "boundaries": boundaries,
+        "method": method,
+        "lambda_rec": lambda_rec,
+        "lambda_cls": lambda_cls,
+    }
+    grads, parts = local_gradients(params, batch, **options)
+    return _descend(params, grads, learning_rate), {"loss": parts}
+
+
+def init_local(key, *, image_size, patch, dim, depth, num_classes, boundaries, channels=3, method="feature",
+               kind="mlp", first_target="embedding", hidden=128, std=0.02):  # fmt: skip
+    """LocalParams: a vision transformer without a class token, decoders and heads for all but the last."""
+    rng = np.random.default_rng(key)
+    net = init_vit(rng, image_size=image_size, patch=patch, dim=dim, depth=depth, num_classes=num_classes,
+                   channels=channels, class_token=False, std=std)  # fmt: skip
+    aux = []
+    for k in range(len(boundaries) - 1):
+        to_image = method == "infopro" or (k == 0 and first_target == "image")
+        decoder = init_image_decoder(rng, dim) if to_image else init_feature_decoder(rng, dim, dim, kind=kind)
+        head = TokenHead(*affine(rng, dim, hidden), *affine(rng, hidden, num_classes))
+        aux.append(LocalAux(None if method == "greedy" else decoder, head))
+    return LocalParams(net, tuple(aux))
+
+
+class ModuleBytes(NamedTuple):
+    """Bytes that wait for a module's backward pass: of its own blocks, of its decoder, of its head."""
+
+    blocks: int
+    decoder: int
+    head: int
+
+
+def activation_memory(config: NetShape, *, boundaries, method, batch, itemsize=4):
+    """(ModuleBytes of every module, in order), one alone for "e2e"; what must fit at a time is the largest.
+
+    A block keeps its input, both norms' outputs, q, k, v, the weights of attention, their result, the sum
+    between (8 N C + H N W) and the hidden layer before and after GELU (2 N F); merging patches, its norm's
+    input and output. Decoders: "feature", an MLP with M = C; "infopro", an image decoder of twelve channels
+    at full size.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    ends = (len(config.blocks),) if method == "e2e" else tuple(boundaries)
+    _check_ends(ends, len(config.blocks))
+    out, start = [], 0
+    for k, end in enumerate(ends):
+        own, top = config.blocks[start:end], config.blocks[end - 1]
+        numbers = sum(8 * b.tokens * b.dim + b.heads * b.tokens * b.window + 2 * b.tokens * b.hidden
+                      + (2 * b.tokens * 2 * b.dim if b.merges else 0) for b in own)  # fmt: skip
+        before = config.blocks[start - 1] if start else own[0]
+        decoder = 0
+        if k < len(ends) - 1 and method == "infopro":
+            # the upsampled map; twelve channels convolved, normed and behind ReLU; the image
+            decoder = config.image_size**2 * (top.dim + 3 * 12 + 3)
+        elif k < len(ends) - 1 and method == "feature":
+            decoder = 3 * top.tokens * top.dim + before.tokens * before.dim  # norm, hidden twice, guess
+        head = 0 if method == "e2e" else top.dim + 2 * 128
+        out.append(ModuleBytes(*(itemsize * batch * x for x in (numbers, decoder, head))))
+        start = end
+    return tuple(out)
+
+
+def pipeline_times(costs, boundaries):
+    """(sum of all costs, largest of a module): time a batch end to end, and with every module on a device of
+    its own, each at work on an earlier batch than the one before: nothing waits for a backward pass.
+    """
+    _check_ends(tuple(boundaries), len(costs))
+    starts = (0, *boundaries[:-1])
+    modules = [sum(costs[a:b]) for a, b in zip(starts, boundaries, strict=True)]
+    return sum(costs), max(modules)
+
+
+def _reconstruct(h, decoder, target, rec):
+    if (rec == "bce") != isinstance(decoder, ImageDecoderParams):
+        raise ValueError(
+            f'aux.decoder must be an image decoder for rec "bce" and of features for "mse", got {rec=}'
+        )
+    if rec == "bce":
+        return image_decoder(as_grid(h), decoder, image_size=target.shape[1])
+    return feature_decoder(h, decoder, kind=decoder_kind(decoder))
+
+
+def _head(h, p):
+    """(mean token, hidden layer before ReLU, output)."""
+    pooled = float64(h).mean(axis=1)
+    hidden = linear(pooled, p.w1, p.b1)
+    return pooled, hidden, linear(relu(hidden), p.w2, p.b2)
+
+
+def _descend(params, grads, rate):
+    """params - rate grads; a part without a gradient stays."""
+    if grads is None or params is None:
+        return params
+    if isinstance(params, tuple):
+        new = [_descend(p, g, rate) for p, g in zip(params, grads, strict=True)]
+        return type(params)(*new) if hasattr(params, "_fields") else tuple(new)
+    return params - rate * grads
+
+
+def _standard(x):
+    """Every token with mean 0 and variance 1."""
+    return layer_norm(x, np.ones(x.shape[-1]), np.zeros(x.shape[-1]), eps=EPS)
+
+
+def _check_ends(ends, n):
+    if not ends or ends[-1] != n or any(b <= a for a, b in zip((0, *ends[:-1]), ends, strict=True)):
+        raise ValueError(f"boundaries must increase and end with the number of blocks {n}, got {list(ends)}")
+
+
+def check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls):
+    """Raise ValueError for a bad call of the local loss."""
+    dims(h=(h, "B N C"), labels=(labels, "B"))
+    dims(
+        **{
+            "h": (h, "B N C"),
+            "aux.head.w1": (aux.head.w1, "C hidden"),
+            "aux.head.w2": (aux.head.w2, "hidden K"),
+        }
+    )
+    if rec not in ("mse", "bce"):
+        raise ValueError(f'rec must be "mse" or "bce", got {rec!r}')
+    if cls not in ("cross_entropy", "contrast"):
+        raise ValueError(f'cls must be "cross_entropy" or "contrast", got {cls!r}')
+    if not (lambda_rec >= 0 and lambda_cls >= 0):
+        raise ValueError(f"lambda_rec and lambda_cls must not be negative, got {lambda_rec}, {lambda_cls}")
+
+
+def check_split(params, images, labels, boundaries, method, first_target):
+    """Raise ValueError for a bad call of a training step."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if first_target not in ("embedding", "image"):
+        raise ValueError(f'first_target must be "embedding" or "image", got {first_target!r}')
+    if params.net.cls_token is not None:
+        raise ValueError("params.net must have no class token: features are a grid of patches")
+    dims(images=(images, "B H W C"), labels=(labels, "B"))
+    _check_ends(tuple(boundaries), len(params.net.blocks))
+    if method != "e2e" and len(params.aux) != len(boundaries) - 1:
+        want = f"{len(boundaries) - 1}, one for each module but the last"
+        raise ValueError(f"params.aux must have length {want}, got {len(params.aux)}")
+
+
+def example(seed=0):
+    """Digits through a transformer of four blocks, cut in two; InfoPro's parts on its features."""
+    from ref.data import digits
+
+    rng = np.random.default_rng(seed)
+    images, labels = digits()
+    pick = rng.permutation(len(images))[:6]
+    x, y = np.repeat(images[pick, :, :, None] / 16, 3, axis=-1), labels[pick].astype(int)
+    options = {"image_size": 8, "patch": 2, "dim": 8, "depth": 4, "num_classes": 10, "boundaries": (2, 4)}
+    params = init_local(rng, hidden=8, std=0.3, **options)
+    h = embed_patches(x, params.net)
+    grid, image, aux = h.reshape(6, 4, 4, 8), init_image_decoder(rng, 8), init_aux(rng, 8, 10, hidden=8)
+    guess = image_decoder(grid, image, image_size=8)
+    weights = {"lambda_rec": 1.0, "lambda_cls": 0.5}
+    step = {"boundaries": (2, 4), "learning_rate": 0.1, **weights, "num_heads": 2}
+    return [
+        Example("upsample_bilinear", (grid,), {"size": 8}, (0,)),
+        Example("image_decoder", (grid, image), {"image_size": 8}, (0, 1)),
+        Example("feature_decoder", (h, params.aux[0].decoder), {}, (0, 1)),
+        Example("bce_reconstruction", (guess, x), {}, (0,)),
+        Example("mse_reconstruction", (guess, x), {}, (0,)),
+        Example("supervised_contrastive", (h.mean(axis=1), y % 3), {}, (0,)),
+        Example("aux_classifier", (grid, aux), {}, (0, 1)),
+        Example("aux_classifier_loss", (grid, y, aux), {}, (0, 2)),
+        Example("local_loss", (h, h + 0.1, y, params.aux[0]), weights, (0,)),
+        Example("local_train_step", (params, (x, y)), step),
+    ]
