@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ref.blocks.attention import attention_dense, attention_dense_vjp, join_heads
+from ref.blocks.attention import attention_dense, attention_dense_vjp, broadcasts, join_heads
 from ref.blocks.masks import bigbird_block_mask, check_rand_blocks
+from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, transformer_block
-from ref.dims import dims, float64
+from ref.dims import dims
 from ref.example import Example
 from ref.models.bert import BertParams, bert_embed
 
@@ -126,9 +127,8 @@ def bigbird_self_attention(
     n = dims(x=(x, "... L C"), w_q=(params.w_q, "C E"))
     if num_heads < 1 or n["E"] % num_heads:
         raise ValueError(f"num_heads must divide the width {n['E']}, got {num_heads}")
-    real = np.ones(x.shape[:-1], bool) if token_mask is None else np.asarray(token_mask)
-    dims(x=(x, "... L C"), token_mask=(real, "... L"))
-    heads = qkv(np.where(real[..., None], float64(x), 0.0), params, num_heads=num_heads)
+    real = token_rows("token_mask", token_mask, x.shape[:-1])
+    heads = qkv(zero_padding(real, x)[0], params, num_heads=num_heads)
     options = {"rand_blocks": rand_blocks, "num_global_tokens": num_global_tokens, "token_mask": token_mask}
     return join_heads(bigbird_attention(*heads, block_size=block_size, **options))
 
@@ -140,8 +140,7 @@ def bigbird_encoder(params: BertParams, ids, *, config: BigBirdConfig, rand_bloc
       5 + 2 num_rand blocks gets full attention.
     """
     c, L = config, dims(ids=(ids, "... L"))["L"]
-    real = np.ones(np.shape(ids), bool) if token_mask is None else np.asarray(token_mask)
-    dims(ids=(ids, "... L"), token_mask=(real, "... L"))
+    real = token_rows("token_mask", token_mask, np.shape(ids))
     short = L <= (5 + 2 * c.num_rand) * c.block_size
     x = bert_embed(ids, params, eps=c.eps)
     for layer, p in enumerate(params.blocks):
@@ -172,7 +171,7 @@ def pad_to_blocks(x, *, block_size, axis=-1, token_mask=None):
     """
     if block_size < 1 or axis not in (-1, -2):
         raise ValueError(f"block_size must be at least 1 and axis -1 or -2, got {block_size=}, {axis=}")
-    real = np.ones(x.shape[: x.ndim + axis + 1], bool) if token_mask is None else np.asarray(token_mask)
+    real = token_rows("token_mask", token_mask, x.shape[: x.ndim + axis + 1])
     more = (0, -x.shape[axis] % block_size)
     lead = [(0, 0)] * (real.ndim - 1)
     return np.pad(x, [*lead, more, *[(0, 0)] * (-axis - 1)]), np.pad(real, [*lead, more])
@@ -230,10 +229,8 @@ class _Plan:
         n = dims(q=(q, "... H L D"), k=(k, "... H L D"), v=(v, "... H L D"))
         lead, L, self.g, self.b = n["..."], n["L"], num_global_tokens, block_size
         self.nb = nb = _num_blocks(L, block_size, num_global_tokens)
-        real = np.ones((*lead, L), bool) if token_mask is None else np.asarray(token_mask)
-        if real.shape != (*lead, L) or real.dtype != bool:
-            raise ValueError(f"token_mask must be bool {[*lead, L]}, got {list(real.shape)} of {real.dtype}")
-        self.real, self.real_keys = real, real[..., None, None, :]
+        self.real = real = token_rows("token_mask", token_mask, (*lead, L))
+        self.real_keys = real[..., None, None, :]
         self.scale = 1 / np.sqrt(n["D"]) if scale is None else scale
         self.full = np.unique(np.r_[: self.g + block_size, L - block_size : L])
         rows = np.arange(1, max(nb - 1, 1))
@@ -241,7 +238,7 @@ class _Plan:
         self.rand = np.zeros((n["H"], len(rows), 0), int)
         if rand_blocks is not None:
             self.rand = check_rand_blocks(rand_blocks, nb)
-            if self.rand.shape[-3] != n["H"] or not _broadcasts(self.rand.shape[:-3], lead):
+            if self.rand.shape[-3] != n["H"] or not broadcasts(self.rand.shape[:-3], lead):
                 raise ValueError(
                     f"rand_blocks must be [..., H={n['H']}, nb - 2={nb - 2}, r], its leading axes broadcast "
                     f"to {list(lead)}, got {list(np.shape(rand_blocks))}"
@@ -258,7 +255,7 @@ class _Plan:
 
     def real_rows(self, x):
         """x [..., H, L, D] with the rows of padded tokens set to 0."""
-        return np.where(self.real[..., None, :, None], float64(x), 0.0)
+        return zero_padding(self.real[..., None, :], x)[0]
 
     def blocks(self, x):
         """The blocks after the global tokens: [..., nb, b, D], a view where x is contiguous."""
@@ -313,10 +310,6 @@ def _num_blocks(length, block_size, num_global_tokens):
             f"{num_global_tokens=}; `pad_to_blocks` pads and masks"
         )
     return rest // block_size
-
-
-def _broadcasts(shape, to):
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _diameter(A):

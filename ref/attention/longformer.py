@@ -15,6 +15,7 @@ from ref.blocks.attention import attention_dense, join_heads, split_heads
 from ref.blocks.masks import check_window, dilated_window_mask, longformer_mask
 from ref.blocks.mlp import linear, mlp
 from ref.blocks.norms import layer_norm
+from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, qkv_vjp
 from ref.dims import dims, float64
@@ -144,12 +145,13 @@ def longformer_encoder(
     Raises: ValueError for an id outside the vocabulary, more real tokens than positions, or as above.
     """
     c = config
-    real = np.ones(np.shape(ids), bool) if token_mask is None else np.asarray(token_mask, bool)
-    dims(ids=(ids, "... L"), token_mask=(real, "... L"))
+    real = token_rows("token_mask", token_mask, np.shape(ids))
     positions = np.where(real, np.cumsum(real, axis=-1) - 1 + c.num_reserved, max(c.num_reserved - 1, 0))
     x = bert_embed(ids, params.bert, positions=positions, eps=c.eps)
     blocks = params.bert.blocks
     windows = (c.window,) * len(blocks) if isinstance(c.window, int) else c.window
+    if len(windows) != len(blocks):
+        raise ValueError(f"window must be one number, or one for each of {len(blocks)} blocks, got {windows}")
     for p, wide, window in zip(blocks, params.wide, windows, strict=True):
         o = longformer_attention(
             x, LongformerParams(p, wide), num_heads=c.num_heads, window=window,
@@ -223,8 +225,8 @@ class _Plan:
         n = dims(q=(q, "... H L D"), k=(k, "... H L D"), v=(v, "... H L D"))
         check_window(window, dilation, causal, global_mask)
         lead, L = n["..."], n["L"]
-        self.real = _mask("token_mask", token_mask, lead, L, True)
-        self.is_global = _mask("global_mask", global_mask, lead, L, False) & self.real
+        self.real = token_rows("token_mask", token_mask, (*lead, L))
+        self.is_global = token_rows("global_mask", global_mask, (*lead, L), default=False) & self.real
         self.window = {"window": window, "dilation": dilation, "causal": causal}
         self.scale = 1 / np.sqrt(n["D"]) if scale is None else scale
         half = window // 2
@@ -239,7 +241,7 @@ class _Plan:
 
     def real_rows(self, x):
         """x [..., H, L, D] with the rows of padded tokens set to 0."""
-        return np.where(self.real[..., None, :, None], float64(x), 0.0)
+        return zero_padding(self.real[..., None, :], x)[0]
 
     def forward(self, local, wide, method):
         """o [..., H, L, D] from (q, k, v) of local rows and of global rows."""
@@ -342,18 +344,20 @@ def _chunk_scores(q, k, half):
     band[..., -1, :, half:] = s[..., -1, half:, : half + 1]
     band[..., 1:, :, :half] = s[..., :, half - 1 : -1, half + 1 :]  # the keys before it
     band[..., 0, 1:, 1:half] = s[..., 0, : half - 1, half + 2 :]
-    return band.reshape(*lead, -1, w + 1)[..., :L, :]
+    return band.reshape(*lead, (n + 1) * half, w + 1)[..., :L, :]
 
 
 def _chunk_values(p, v, half):
     """sum_j p[i, j - i + half] v_j from products of [half, 3 half] probabilities with 3 half values."""
     L, lead = p.shape[-2], p.shape[:-2]
-    rows = -(-L // half) * half
-    p = np.pad(p, [(0, 0)] * len(lead) + [(0, rows - L), (0, half)]).reshape(*lead, -1, half * (3 * half + 1))
-    p = p[..., : half * 3 * half].reshape(*lead, -1, half, 3 * half)  # row i is shifted right by i
+    n = -(-L // half)
+    rows = n * half
+    p = np.pad(p, [(0, 0)] * len(lead) + [(0, rows - L), (0, half)])
+    p = p.reshape(*lead, n, half * (3 * half + 1))[..., : half * 3 * half]
+    p = p.reshape(*lead, n, half, 3 * half)  # row i is shifted right by i
     v = np.pad(v, [(0, 0)] * len(lead) + [(half, rows - L + half), (0, 0)])
     at = np.arange(0, rows, half)[:, None] + np.arange(3 * half)
-    return (p @ v[..., at, :]).reshape(*lead, rows, -1)[..., :L, :]
+    return (p @ v[..., at, :]).reshape(*lead, rows, v.shape[-1])[..., :L, :]
 
 
 def _project(x, params, num_heads, window, global_mask, token_mask):
@@ -361,20 +365,11 @@ def _project(x, params, num_heads, window, global_mask, token_mask):
     n = dims(x=(x, "... L C"), w_q=(params.local.w_q, "C E"), wide_w_q=(params.wide.w_q, "C E"))
     if num_heads < 1 or n["E"] % num_heads:
         raise ValueError(f"num_heads must divide the width {n['E']}, got {num_heads}")
-    real = _mask("token_mask", token_mask, n["..."], n["L"], True)
-    x = np.where(real[..., None], float64(x), 0.0)
+    x = zero_padding(token_rows("token_mask", token_mask, x.shape[:-1]), x)[0]
     local = qkv(x, params.local, num_heads=num_heads)
     plan = _Plan(*local, window, 1, global_mask, token_mask, False, None)
     wide = qkv(x, params.wide, num_heads=num_heads) if len(plan.cols) else local
     return plan, x, tuple(map(plan.real_rows, local)), tuple(map(plan.real_rows, wide))
-
-
-def _mask(name, mask, lead, L, default):
-    if mask is None:
-        return np.full((*lead, L), default)
-    if np.shape(mask) != (*lead, L) or np.asarray(mask).dtype != bool:
-        raise ValueError(f"{name} must be bool {[*lead, L]}, got {list(np.shape(mask))} of {mask.dtype}")
-    return np.asarray(mask)
 
 
 def example(seed=0):

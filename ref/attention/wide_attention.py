@@ -26,6 +26,7 @@ from ref.blocks.linear_attention import linear_attention, orthogonal_features, p
 from ref.blocks.mixed_attention import linformer_attention, sinkhorn_attention, synthesizer_attention
 from ref.blocks.mlp import linear, linear_vjp, relu
 from ref.blocks.norms import layer_norm
+from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.positions import sinusoidal_positions
 from ref.blocks.softmax import softmax
 from ref.blocks.transformer import AttentionParams, BlockParams, init_block, transformer_block
@@ -298,11 +299,7 @@ def latency_model(config, length, machine: Machine, *, itemsize=4):
 
 def _read(x, mask):
     """x [..., T, d] with the padded tokens set to 0."""
-    x = float64(x)
-    if mask is None:
-        return x
-    key_mask(mask, x.shape[:-2], x.shape[-2])
-    return np.where(np.asarray(mask)[..., None], x, 0.0)
+    return zero_padding(None if mask is None else token_rows("mask", mask, x.shape[:-1]), x)[0]
 
 
 def _heads(x, params, heads, head_dim):

@@ -15,6 +15,7 @@ from ref.blocks.mixed_attention import (
     sinkhorn_attention,
     synthesizer_attention,
 )
+from ref.blocks.padding import token_rows
 from ref.dims import dims
 
 # kind -> the options it takes, and the arrays it needs
@@ -142,9 +143,7 @@ def key_mask(mask, lead, T):
     """bool [..., 1, T], one for all heads; None stays None."""
     if mask is None:
         return None
-    if np.shape(mask) != (*lead, T) or np.asarray(mask).dtype != bool:
-        raise ValueError(f"mask must be bool {[*lead, T]}, True = real, got shape {list(np.shape(mask))}")
-    return np.asarray(mask)[..., None, :]
+    return token_rows("mask", mask, (*lead, T))[..., None, :]
 
 
 def seen_by_kind(kind, T, keys, extras, options):

@@ -7,6 +7,7 @@ ways, not causal.
 
 import numpy as np
 
+from ref.blocks.padding import zero_padding
 from ref.dims import dims, float64
 
 KERNELS = {"softmax": 1e-4, "relu": 1e-3}  # name -> what is added to every feature
@@ -52,7 +53,7 @@ def linear_attention_vjp(q, k, v, do, *, mask=None):
     fk, v = _linear_keys(k, v, mask)
     dfq, dfk, dv = kernel_attention_vjp(elu_plus_one(q), fk, v, float64(do))
     slope = lambda x: np.exp(np.minimum(float64(x), 0))  # 1 for x > 0
-    return dfq * slope(q), *_real(mask, dfk * slope(k), dv)
+    return dfq * slope(q), *zero_padding(mask, dfk * slope(k), dv)
 
 
 def performer_features(x, proj, *, kernel="softmax", eps=None, axis=-1, mask=None):
@@ -83,9 +84,9 @@ def performer_attention(q, k, v, proj, *, kernel="softmax", eps=None, mask=None)
     Args: q [..., L, D], k, v [..., S, D]; proj [m, D]; mask bool [..., S], True = real keys.
     """
     dims(q=(q, "... L D"), k=(k, "... S D"), v=(v, "... S Dv"), proj=(proj, "m D"))
-    k, v = _real(mask, k, v)
+    k, v = zero_padding(mask, k, v)
     fk = performer_features(k, proj, kernel=kernel, eps=eps, axis=(-2, -1), mask=mask)
-    return kernel_attention(performer_features(q, proj, kernel=kernel, eps=eps), *_real(mask, fk, v))
+    return kernel_attention(performer_features(q, proj, kernel=kernel, eps=eps), *zero_padding(mask, fk, v))
 
 
 def orthogonal_features(rng, m, dim):
@@ -101,12 +102,5 @@ def orthogonal_features(rng, m, dim):
 
 def _linear_keys(k, v, mask):
     """(features of the keys, values), 0 for padding."""
-    k, v = _real(mask, k, v)
-    return *_real(mask, elu_plus_one(k)), v
-
-
-def _real(mask, *arrays):
-    """The arrays [..., S, n] in float64, the rows of padded keys set to 0."""
-    if mask is None:
-        return tuple(float64(x) for x in arrays)
-    return tuple(np.where(np.asarray(mask)[..., None], float64(x), 0.0) for x in arrays)
+    k, v = zero_padding(mask, k, v)
+    return *zero_padding(mask, elu_plus_one(k)), v

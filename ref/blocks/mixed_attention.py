@@ -7,6 +7,7 @@ Tay et al. 2020 (arXiv 2005.00743), Synthesizer (factorised random). mask: bool 
 import numpy as np
 
 from ref.blocks.attention import attention_dense, attention_dense_vjp
+from ref.blocks.padding import zero_padding
 from ref.blocks.softmax import logsumexp, softmax, weigh
 from ref.dims import dims, float64
 
@@ -17,17 +18,17 @@ def linformer_attention(q, k, v, e_k, e_v, *, scale=None, mask=None):
     Padded keys add nothing to the n mixtures. scale: None is 1 / sqrt(D).
     """
     dims(k=(k, "... S D"), v=(v, "... S Dv"), e_k=(e_k, "S n"), e_v=(e_v, "S n"))
-    k, v = _real(mask, k, v)
+    k, v = zero_padding(mask, k, v)
     return attention_dense(float64(q), float64(e_k).T @ k, float64(e_v).T @ v, scale=scale)
 
 
 def linformer_attention_vjp(q, k, v, e_k, e_v, do, *, scale=None, mask=None):
     """-> (dq, dk, dv, de_k, de_v) of `linformer_attention` for do [..., L, D]."""
-    k, v = _real(mask, k, v)
+    k, v = zero_padding(mask, k, v)
     dq, dk, dv = attention_dense_vjp(q, float64(e_k).T @ k, float64(e_v).T @ v, do, scale=scale)
     over = tuple(range(k.ndim - 2))
     de_k, de_v = ((x @ np.swapaxes(d, -1, -2)).sum(axis=over) for x, d in ((k, dk), (v, dv)))
-    return dq, *_real(mask, e_k @ dk, e_v @ dv), de_k, de_v
+    return dq, *zero_padding(mask, e_k @ dk, e_v @ dv), de_k, de_v
 
 
 def sinkhorn(logits, *, iterations):
@@ -58,18 +59,19 @@ def sinkhorn_attention(q, k, v, *, block, iterations, scale=None, mask=None):
     blocks = lambda x: x.reshape(*x.shape[:-2], n["T"] // block, block, x.shape[-1])
     scale = 1 / np.sqrt(n["D"]) if scale is None else scale
     real = blocks(seen[..., None])  # [..., nb, block, 1]
-    qb, kb, vb = (blocks(np.where(seen[..., None], float64(x), 0.0)) for x in (q, k, v))
+    qb, kb, vb = map(blocks, zero_padding(seen, q, k, v))
     mean = lambda x: x.sum(axis=-2) / np.maximum(real.sum(axis=-2), 1)
     some = real.any(axis=-2)  # [..., nb, 1]
     logits = scale * mean(qb) @ np.swapaxes(mean(kb), -1, -2)
     mix = sinkhorn(np.where(some & np.swapaxes(some, -1, -2), logits, -np.inf), iterations=iterations)
-    sort = lambda x: (mix @ x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+    flat = lambda x: x.reshape(*x.shape[:-2], block * x.shape[-1])
+    sort = lambda x: (mix @ flat(x)).reshape(x.shape)
     both = lambda own, other: np.concatenate([own, other], axis=-2)
     anywhere = np.broadcast_to(real.any(axis=-3, keepdims=True), real.shape)
     see = np.swapaxes(both(real, anywhere), -1, -2)  # [..., nb, 1, 2 block]
     s = scale * blocks(float64(q)) @ np.swapaxes(both(kb, sort(kb)), -1, -2)
     o = softmax(np.where(see, s, -np.inf)) @ both(vb, sort(vb))
-    return o.reshape(*q.shape[:-1], -1)
+    return o.reshape(v.shape)
 
 
 def synthesizer_attention(v, r1, r2, *, mask=None):
@@ -80,10 +82,3 @@ def synthesizer_attention(v, r1, r2, *, mask=None):
     if mask is not None:
         logits = np.where(np.asarray(mask)[..., None, :], logits, -np.inf)
     return weigh(softmax(logits), float64(v))
-
-
-def _real(mask, *arrays):
-    """The arrays [..., S, n] in float64, the rows of padded keys set to 0."""
-    if mask is None:
-        return tuple(map(float64, arrays))
-    return tuple(np.where(np.asarray(mask)[..., None], float64(x), 0.0) for x in arrays)

@@ -1,6 +1,7 @@
 """Laws of Longformer on ref alone: NumPy and Hypothesis."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -105,6 +106,14 @@ def law_longformer_every_method_equals_the_definition(call):
     for method in ("band", "dense", "chunks")[: 2 + chunks]:
         got = sliding_window_attention(q, k, v, method=method, **options)
         np.testing.assert_allclose(got, want, rtol=0, atol=rounding(q, k, v, scale), err_msg=method)
+
+
+def law_longformer_an_empty_batch_gives_an_empty_result():
+    empty = np.zeros((0, 2, 5, 3))
+    for method in ("band", "dense", "chunks"):
+        assert sliding_window_attention(empty, empty, empty, window=2, method=method).shape == empty.shape
+    for g in sliding_window_attention_bwd(empty, empty, empty, empty, window=2):
+        assert g.shape == empty.shape
 
 
 @given(calls(), st.floats(0.1, 2))
@@ -306,6 +315,23 @@ def law_longformer_extended_model_is_the_old_one_on_short_texts(seed, reserved):
     row = longformer_encoder(model, padded, config=config, token_mask=np.arange(8)[None] < 6)
     alone = longformer_encoder(model, ids[:1], config=config)
     np.testing.assert_allclose(row[:, :6], alone, rtol=0, atol=1e4 * EPS)
+
+
+def law_longformer_every_block_may_have_its_own_window():
+    """Equal windows are one window; with (2, 4) a token reaches 1 + 2 to each side."""
+    rng = np.random.default_rng(0)
+    bert = init_bert(rng, vocab=9, context=11, dim=6, depth=2, types=1, pooler=False, std=0.4)
+    model, config = extend_to_longformer(bert, LongformerConfig(2), new_len=9, window=2)
+    ids = rng.integers(1, 9, (1, 9))
+    run = lambda ids, window: longformer_encoder(model, ids, config=replace(config, window=window))
+    np.testing.assert_array_equal(run(ids, (2, 2)), run(ids, 2))
+    for j in range(9):
+        other = ids.copy()
+        other[0, j] = 0
+        moved = (run(other, (2, 4)) != run(ids, (2, 4))).any(axis=-1)[0]
+        assert moved[max(0, j - 3) : j + 4].all()
+        assert not moved[: max(0, j - 3)].any()
+        assert not moved[j + 4 :].any()
 
 
 @given(st.integers(1, 20), st.sampled_from((2, 4)), st.integers(0, 3))

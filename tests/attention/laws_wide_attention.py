@@ -161,6 +161,13 @@ def law_wide_attention_every_kind_is_its_definition(seed, kind, padded):
         np.testing.assert_allclose(got[b, h], want, rtol=0, atol=2e3 * EPS * np.abs(v).max(), err_msg=kind)
 
 
+@given(kinds)
+def law_wide_attention_an_empty_batch_gives_an_empty_result(kind):
+    extras, options = setting(kind, 0)
+    q, mask = np.zeros((0, H, T, D)), np.ones((0, T), bool)
+    assert attend(q, q, q, kind=kind, mask=mask, extras=extras, options=options).shape == q.shape
+
+
 def layer(seed, bias=True):
     rng = np.random.default_rng(seed)
     shapes = ((DIM, H * D), (DIM, H * D), (DIM, H * D), (H * D, DIM))

@@ -57,12 +57,22 @@ BAD = {
     "layer_width": (lambda: B.bigbird_self_attention(X[..., :3], P, num_heads=2), "axis C is 3 in x"),
     "layer_mask": (
         lambda: B.bigbird_self_attention(X, P, num_heads=2, block_size=2, token_mask=np.ones((1, 15), bool)),
-        r"token_mask\.shape\[1\] = 15",
+        r"token_mask must be bool \[1, 16\], got \[1, 15\]",
     ),
     "blocks": (lambda: B.bigbird_block_mask(0), "num_blocks >= 1"),
     "stats": (lambda: B.graph_stats(np.ones((2, 3))), r"block_mask\.shape\[1\] = 3, but axis nb is 2"),
     "cost": (lambda: B.bigbird_cost(16, 4, num_heads=3, block_size=2, num_rand=1), "num_heads to divide dim"),
     "pad": (lambda: B.pad_to_blocks(X, block_size=0), "block_size must be at least 1"),
+    "encoder_mask": (
+        lambda: B.bigbird_encoder(
+            MODEL, np.zeros((1, 16), int), config=B.BigBirdConfig(2, 2), token_mask=np.ones((1, 16))
+        ),
+        r"token_mask must be bool \[1, 16\], got .* of float64",
+    ),
+    "pad_mask": (
+        lambda: B.pad_to_blocks(X, block_size=3, axis=-2, token_mask=np.ones((1, 15), bool)),
+        r"token_mask must be bool \[1, 16\]",
+    ),
     "encoder": (
         lambda: B.bigbird_encoder(
             MODEL, np.zeros((1, 15), int), config=B.BigBirdConfig(2, block_size=2, num_rand=0)

@@ -1,5 +1,7 @@
 """Longformer: laws on ref, golden vectors, bad inputs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -17,10 +19,10 @@ globals().update(law_tests(laws_longformer))
 
 
 def params(tree):
-    """The stored twelve arrays as `LongformerParams`; qg, kg, vg are the maps of global rows."""
-    wide = {f"{n[0]}_{n[-1]}": tree[n] for n in tree if n[1] == "g"}
-    local = {n: tree[n] for n in tree if n[1] != "g"}
-    return LongformerParams(QKVParams(**to_house(local)), QKVParams(**to_house(wide)))
+    """The stored twelve arrays as `LongformerParams`; qg, kg, vg, the maps of global rows, may be absent."""
+    wide = {f"{n[0]}_{n[-1]}": x for n, x in tree.items() if n[1] == "g" and x is not None}
+    local = {n: x for n, x in tree.items() if n[1] != "g"}
+    return LongformerParams(*(QKVParams(**to_house(t)) for t in (local, wide or local)))
 
 
 def outputs(case, result):
@@ -69,6 +71,16 @@ BAD = {
     "long": (
         lambda: F.longformer_encoder(MODEL, np.zeros((1, 9), int), config=CONFIG),
         r"positions must be in 0\.\.9, got 2\.\.10",
+    ),
+    "windows": (
+        lambda: F.longformer_encoder(MODEL, np.zeros((1, 3), int), config=replace(CONFIG, window=(2, 4))),
+        "one for each of 1 blocks",
+    ),
+    "encoder_mask": (
+        lambda: F.longformer_encoder(
+            MODEL, np.zeros((1, 3), int), config=CONFIG, token_mask=np.ones((1, 2), bool)
+        ),
+        r"token_mask must be bool \[1, 3\]",
     ),
     "labels": (lambda: F.mlm_loss(np.ones((3, 4)), np.array([0, 4, -100])), r"labels must be in 0\.\.3"),
     "span": (

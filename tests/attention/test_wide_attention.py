@@ -13,7 +13,7 @@ from tests.laws import law_tests
 globals().update(law_tests(laws_wide_attention))
 
 
-BUILD = {"params": lambda tree: AttentionParams(**to_house(tree)), "extras": dict}
+BUILD = {"params": lambda tree: AttentionParams(**to_house(tree)), "extras": lambda tree: tree}
 
 
 def outputs(case, result):
@@ -23,12 +23,7 @@ def outputs(case, result):
 
 @golden("wide_attention")
 def test_wide_attention_golden_ref(case):
-    run(
-        case,
-        ref.wide_attention,
-        build=BUILD,
-        outs=outputs,
-    )
+    run(case, ref.wide_attention, build=BUILD, outs=outputs)
 
 
 W = ref.wide_attention
