@@ -82,7 +82,7 @@ def landmark_attention_bwd(do, q, k, v, is_landmark, *, scale=None, block_size=N
     The weight of a landmark stands for its block: dp_landmark(c) = sum_j f_j dw_j over the tokens of c. Then
     ds = p (dp - sum p dp) for group 0, and ds_j = w_j (dw_j - dp_landmark(c)) within block c.
     """
-    kv_heads = k.shape[-3]
+    kv_heads = k.shape[-3] if k.ndim > 2 else 1
     q, k, v, scale = _prepare(q, k, v, is_landmark, scale, block_size)
     dims(do=(do, "... H N D"), q=(q, "... H N D"))
     do = float64(do)

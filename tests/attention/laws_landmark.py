@@ -35,7 +35,7 @@ def regular(n, block_size, batch=1):
     return np.broadcast_to(np.arange(n) % (block_size + 1) == block_size, (batch, n))
 
 
-def definition(s, flags):
+def definition(s, flags, causal=True):
     """Weights of one head, row by row with exact sums, sharing no line with ref; -inf = invisible."""
     L, S = s.shape
     before = [sum(flags[:j]) for j in range(S)]
@@ -51,9 +51,9 @@ def definition(s, flags):
 
     for i in range(L):
         at = S - L + i
-        past = range(at + 1)
+        past = range(at + 1 if causal else S)
         own = [j for j in past if before[j] == before[at] and not flags[j]]
-        marks = [j for j in past if flags[j] and before[j] < before[at]]
+        marks = [j for j in past if flags[j] and before[j] != before[at]]
         p = shares(s[i], own + marks)
         for j in own:
             w[i, j] = p[j]
@@ -77,9 +77,11 @@ def law_landmark_equals_the_definition(seed, S, gain, share):
     s, flags = gain * rng.standard_normal((2, 2, L, S)), rng.random((2, S)) < share
     s[rng.random(s.shape) < 0.1] = -np.inf
     w = grouped_softmax(s, flags)
-    for b in range(2):
-        for h in range(2):
-            np.testing.assert_allclose(w[b, h], definition(s[b, h], flags[b]), rtol=0, atol=rounding(s))
+    both = grouped_softmax(s, flags, causal=False)
+    for b, h in np.ndindex(2, 2):
+        np.testing.assert_allclose(w[b, h], definition(s[b, h], flags[b]), rtol=0, atol=rounding(s))
+        want = definition(s[b, h], flags[b], causal=False)
+        np.testing.assert_allclose(both[b, h], want, rtol=0, atol=rounding(s))
     assert (w >= 0).all()
     assert not w[np.broadcast_to(flags[:, None, None], w.shape)].any()
     assert not np.triu(w, S - L + 1).any()
@@ -301,6 +303,55 @@ def law_landmark_positions_are_clipped(seed):
     long = [np.concatenate([x[:, :, :4], away, x[:, :, 4:]], axis=2) for x in (q, k, v)]
     short = stream(q, k, v, (16, 4), **options)[0][:, :, 16:]
     np.testing.assert_allclose(stream(*long, (56, 4), **options)[0][:, :, 56:], short, rtol=0, atol=1e-12)
+
+
+def by_hand(q, k, v, chunks, size, top_k, capacity, selection, base):
+    """The stream position by position, from the rules of section 3.2, one query and one key at a time."""
+    H, _, D = q.shape
+    turned = lambda x, at: rope(x[None], rope_angles([at], D, base=base))[0]
+    out, at = np.zeros_like(q), 0
+    for T in chunks:
+        total, u = divmod(at, size)
+        first = max(0, total - capacity)  # the oldest block that is still stored
+        n = total - first
+        start = min(total, top_k + 1) * size + u
+        place = [max(0, t - (n - top_k) + 1) for t in range(n)]  # a block's place for its landmark's position
+        share = np.zeros((H, T, n))
+        for h, t in np.ndindex(H, T):
+            query = turned(q[h, at + t], start + t)
+            marks = [turned(k[h, (first + c + 1) * size - 1], place[c] * size + size - 1) for c in range(n)]
+            e = [math.exp(query @ x / math.sqrt(D)) for x in marks]
+            share[h, t] = [x / math.fsum(e) for x in e]
+        for h, t in np.ndindex(H, T):
+            w = {"max_over_heads": share[:, t].max(0), "max_over_tokens": share[h].max(0, initial=0)}
+            w = w.get(selection, share[h, t])
+            chosen = sorted(sorted(range(n), key=lambda c, w=w: (-w[c], c))[:top_k])
+            keys, values = [], []
+            for m, c in enumerate(chosen):
+                for r in range(size):
+                    j = (first + c) * size + r
+                    keys.append(turned(k[h, j], m * size + (size if place[c] else 0) + r))
+                    values.append(v[h, j])
+            for j in range(at - u, at + t + 1):
+                keys.append(turned(k[h, j], start + j - at))
+                values.append(v[h, j])
+            s = np.array(keys) @ turned(q[h, at + t], start + t) / math.sqrt(D)
+            out[h, at + t] = definition(s[None], regular(len(s), size - 1)[0])[0] @ np.array(values)
+        at += T
+    return out
+
+
+@settings(max_examples=6)
+@given(seeds, st.integers(1, 4), st.sampled_from(("per_token_and_head", "max_over_heads", "max_over_tokens")))
+def law_landmark_stream_equals_the_definition(seed, top_k, selection):
+    """Rotary positions, retrieval and eviction together; weights off by the rounding of scores under 30."""
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.standard_normal((3, 1, 2, 23, 4))
+    chunks, l, capacity = ((7, 2, 9, 5), (1, 11, 11))[rng.integers(2)], rng.integers(1, 4), rng.integers(1, 6)
+    options = {"top_k": top_k, "cache_blocks": capacity, "rope_base": 50.0, "selection": selection}
+    got, _ = stream(q, k, v, chunks, l, **options)
+    want = by_hand(q[0], k[0], v[0], chunks, l + 1, top_k, capacity, selection, 50.0)
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=5)
