@@ -6,6 +6,7 @@ whose axes add up or follow one another. Ours: `axial_video_logits`, the same st
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ __all__ = [
 
 EMBED_SCALE = 5.0  # deviation of the embeddings, times sqrt(D)
 NEAR_ZERO = 1e-10  # scale of what ends a residual branch, and of the logits
+TRUNCATED_STD = 0.87962566103423978  # deviation of a standard normal cut at two
 
 
 class ExteriorParams(NamedTuple):
@@ -257,7 +259,7 @@ def init_axial(rng, config: AxialConfig) -> AxialParams:
     """
     c, D, hidden = config, config.emb_dim, config.emb_dim * config.hdim_factor
     weight = lambda *shape, fan_in, scale=1.0: (
-        truncated_normal(rng, shape) * np.sqrt(scale / fan_in) / 0.87962566103423978
+        truncated_normal(rng, shape) * np.sqrt(scale / fan_in) / TRUNCATED_STD
     )
     table = lambda rows: EMBED_SCALE / np.sqrt(D) * rng.standard_normal((rows, D))
 
@@ -332,10 +334,14 @@ class _Slice:
         self.context = shift(self.outer[-1], axis=1)  # position (h, w) knows the rows above h
         self.start = shift(e, axis=2) + self.context + base
 
+    @cached_property
+    def inner(self):
+        """The row stack's input and the output of every block; not needed for the context alone."""
+        return _stack(self.start, self.params.inner, self.inner_plan, self.config)
+
     @property
     def logits(self):
         """[B, H, W, K]."""
-        self.inner = _stack(self.start, self.params.inner, self.inner_plan, self.config)
         return _head(self.inner[-1], self.params)
 
     def backward(self, dlogits):

@@ -39,7 +39,7 @@ MODEL = {
 def turned(name, x, conv=(3, 2, 0, 1)):
     """An array between the two layouts."""
     if name == "conv_w":
-        return x.transpose(conv)
+        return x if x is None else x.transpose(conv)
     return x.T if name.endswith("_w") and name != "pos_w" else x
 
 
