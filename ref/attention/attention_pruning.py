@@ -205,8 +205,8 @@ def pruned_attention(
 
 def pruned_attention_bwd(do, q, k, v, keep_mask, *, mask=None, causal=False, scale=None, empty_rows="zero"):
     """(dq, dk, dv) of `pruned_attention` for do [..., H, n, Dv]; what no kept cell touches gets exactly 0."""
-    kv_heads = k.shape[-3]
     kept = _kept(q, k, v, keep_mask, mask, causal, empty_rows)
+    kv_heads = k.shape[-3]
     q, k, v, _ = prepare(q, k, v)
     dims(do=(do, "... n Dv"), q=(q, "... n D"), v=(v, "... m Dv"))
     used = kept.any(axis=-2)[..., None]
