@@ -5,8 +5,6 @@ The equations are those of the chapter. Our choices, where the paper is silent: 
 of the gates, keys of length 1. Left out: a further decay of the older tokens in the window.
 """
 
-from itertools import combinations_with_replacement
-from math import comb, factorial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +19,10 @@ from ref.blocks.deep_memory import (
 )
 from ref.blocks.linalg import newton_schulz, newton_schulz_macs, newton_schulz_vjp
 from ref.blocks.merging import unit_rows
-from ref.blocks.mlp import sigmoid, silu
-from ref.blocks.norms import rms_norm
-from ref.blocks.scan import causal_conv
+from ref.blocks.mlp import linear_vjp, sigmoid, silu, silu_grad
+from ref.blocks.monomials import feature_count, poly_features, poly_features_vjp
+from ref.blocks.norms import rms_norm, rms_norm_vjp
+from ref.blocks.scan import causal_conv, causal_conv_vjp
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -33,6 +32,7 @@ __all__ = [
     "DeepMemory",
     "OmegaGrads",
     "atlas_layer",
+    "atlas_layer_vjp",
     "atlas_state_bytes",
     "deep_memory_scan",
     "deep_memory_update",
@@ -51,7 +51,6 @@ __all__ = [
     "titans_memory",
 ]
 
-MODES = ("monomial", "elementwise", "identity")
 GATES_START = (0.98, 0.018, 0.88, 0.5)  # alpha, eta, theta, gamma: those of an open version, not the paper's
 CONV = 4  # taps of the short convolution
 
@@ -99,50 +98,6 @@ class AtlasState(NamedTuple):
     v: np.ndarray
     gamma: np.ndarray
     conv: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def poly_features(x, *, degree=2, mode="monomial", coefs=None):
-    """phi(x) [..., D] of x [..., d]: a linear map of phi is a polynomial of x.
-
-    mode: "monomial", all monomials up to the degree, D = C(d + degree, degree), so weighted that
-        phi(x).phi(y) = sum_i a_i (x.y)^i; "elementwise" x + x^2 + .. + x^degree; "identity".
-      coefs: a_0 .. a_degree >= 0 of the monomials; None is 1 / i!, the series of exp.
-    Raises: ValueError naming the argument at fault.
-    """
-    coefs = _check_features(x, degree, mode, coefs)
-    x = float64(x)
-    if mode == "identity":
-        return x
-    if mode == "elementwise":
-        return sum(x**i for i in range(1, degree + 1))
-    parts = []
-    for index, weight in _monomials(x.shape[-1], degree, coefs):
-        parts.append(weight * np.prod(x[..., index], axis=-1))
-    return np.concatenate(parts, axis=-1)
-
-
-def poly_features_vjp(x, dphi, *, degree=2, mode="monomial", coefs=None):
-    """dx [..., d] of `poly_features` for the cotangent dphi [..., D]."""
-    coefs = _check_features(x, degree, mode, coefs)
-    x, dphi = float64(x, dphi)
-    if mode == "identity":
-        return dphi
-    if mode == "elementwise":
-        return dphi * sum(i * x ** (i - 1) for i in range(1, degree + 1))
-    dx, start = np.zeros_like(x), 0
-    for index, weight in _monomials(x.shape[-1], degree, coefs):
-        n, i = index.shape
-        d = weight * dphi[..., start : start + n]
-        for r in range(i):  # the r-th factor of every monomial
-            others = np.prod(np.delete(x[..., index], r, axis=-1), axis=-1)
-            dx += (d * others) @ (index[:, r, None] == np.arange(x.shape[-1]))
-        start += n
-    return dx
-
-
-def feature_count(dk, degree):
-    """D = C(dk + degree, degree): monomials of dk variables up to the degree, the constant included."""
-    return comb(dk + degree, degree)
 
 
 def omega_scan(phi_q, phi_k, v, *, eta, alpha, theta=None, gamma=None, window=16, chunk=1, muon=False,
@@ -292,30 +247,44 @@ def atlas_layer(x, params: AtlasParams, *, heads, window=16, chunk=64, degree=2,
     projected. Cutting the sequence at multiples of chunk changes nothing.
     Raises: ValueError naming the argument at fault.
     """
-    n = dims(x=(x, "B T d"), w_q=(params.w_q, "d d"), b_gates=(params.b_gates, f"{4 * heads}"))
-    if heads < 1 or n["d"] % heads:
-        raise ValueError(f"heads must be a divisor of the width {n['d']}, got {heads}")
-    x, p, phi = float64(x), params, lambda z: poly_features(z, degree=degree)
-    state = init_state(p, n["B"], heads=heads, window=window, degree=degree) if state is None else state
-    maps = ((p.w_q, p.conv_q), (p.w_k, p.conv_k), (p.w_v, p.conv_v))
-    flat = [x @ w for w, _ in maps]
-    q, k, v = (
-        split_heads(silu(causal_conv(z, conv, tail=tail)), heads)
-        for z, (_, conv), tail in zip(flat, maps, state.conv, strict=True)
-    )
-    q, k = unit_rows(q), unit_rows(k)
-    gates = sigmoid(x @ p.w_gates + p.b_gates).reshape(n["B"], n["T"], 4, heads)
-    alpha, eta, theta, gamma = np.moveaxis(gates, (2, 3), (0, 2))
+    p, state = params, _layer_state(x, params, heads, window, degree, state)
+    flat, (_, k, v), _, call = _layer_inputs(x, p, heads, degree, state)
     y, memory, momentum = omega_scan(
-        phi(q), phi(k), v, eta=eta, alpha=alpha, theta=theta, gamma=gamma, window=window, chunk=chunk,
-        muon=muon, memory0=state.memory, momentum0=state.momentum, tail0=(phi(state.k), state.v, state.gamma),
-        return_state=True,
-    )  # fmt: skip
+        *call.pop("args"), **call, window=window, chunk=chunk, muon=muon, return_state=True
+    )
     conv = tuple(_last(old, z) for old, z in zip(state.conv, flat, strict=True))
-    seen = _last(state.k, k), _last(state.v, v), _last(state.gamma, gamma, axis=-1)
-    state = AtlasState(memory, momentum, *seen, conv)
+    seen = _last(state.k, unit_rows(k)), _last(state.v, v), _last(state.gamma, call["gamma"], axis=-1)
     y = join_heads(rms_norm(y, p.norm)) * silu(x @ p.w_out_gate)
-    return y @ p.w_o, state
+    return y @ p.w_o, AtlasState(memory, momentum, *seen, conv)
+
+
+def atlas_layer_vjp(
+    x, params: AtlasParams, dy, *, heads, window=16, chunk=64, degree=2, muon=True, state=None
+):
+    """-> (dx, AtlasParams of gradients) of y in `atlas_layer` for dy [B, T, d]; the state is a constant."""
+    p, state = params, _layer_state(x, params, heads, window, degree, state)
+    dims(x=(x, "B T d"), dy=(dy, "B T d"))
+    flat, (q, k, _), gates, call = _layer_inputs(x, p, heads, degree, state)
+    args, options, x = call.pop("args"), {"window": window, "chunk": chunk, "muon": muon}, float64(x)
+    y = omega_scan(*args, **call, **options)
+    read, opened = join_heads(rms_norm(y, p.norm)), x @ p.w_out_gate
+    d, dw_o, _ = linear_vjp(read * silu(opened), p.w_o, float64(dy), bias=False)
+    dx, dw_out_gate, _ = linear_vjp(x, p.w_out_gate, d * read * silu_grad(opened), bias=False)
+    dread, dnorm = rms_norm_vjp(y, p.norm, split_heads(d * silu(opened), heads))
+    g = omega_scan_vjp(*args, dread, **call, **options)
+    back = lambda z, dz: _unit_vjp(z, poly_features_vjp(unit_rows(z), dz, degree=degree))
+    parts = [join_heads(z) for z in (back(q, g.phi_q), back(k, g.phi_k), g.v)]
+    maps, grads = ((p.w_q, p.conv_q), (p.w_k, p.conv_k), (p.w_v, p.conv_v)), []
+    for z, (w, conv), d, tail in zip(flat, maps, parts, state.conv, strict=True):
+        d = d * silu_grad(causal_conv(z, conv, tail=tail))
+        d, dconv = causal_conv_vjp(z, conv, d, tail=tail)[:2]
+        d, dw, _ = linear_vjp(x, w, d, bias=False)
+        dx, grads = dx + d, [*grads, (dw, dconv)]
+    dgates = np.moveaxis(np.stack([g.alpha, g.eta, g.theta, g.gamma]), (0, 2), (2, 3)).reshape(gates.shape)
+    d, dw_gates, db_gates = linear_vjp(x, p.w_gates, dgates * gates * (1 - gates))
+    return dx + d, AtlasParams(
+        *(dw for dw, _ in grads), *(dconv for _, dconv in grads), dw_gates, db_gates, dw_out_gate, dnorm, dw_o
+    )
 
 
 def init_atlas(key, width, *, heads):
@@ -399,37 +368,43 @@ class _Omega:
         return memories, momenta, sums
 
 
-def _monomials(d, degree, coefs):
-    """By degree i: (factors of every monomial [n, i], weights sqrt(a_i i! / (m_1! m_2! ..)) [n])."""
-    for i in range(degree + 1):
-        chosen = list(combinations_with_replacement(range(d), i))
-        index = np.array(chosen, int).reshape(len(chosen), i)
-        powers = (index[:, :, None] == np.arange(d)).sum(axis=1)
-        ways = factorial(i) / np.prod(np.array([factorial(m) for m in range(i + 1)])[powers], axis=-1)
-        yield index, np.sqrt(coefs[i] * ways)
+def _layer_state(x, params, heads, window, degree, state):
+    """Check a call of the layer; its state, zeros if None."""
+    n = dims(x=(x, "B T d"), w_q=(params.w_q, "d d"), b_gates=(params.b_gates, f"{4 * heads}"))
+    if heads < 1 or n["d"] % heads:
+        raise ValueError(f"heads must be a divisor of the width {n['d']}, got {heads}")
+    return init_state(params, n["B"], heads=heads, window=window, degree=degree) if state is None else state
+
+
+def _layer_inputs(x, p, heads, degree, state):
+    """(three projections, q, k, v before they are scaled, gates [B, T, 4H], the call of the scan)."""
+    B, T, _ = x.shape
+    flat = [float64(x) @ w for w in (p.w_q, p.w_k, p.w_v)]
+    convs = zip(flat, (p.conv_q, p.conv_k, p.conv_v), state.conv, strict=True)
+    q, k, v = (split_heads(silu(causal_conv(z, w, tail=tail)), heads) for z, w, tail in convs)
+    gates = sigmoid(x @ p.w_gates + p.b_gates)
+    alpha, eta, theta, gamma = np.moveaxis(gates.reshape(B, T, 4, heads), (2, 3), (0, 2))
+    phi = lambda z: poly_features(z, degree=degree)
+    named = {"eta": eta, "alpha": alpha, "theta": theta, "gamma": gamma}
+    before = {
+        "memory0": state.memory,
+        "momentum0": state.momentum,
+        "tail0": (phi(state.k), state.v, state.gamma),
+    }
+    call = {"args": (phi(unit_rows(q)), phi(unit_rows(k)), v), **named, **before}
+    return flat, (q, k, v), gates, call
+
+
+def _unit_vjp(z, dunit):
+    """The gradient through `unit_rows`; 0 for a row of zeros, which has no direction."""
+    unit, length = unit_rows(z), np.linalg.norm(z, axis=-1, keepdims=True)
+    d = dunit - unit * np.sum(unit * dunit, axis=-1, keepdims=True)
+    return np.where(length > 0, d / np.where(length > 0, length, 1.0), 0.0)
 
 
 def _last(old, new, axis=-2):
     """The last rows of both, as many as there were in the old."""
     return np.split(np.concatenate([old, new], axis=axis), [new.shape[axis]], axis=axis)[1]
-
-
-def _check_features(x, degree, mode, coefs):
-    """Check a call, return the coefficients."""
-    dims(x=(x, "... d"))
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if degree < 1:
-        raise ValueError(f"degree must be at least 1, got {degree}")
-    if coefs is None:
-        return np.array([1 / factorial(i) for i in range(degree + 1)])
-    if mode != "monomial":
-        raise ValueError(f'coefs weigh the degrees of mode "monomial", got mode {mode!r}')
-    coefs = float64(coefs)
-    dims(coefs=(coefs, f"{degree + 1}"))
-    if not (coefs >= 0).all():
-        raise ValueError("coefs must not be negative: features have their square roots")
-    return coefs
 
 
 def check_omega(phi_q, phi_k, v, eta, alpha, theta, gamma, window, chunk, momentum_lr, read, memory0,

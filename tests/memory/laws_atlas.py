@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ref.memory.atlas import (
     DeepMemory,
     atlas_layer,
+    atlas_layer_vjp,
     atlas_state_bytes,
     deep_memory_scan,
     deep_memory_update,
@@ -453,6 +454,44 @@ def law_atlas_layer_carries_a_state_of_fixed_size(seed, muon):
         atlas_layer(x2, params, **options)[0][:, :7], whole[:, :7], rtol=0, atol=tol(whole)
     )
     assert atlas_layer(x[:0], params, **options)[0].shape == (0, 12, 8)
+
+
+@given(seeds, flags)
+def law_atlas_layer_gradients_are_those_of_central_differences(seed, carried):
+    rng = np.random.default_rng(seed)
+    params, x, w = init_atlas(rng, 4, heads=2), rng.standard_normal((2, 7, 4)), rng.standard_normal((2, 7, 4))
+    options = {"heads": 2, "window": 3, "chunk": 3, "muon": bool(seed % 2)}
+    state = atlas_layer(rng.standard_normal((2, 6, 4)), params, **options)[1] if carried else None
+    grads = atlas_layer_vjp(x, params, w, state=state, **options)
+    way = tuple(rng.standard_normal(z.shape) for z in (x, *params))
+
+    def at(h):
+        moved = [z + h * d for z, d in zip((x, *params), way, strict=True)]
+        return np.sum(w * atlas_layer(moved[0], type(params)(*moved[1:]), state=state, **options)[0])
+
+    h = 1e-6
+    slope, coarse = (at(h) - at(-h)) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
+    got = sum(np.sum(a * b) for a, b in zip((grads[0], *grads[1]), way, strict=True))
+    # doubling h bounds truncation; eps |f| / h is rounding, which Muon and the norm of a small read magnify
+    atol = 2 * abs(slope - coarse) + 485 * EPS * (1 + np.abs(w).sum()) / h
+    np.testing.assert_allclose(got, slope, rtol=0, atol=atol)
+
+
+def law_atlas_layer_learns_from_its_gradients():
+    """Fit a target sequence: 20 steps of descent through the training inside halve the loss."""
+    rng = np.random.default_rng(0)
+    params, x, target = (
+        init_atlas(rng, 8, heads=2),
+        rng.standard_normal((2, 12, 8)),
+        rng.standard_normal((2, 12, 8)),
+    )
+    losses = []
+    for _ in range(20):
+        y, _ = atlas_layer(x, params, heads=2, window=4, chunk=4)
+        losses.append(np.mean((y - target) ** 2))
+        grads = atlas_layer_vjp(x, params, 2 * (y - target) / y.size, heads=2, window=4, chunk=4)[1]
+        params = type(params)(*(p - 1.0 * g for p, g in zip(params, grads, strict=True)))
+    assert losses[-1] < losses[0] / 2, losses
 
 
 def law_atlas_long_text_keeps_the_state_small():
