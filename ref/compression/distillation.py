@@ -14,6 +14,7 @@ from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import logsumexp
 from ref.dims import dims, float64
 from ref.example import Example
+from ref.models.bert_cost import block_parameters, encoder_macs
 
 REDUCTIONS = ("batch", "mean_all")
 PADDED = -100.0  # attention scores from here down belong to padded keys
@@ -204,13 +205,14 @@ def distill(step, params, batches, *, schedule):
 
 
 def encoder_cost(layers, hidden, ffn, heads, *, vocab=30522, positions=512, tokens):
-    """(parameters, MACs on `tokens` tokens) of a BERT-like encoder, without token types and pooler."""
+    """(parameters, MACs on `tokens` tokens) of a BERT-like encoder.
+
+    Token types and the pooler are not counted here; `encoder_parameters` of ref/models/bert_cost.py has them.
+    """
     if hidden % heads:
         raise ValueError(f"heads must divide the width {hidden}, got {heads}")
-    matrices = 4 * hidden**2 + 2 * hidden * ffn
-    block = matrices + 4 * hidden + ffn + hidden + 4 * hidden  # biases, two norms
-    params = (vocab + positions + 2) * hidden + layers * block  # and the norm of the embeddings
-    return params, layers * (tokens * matrices + 2 * tokens**2 * hidden)
+    params = (vocab + positions + 2) * hidden + layers * block_parameters(hidden, ffn)  # 2: the tables' norm
+    return params, encoder_macs(tokens, depth=layers, dim=hidden, hidden=ffn)
 
 
 def _log_softmax(logits, temperature):

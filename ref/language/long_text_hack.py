@@ -15,6 +15,7 @@ from ref.blocks.ladder import dynamic_hpo
 from ref.blocks.losses import macro_f1
 from ref.blocks.words import Encoder, is_word, split_tokens, truncate, word_counts, word_encoder
 from ref.example import Example
+from ref.models.bert_cost import encoder_macs
 from ref.models.classifier import ClassifierParams, init_classifier
 from ref.models.classifier import bert_classifier_forward as encoder_classifier
 from ref.models.classifier import bert_classifier_forward_backward as encoder_classifier_backward
@@ -90,8 +91,7 @@ class Cost(NamedTuple):
 def thin(text, *, stopwords=None, min_count=0, counts=None, drop_recurring=False, drop_punctuation=False):
     """The text without stop words, rare words, words that came before, marks, by choice; joined by spaces.
 
-    Args: stopwords: words, or None. min_count: the least count in `counts`, where a word that is missing has
-    0.
+    Args: stopwords: words, or None. min_count: the least count in `counts`, 0 for a word that is not there.
       drop_recurring keeps the first of each word; marks are not affected. Each hack is idempotent, and their
       order does not matter. Raises: ValueError for min_count < 0, or min_count > 0 without counts.
     """
@@ -162,14 +162,10 @@ def coverage(text, thinned, encode, length, *, stopwords=()):
     while low < high:  # the most tokens whose pieces fit
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    stop, keys = (
-        {w.casefold() for w in stopwords},
-        lambda tokens: {t.casefold() for t in tokens if is_word(t)},
-    )
+    stop = {w.casefold() for w in stopwords}
+    keys = lambda tokens: {t.casefold() for t in tokens if is_word(t)}
     words, reached, at = 0, 0, 0
-    for (
-        token
-    ) in original:  # a hack that keeps a spelling keeps its first, so the first match is the right one
+    for token in original:  # a hack that keeps a spelling keeps its first: the first match is the right one
         words += is_word(token)
         if at < low and token == kept[at]:
             reached, at = words, at + 1
@@ -198,14 +194,15 @@ def train_text_classifier(texts, labels, config: HackConfig):
 def encoder_cost(*, n, layers, dim, heads, batch=1) -> Cost:
     """FLOPs batch layers (24 n d^2 + 4 n^2 d), bytes batch layers (34 n d + 5 h n^2) of a forward pass.
 
-    The bytes are the usual estimate for values of 2 bytes and attention that keeps its matrices.
-    Training takes three times the FLOPs. The square of n dominates the FLOPs from n = 6 d on.
+    FLOPs: two a product of `encoder_macs`, with a hidden layer of 4 d; training takes three times as many.
+    The square of n dominates from n = 6 d on. Bytes: the usual estimate of what all layers keep for training,
+    in values of 2 bytes; `server_memory` of masked_multidomain counts what one layer holds at once.
     """
     if min(n, layers, dim, heads, batch) < 1:
         raise ValueError(
             f"n, layers, dim, heads and batch must be at least 1: {n}, {layers}, {dim}, {heads}, {batch}"
         )
-    flops = batch * layers * (24 * n * dim**2 + 4 * n**2 * dim)
+    flops = 2 * batch * encoder_macs(n, depth=layers, dim=dim, hidden=4 * dim)
     return Cost(flops, batch * layers * (34 * n * dim + 5 * heads * n**2))
 
 

@@ -288,7 +288,7 @@ def server_memory(config: BertConfig, spec: ProblemSpec, *, mode="single", dtype
     mode: "single" is one encoder and one head of all classes; "multi_head" one encoder and a head a problem,
     as large; "separate" an encoder a problem. activations: the larger of what attention (input, q, k, v,
     weights, output) and the MLP (input, hidden layer, output) of a block hold at once; one model runs at a
-    time.
+    time (training keeps every block's: `encoder_cost` of long_text_hack).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -1,4 +1,4 @@
-"""Sizes of a BERT encoder, and how many parameters they make."""
+"""Sizes of a BERT encoder, how many parameters they make, and the products of a forward pass."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,21 @@ class BertConfig:
     hidden: int = 3072
 
 
+def block_parameters(dim, hidden):
+    """Parameters of a block: q, k, v, output and the MLP with their biases, two norms."""
+    return 4 * (dim * dim + dim) + 2 * dim * hidden + hidden + dim + 4 * dim
+
+
 def encoder_parameters(config: BertConfig):
-    """Parameters of the encoder with its pooler: 109,482,240 for BERT-base."""
+    """Parameters of the encoder with its token types and pooler: 109,482,240 for BERT-base."""
     c, d = config, config.dim
-    block = 4 * (d * d + d) + 2 * d * c.hidden + c.hidden + d + 4 * d
-    return (c.vocab + c.positions + c.types) * d + 2 * d + c.depth * block + d * d + d
+    tables = (c.vocab + c.positions + c.types) * d + 2 * d  # and their norm
+    return tables + c.depth * block_parameters(d, c.hidden) + d * d + d
+
+
+def encoder_macs(tokens, *, depth, dim, hidden):
+    """Multiply-accumulates of the blocks over a text: depth (n (4 d^2 + 2 d hidden) + 2 n^2 d), 2 FLOPs each.
+
+    Embeddings, norms, biases, softmax and GELU are not counted.
+    """
+    return depth * (tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim)

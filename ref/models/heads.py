@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.blocks.losses import cross_entropy
 from ref.blocks.mlp import gelu, linear
 from ref.blocks.norms import layer_norm
-from ref.blocks.softmax import logsumexp
 from ref.dims import dims, float64
 
 IGNORED = -100  # the label of a position that is not to be predicted
@@ -70,16 +70,12 @@ def mlm_logits(params: MLMHead, x, word, *, eps=1e-5):
 
 
 def mlm_loss(logits, labels):
-    """Mean of -log softmax(logits)[label], in nats, over the positions with a label; 0 if there is none.
+    """`cross_entropy` of the positions that have a label; 0 if there is none.
 
     Args: logits [..., V]; labels int [...], IGNORED (-100) where nothing is to be predicted.
     Raises: ValueError for another label outside 0..V-1.
     """
-    V = dims(logits=(logits, "... V"), labels=(labels, "..."))["V"]
-    labels = np.asarray(labels)
-    asked = labels != IGNORED
-    if ((labels[asked] < 0) | (labels[asked] >= V)).any():
-        raise ValueError(f"labels must be in 0..{V - 1}, or {IGNORED} where nothing is asked")
-    logits, labels = float64(logits)[asked], labels[asked]
-    own = np.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return (logsumexp(logits) - own).mean() if len(labels) else np.float64(0)
+    dims(logits=(logits, "... V"), labels=(labels, "..."))
+    if (np.asarray(labels) == IGNORED).all():
+        return np.float64(0)
+    return cross_entropy(logits, labels, ignore=IGNORED)[0]
