@@ -220,19 +220,8 @@ def gtrxl_block_vjp(x, memory, params: GTrXLBlockParams, dy, *, heads, u, v_bias
     if pre:
         dsource, s["ln1_scale"], s["ln1_bias"] = layer_norm_vjp(source, p.ln1_scale, dsource)
     dx = dx + dsource[:, M:] + (0.0 if query is None else a.query)
-    grads = GTrXLBlockParams(
-        a.params,
-        s["ln1_scale"],
-        s["ln1_bias"],
-        s["ln2_scale"],
-        s["ln2_bias"],
-        dw_1,
-        db_1,
-        dw_2,
-        db_2,
-        g_attn,
-        g_mlp,
-    )
+    mlp = {"w_1": dw_1, "b_1": db_1, "w_2": dw_2, "b_2": db_2}
+    grads = GTrXLBlockParams(attn=a.params, gate_attn=g_attn, gate_mlp=g_mlp, **s, **mlp)
     return dx, grads, a.u, a.v_bias
 
 
@@ -279,15 +268,12 @@ def gtrxl_vjp(x, memory: GTrXLMemory, params: GTrXLParams, dy, *, heads, gate="g
 def init_gate(key, width, *, kind="gru", bias=2.0):
     """GateParams with maps of variance 1 / width and every b = bias; None for kind None."""
     _check_kind(kind)
-    rng = np.random.default_rng(key)
-    square = lambda: rng.standard_normal((width, width)) / np.sqrt(width)
-    fields = {"gru": ("w_r", "u_r", "w_z", "u_z", "w_g", "u_g"), "sigtanh": ("w", "u"), None: ()}.get(
-        kind, ("w",)
-    )
     if kind is None:
         return None
+    rng = np.random.default_rng(key)
+    square = lambda: rng.standard_normal((width, width)) / np.sqrt(width)
     b = None if kind == "input" else np.full(width, float(bias))
-    return GateParams(b=b, **{name: square() for name in fields})
+    return GateParams(b=b, **{name: square() for name in MAPS.get(kind, ("w",))})
 
 
 def init_gtrxl(key, *, inputs, width, layers, heads, head_dim, gate="gru", hidden=None, bias=None):
@@ -342,8 +328,9 @@ def gtrxl_agent(*, width=32, layers=2, heads=2, head_dim=16, length=16, gate="gr
 def gate_params(width, kind):
     """Numbers in a gate: 6 D^2 + D for "gru"; D^2, 2 D^2 for "sigtanh", and D of b but for "input"."""
     _check_kind(kind)
-    squares = {"gru": 6, "sigtanh": 2, None: 0}.get(kind, 1)
-    return squares * width**2 + (0 if kind in ("input", None) else width)
+    if kind is None:
+        return 0
+    return len(MAPS.get(kind, ("w",))) * width**2 + (0 if kind == "input" else width)
 
 
 def gtrxl_params(width, *, layers, heads, head_dim, hidden, gate):

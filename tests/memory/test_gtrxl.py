@@ -32,7 +32,9 @@ BUILD = {
     "relative_attention": {"params": attention_of},
     "gtrxl_block": {"params": block_of},
     "gtrxl": {
-        "params": lambda raw: GTrXLParams(**{**raw, "blocks": tuple(block_of(b) for b in raw["blocks"])})
+        "params": lambda raw: GTrXLParams(
+            **{"w_embed": None, "b_embed": None, **raw, "blocks": tuple(block_of(b) for b in raw["blocks"])}
+        )
     },
 }
 GRADED = [c for c in cases("gtrxl") if c.meta["fn"] == "gate" and c.meta.get("grads")]
