@@ -121,6 +121,8 @@ def slot_macs(tokens, concepts, width, *, iterations=1):
 
 
 def _first_slots(x, noise, params):
+    if params.mu is None or params.log_sigma is None:
+        raise ValueError("params must hold mu and log_sigma: slot attention draws its first slots")
     dims(x=(x, "B T F"), noise=(noise, "B C d"), mu=(params.mu, "1 1 d"))
     return params.mu + np.exp(float64(params.log_sigma)) * noise
 

@@ -29,16 +29,17 @@ def test_concept_centric_golden_gradients_ref(case):
     cotangents = [None if key is None else case[key] for key in case.meta["cotangents"]]
     options = {n: args.pop(n) for n in case.meta["kwargs"]}
     if fn == "concept_cross_attention":
-        *inputs, dparams = S.concept_cross_attention_vjp(*args.values(), *cotangents, **options)
+        cotangents = dict(zip(("dlogits", "dattn"), cotangents, strict=True))
+        *inputs, dparams = S.concept_cross_attention_vjp(**args, **cotangents, **options)
+        names = ("tokens", "concepts")
     elif fn.endswith("_loss"):
-        inputs, dparams = [getattr(S, f"{fn}_vjp")(*args.values(), *cotangents, **options)], None
+        inputs, dparams = [getattr(S, f"{fn}_vjp")(**args, dloss=cotangents[0], **options)], None
+        names = ("attn",)
     else:
         assert all(c is None for c in cotangents[1:])  # attention of slots has no way back
-        vjp = getattr(S, f"{fn}_vjp")
-        *inputs, dparams = vjp(
-            args["x"], args.get("noise", args.get("slots0")), args["params"], cotangents[0], **options
-        )
-    got = dict(zip([n for n in args if n != "params"], inputs, strict=False))
+        *inputs, dparams = getattr(S, f"{fn}_vjp")(**args, dslots=cotangents[0], **options)
+        names = ("x", "noise" if "noise" in args else "slots0")
+    got = dict(zip(names, inputs, strict=True))
     for name, key in grads.items():
         rtol, atol = case.meta["tol"][key]
         value = getattr(dparams, name.removeprefix("params.")) if name.startswith("params.") else got[name]
@@ -63,6 +64,7 @@ BAD = {
         "iterations must be at least 0",
     ),
     "no_tokens": (lambda: S.concept_slot_attention(X[:, :0], START, P), "x must hold at least one token"),
+    "no_start": (lambda: S.concept_slot_attention(X, START, P._replace(mu=None)), "params must hold mu"),
     "noise": (lambda: S.concept_slot_attention(X, START[..., :3], P), r"mu\.shape\[2\] = 4, but axis d is 3"),
     "batch": (lambda: S.concept_isa(X, START[:1], P), r"slots0\.shape\[0\] = 1"),
     "features": (lambda: S.concept_isa(X[..., :5], START, P), r"w_k\.shape\[0\] = 6, but axis F is 5"),
