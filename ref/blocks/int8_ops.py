@@ -3,8 +3,8 @@
 real = scale (code - zero point). Weights are symmetric, one scale per output channel; activations affine, one
 scale per tensor; sums are int32, and `requantize` brings them back to int8. `input_offset` is minus the zero
 point of the input and is added to its codes. Source: the C code of CMSIS-NN (arXiv 1801.06601), which follows
-the int8 convention of TFLite and the fixed-point routines of gemmlowp. Layer norm is not in CMSIS-NN: its form
-here is ours.
+the int8 convention of TFLite and the fixed-point routines of gemmlowp. Layer norm is not in CMSIS-NN: this
+form is ours.
 """
 
 import numpy as np
@@ -197,8 +197,10 @@ def conv_s8(
     dims(x=(x, "H W C"), w=(w, "Co kh kw C"))
     w = np.asarray(w)
     patches = _patches(_codes("x", x), w.shape[1:3], stride, padding, -int(input_offset))
-    y = matmul_s8(patches.reshape(-1, w[0].size), w.reshape(len(w), -1), b, multiplier, shift,
-                  input_offset=input_offset, output_offset=output_offset, act_min=act_min, act_max=act_max)  # fmt: skip
+    y = matmul_s8(
+        patches.reshape(-1, w[0].size), w.reshape(len(w), -1), b, multiplier, shift,
+        input_offset=input_offset, output_offset=output_offset, act_min=act_min, act_max=act_max,
+    )  # fmt: skip
     return y.reshape(*patches.shape[:2], len(w))
 
 

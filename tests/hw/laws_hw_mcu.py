@@ -1,0 +1,152 @@
+"""Laws of the microcontroller's int8 arithmetic and counts: NumPy and Hypothesis, no pytest."""
+
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hw.kernel_counts import CORES, DIMS, instructions
+from ref.blocks import int8_ops as ops
+from ref.blocks.integer import quantize_multiplier, requantize
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.integers(1, 40)
+
+
+def codes(rng, *shape):
+    return rng.integers(-128, 128, shape)
+
+
+def exact(acc, multiplier, shift):
+    """acc multiplier 2^(shift - 31) with its two roundings, in rational arithmetic."""
+    shifted = int(acc) << max(shift, 0)
+    high = Fraction(shifted * int(multiplier), 2**31)
+    rounded = (abs(high) + Fraction(1, 2)).__floor__() if high < 0 else (high + Fraction(1, 2)).__floor__()
+    rounded = -rounded if high < 0 else rounded
+    if high < 0 and abs(high) + Fraction(1, 2) == abs(rounded):  # a negative half goes up
+        rounded += 1
+    last = Fraction(rounded, 2 ** max(-shift, 0))
+    size = (abs(last) + Fraction(1, 2)).__floor__()  # halves away from zero
+    return size if last >= 0 else -size
+
+
+@given(seeds, st.integers(1, 6), sizes, st.integers(1, 6))
+def law_hw_mcu_products_are_the_definition_in_rationals(seed, m, k, n):
+    rng = np.random.default_rng(seed)
+    x, w, b = codes(rng, m, k), np.clip(codes(rng, n, k), -127, 127), rng.integers(-5000, 5000, n)
+    real = 2.0 ** rng.uniform(-12, -3, n)
+    multiplier, shift = quantize_multiplier(real)
+    zero, out = int(rng.integers(-128, 128)), int(rng.integers(-128, 128))
+    got = ops.matmul_s8(x, w, b, multiplier, shift, input_offset=-zero, output_offset=out)
+    for i in range(m):
+        for j in range(n):
+            acc = sum((int(x[i, c]) - zero) * int(w[j, c]) for c in range(k)) + int(b[j])
+            want = min(max(exact(acc, multiplier[j], int(shift[j])) + out, -128), 127)
+            assert got[i, j] == want
+    one = ops.fully_connected_s8(
+        x, w, b, input_offset=-zero, output_offset=out, multiplier=int(multiplier[0]), shift=int(shift[0])
+    )
+    np.testing.assert_array_equal(one[:, 0], got[:, 0])
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 60), st.floats(0.005, 0.4))
+def law_hw_mcu_softmax_is_the_rounded_softmax_within_one(seed, rows, cols, scale):
+    """The exponential and the reciprocal are good to 2^-20, so a code is off by one at most at a half."""
+    x = codes(np.random.default_rng(seed), rows, cols)
+    multiplier, shift, least = ops.softmax_params_s8(input_scale=scale)
+    got = ops.softmax_s8(x, multiplier=multiplier, shift=shift, diff_min=least).astype(int)
+    e = np.exp(scale * (x - x.max(1, keepdims=True)))
+    want = np.clip(np.rint(256 * e / e.sum(1, keepdims=True)) - 128, -128, 127)
+    assert np.abs(got - want).max() <= 1
+    for row, code in zip(x, got, strict=True):  # monotone: a larger logit never gets less
+        assert (np.diff(code[np.argsort(row, kind="stable")]) >= 0).all()
+
+
+@given(seeds, st.integers(1, 5), st.integers(2, 70))
+def law_hw_mcu_layernorm_is_within_two_codes(seed, rows, cols):
+    """n has 10 fraction bits and a root good to 2^-8 of a code: two codes with the output's rounding."""
+    rng = np.random.default_rng(seed)
+    x = codes(rng, rows, cols)
+    gamma, beta = rng.uniform(-2, 2, cols), rng.uniform(-2, 2, cols)
+    q, offset, multiplier, shift = ops.norm_params_s8(gamma, beta, 0.05)
+    got = ops.layernorm_s8(x, q, offset, input_offset=5, multiplier=multiplier, shift=shift, output_offset=3)
+    std = x.std(1, keepdims=True)
+    n = (x - x.mean(1, keepdims=True)) / np.where(std == 0, 1, std)
+    want = np.clip((gamma * n + beta) / 0.05 + 3, -128, 127)
+    assert np.abs(got - want).max() <= 2
+
+
+@given(seeds, st.integers(1, 50), st.floats(1e-3, 1.0), st.floats(1e-3, 1.0))
+def law_hw_mcu_sums_and_differences_are_within_one_code(seed, n, s1, s2):
+    rng = np.random.default_rng(seed)
+    a, b, z1, z2 = codes(rng, n), codes(rng, n), int(rng.integers(-99, 99)), int(rng.integers(-99, 99))
+    for sign in (1, -1):
+        real = s1 * (a - z1) + sign * s2 * (b - z2)
+        out = max(np.abs(real).max(), 1e-3) / 127
+        m1, e1, m2, e2, mo, eo = ops.add_params_s8(s1, sign * s2, out)
+        got = ops.add_s8(a, b, input1_offset=-z1, input1_multiplier=m1, input1_shift=e1, input2_offset=-z2,
+                         input2_multiplier=m2, input2_shift=e2, output_offset=0, output_multiplier=mo,
+                         output_shift=eo)  # fmt: skip
+        assert np.abs(got - real / out).max() <= 0.51  # half a code, and 2^-10 of one from each input
+
+
+@given(seeds, st.integers(3, 9), st.integers(3, 9), st.integers(1, 3), st.sampled_from(("SAME", "VALID")))
+def law_hw_mcu_convolutions_equal_loops(seed, height, width, stride, padding):
+    rng = np.random.default_rng(seed)
+    x, w, d = codes(rng, height, width, 2), codes(rng, 3, 3, 2, 2), codes(rng, 3, 2, 2)
+    kw = {"stride": stride, "padding": padding, "input_offset": 7, "output_offset": -3}
+    m, e = quantize_multiplier(0.002)
+    full = ops.conv_s8(x, w, np.zeros(3, int), int(m), int(e), **kw)
+    deep = ops.depthwise_conv_s8(x, d, None, int(m), int(e), **kw)
+    alone = np.stack([d * (np.arange(2) == c) for c in range(2)])  # every channel its own filter
+    np.testing.assert_array_equal(deep, ops.conv_s8(x, alone, None, int(m), int(e), **kw))
+    count = lambda n, k: -(-n // stride) if padding == "SAME" else (n - k) // stride + 1
+    assert full.shape == (count(height, 3), count(width, 2), 3)
+    for i in range(full.shape[0]):
+        for j in range(full.shape[1]):
+            acc = np.zeros(3, int)
+            for a in range(3):
+                for b in range(2):
+                    top = max((full.shape[0] - 1) * stride + 3 - height, 0) // 2 if padding == "SAME" else 0
+                    left = max((full.shape[1] - 1) * stride + 2 - width, 0) // 2 if padding == "SAME" else 0
+                    y, z = i * stride + a - top, j * stride + b - left
+                    if 0 <= y < height and 0 <= z < width:
+                        acc += w[:, a, b] @ (x[y, z] + 7)
+            assert (full[i, j] == np.clip(requantize(acc, int(m), int(e)) - 3, -128, 127)).all()
+
+
+@given(seeds)
+def law_hw_mcu_a_layer_keeps_30_db(seed):
+    """Gaussian data, 64 and more products a sum, a scale for every output channel."""
+    rng = np.random.default_rng(seed)
+    k = int(rng.integers(64, 300))
+    x, w = rng.standard_normal((16, k)), rng.standard_normal((12, k)) / np.sqrt(k)
+    want = x @ w.T
+    affine = lambda a: ((a.max() - a.min()) / 255, int(np.rint(-a.min() / ((a.max() - a.min()) / 255))) - 128)
+    (sx, zx), (sy, zy), sw = affine(x), affine(want), np.abs(w).max(1) / 127
+    q = np.clip(np.rint(x / sx) + zx, -128, 127).astype(int)
+    m, e = quantize_multiplier(sx * sw / sy)
+    got = ops.matmul_s8(
+        q, np.rint(w / sw[:, None]).astype(int), None, m, e, input_offset=-zx, output_offset=zy
+    )
+    error = sy * (got.astype(float) - zy) - want
+    assert 10 * np.log10((want**2).sum() / (error**2).sum()) >= 30
+    zero = ops.matmul_s8(np.full((1, k), zx), np.ones((1, k), int), None, int(m[0]), int(e[0]),
+                         input_offset=-zx, output_offset=zy)  # fmt: skip
+    assert zero[0, 0] == zy  # zero maps to zero
+
+
+@given(st.sampled_from(sorted(DIMS)), st.lists(st.integers(2, 60), min_size=3, max_size=3), st.integers(0, 2))
+def law_hw_mcu_instructions_grow_with_every_size(kernel, sizes, axis):
+    """Along whole steps of the loops (an odd row or a tail of K may cost more than the next even one)."""
+    names = DIMS[kernel]
+    dims = {n: 16 * s for n, s in zip(names, sizes, strict=False)}
+    more = dims | {names[axis % len(names)]: dims[names[axis % len(names)]] + 48}
+    for core in CORES:
+        for profile in ("cmsis_nn", "emitted", "tinyengine", "tflm_ref"):
+            assert instructions(kernel, more, core, profile=profile) > instructions(
+                kernel, dims, core, profile=profile
+            )
+    if kernel in ("fully_connected_s8", "matmul_s8"):
+        assert instructions(kernel, dims, "cortex_m3") > instructions(kernel, dims, "cortex_m7")
