@@ -5,7 +5,6 @@ are built from sizes, not traced.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +35,8 @@ class TargetConfig:
     context: int = 32
 
 
-class Graph(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Graph:
     """A network as nodes in forward order.
 
     op int [N]; shapes, None for a node without parameters; edges [N, N] with virtual ones; the names of each

@@ -308,12 +308,12 @@ def law_pmi_a_norm_bounds_what_would_grow():
 
 def law_pmi_learns_a_little_of_stories():
     """Stories of two facts: the loss of a two-layer network falls."""
-    tokens, answer = story_task(0, 64, kind="one_fact", n_facts=2)
+    tokens, answer = story_task(0, 32, kind="one_fact", n_facts=2)
     net = init_pmi_transformer(
         0, vocab=len(STORY_WORDS), positions=10, width=12, classes=33, heads=2, slots=3, segments=2
     )
     state, options, losses = adam_init(net), {"heads": 2, "topk": 3, "layers": 2}, []
-    for _ in range(20):
+    for _ in range(15):
         loss, d = cross_entropy(pmi_transformer(tokens, net, **options), answer)
         losses.append(loss)
         net, state = adam(net, pmi_transformer_backward(tokens, net, d, **options)[1], state, lr=1e-2)

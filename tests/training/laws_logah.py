@@ -317,7 +317,7 @@ def law_logah_counts():
         36 * d**2 + 12 * d + 2 * r**2 * (8 * d + 1) + r**2 + r + (r + 1) * K
     )
     assert full_decoder_count(64, 2048) > 8 * 64 * 2048**2 > 2.1e9
-    large = transformer_graph(TargetConfig("gpt", 1280, 36, 20, vocab=50257, context=1024))
+    large = transformer_graph(TargetConfig("gpt", 1280, 36, 20, vocab=50257, context=1024), cutoff=1)
     size = sum(
         int(np.prod(s)) * len(n) for s, n in zip(large.shapes, large.names, strict=True) if s is not None
     )

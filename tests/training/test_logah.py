@@ -1,5 +1,7 @@
 """LoGAH: laws on ref, golden vectors, bad inputs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -76,7 +78,7 @@ BAD = {
     "dim_heads": (lambda: L.init_ghn(RNG, L.GHNConfig(dim=12, heads=8)), "heads=8"),
     "target": (lambda: L.transformer_graph(L.TargetConfig("mlp", 8, 1, 2)), "kind must be"),
     "op": (
-        lambda: L.predict_parameters(GRAPH._replace(op=GRAPH.op + 15), GHN, CONFIG),
+        lambda: L.predict_parameters(replace(GRAPH, op=GRAPH.op + 15), GHN, CONFIG),
         r"operations 0\.\.14",
     ),
     "pool": (lambda: L.train_ghn(GHN, [], (X, X), steps=1, seed=0, config=CONFIG), "a pool"),
