@@ -46,6 +46,8 @@ def _target_modules():
 def __getattr__(name: str):
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"hw.{name}"):
+        return importlib.import_module(f"hw.{name}")  # a submodule before it is bound here
     else:
         if name.startswith("_"):
             raise AttributeError(f"module 'hw' has no attribute {name!r}")

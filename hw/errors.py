@@ -45,14 +45,17 @@ class NonConsecutiveRevisit(ValueError):
 class DoesNotFit(MemoryError):
     """More memory is needed than a region of the target has; `shortfall` bytes are missing."""
 
-    def __init__(self, target, region, needed, available, live_tensors=(), suggestions=()):
+    def __init__(self, target, region, needed, available, live_tensors=(), suggestions=(), unit="B"):
         self.target, self.region, self.needed, self.available = target, region, int(needed), int(available)
         self.live_tensors, self.suggestions = tuple(live_tensors), tuple(suggestions)
-        biggest = ", ".join(f"{n} {list(s)} {b:,} B" for n, s, b in self.live_tensors[:3])
+        self.unit = unit  # "" for what is counted in pieces
+        amount = lambda n: f"{n:,} {unit}".rstrip()
+        shape = lambda s: f" {list(s)}" if s else ""
+        biggest = ", ".join(f"{n}{shape(s)} {amount(b)}" for n, s, b in self.live_tensors[:3])
         hint = "; ".join(self.suggestions)
         super().__init__(
-            f"{target}: {region} needs {self.needed:,} B and has {self.available:,} B, "
-            f"{self.shortfall:,} B short"
+            f"{target}: {region} needs {amount(self.needed)} and has {amount(self.available)}, "
+            f"{amount(self.shortfall)} short"
             + (f"; largest: {biggest}" if biggest else "")
             + (f"; would help: {hint}" if hint else "")
         )

@@ -330,6 +330,12 @@ class FormatPolicy:
         """Exact on the operands, rounded into the formats of the results."""
         wide = [_Wide(o.shape, "float64" if is_float(o.dtype) else o.dtype) for o in outs]
         results = self._dot(args, ins, outs, op) if op.prim == "dot_general" else None
+        if op.prim == "bitcast_convert_type":  # of the bits that the program means, not of the carrier's
+            args = [np.asarray(a).astype(numpy_dtype(t.dtype)) for a, t in zip(args, ins, strict=True)]
+            results = [
+                np.asarray(r).astype(w.dtype)
+                for r, w in zip(numerics.compute(op, args, outs), wide, strict=True)
+            ]
         if results is None:
             results = numerics.compute(op, args, wide)
         formats = [self.format(o) for o in outs]

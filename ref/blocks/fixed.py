@@ -144,7 +144,8 @@ def fixed_matmul(x_raw, w_raw, *, fx: Fixed, fw: Fixed, facc: Fixed, bias_raw=No
     if x.ndim < 2 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"x_raw must be [..., M, K] and w_raw [N, K], got {x.shape} and {w.shape}")
     bits, K = fx.width + fw.width, x.shape[-1]
-    if bits + (0 if per_product_cast else max(K - 1, 0).bit_length()) > 63:
+    held = 63 + (fx.signed or fw.signed)  # a signed number of W bits is at most 2^(W-1) in size
+    if (bits > held) if per_product_cast else (bits + max(K - 1, 0).bit_length() > 63):
         raise ValueError(f"products of {fx.width} and {fw.width} bits over K={K} do not fit 63 bits")
     frac = fx.frac + fw.frac
     bias = 0 if bias_raw is None else np.asarray(bias_raw, np.int64)
