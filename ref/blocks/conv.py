@@ -59,9 +59,8 @@ class PatchMergingParams(NamedTuple):
 def im2col(x, kernel, *, stride=1, padding=0, dilation=1):
     """The patch under every output position: x [B, H, W, C] -> [B, H', W', kh, kw, C].
 
-    kernel: (kh, kw). stride, padding, dilation: one number for both axes. H' = (H + 2 padding - dilation (kh
-    - 1) - 1)
-    // stride + 1. Raises: ValueError if the kernel does not fit.
+    kernel: (kh, kw). stride, padding, dilation: one number for both axes.
+    H' = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1. Raises: ValueError if the kernel does not fit.
     """
     dims(x=(x, "B H W C"))
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -151,10 +150,9 @@ def batch_norm(x, bn, *, train=False, eps=1e-5, momentum=0.1):
     """(x - mean) / sqrt(var + eps) gamma + beta over the last axis.
 
     train: use the batch's mean and (biased) variance, and return (y, BN with running statistics moved by
-    `momentum`
-    towards the batch's mean and unbiased variance).
+    `momentum` towards the batch's mean and unbiased variance).
     """
-    x = float64(x)
+    x, bn = float64(x), BN(*float64(*bn))
     if not train:
         return (x - bn.mean) / np.sqrt(bn.var + eps) * bn.gamma + bn.beta
     rows = x.reshape(-1, x.shape[-1])
@@ -168,7 +166,7 @@ def batch_norm(x, bn, *, train=False, eps=1e-5, momentum=0.1):
 
 def batch_norm_vjp(x, bn, dy, *, train=False, eps=1e-5):
     """-> (dx, dgamma, dbeta) of `batch_norm`; in training the batch statistics take part in the gradient."""
-    x, dy = float64(x, dy)
+    (x, dy), bn = float64(x, dy), BN(*float64(*bn))
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     mean, var = (rows.mean(axis=0), rows.var(axis=0)) if train else (bn.mean, bn.var)
     rstd = 1 / np.sqrt(var + eps)
@@ -205,8 +203,9 @@ def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-
 
 def fold_conv_bn(p: ConvBN, *, eps=1e-5):
     """Conv(w, b), the one convolution that equals `conv_bn` at inference: w gamma / sqrt(var + eps)."""
-    gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
-    return Conv(p.w * gain[:, None, None, None], p.bn.beta - p.bn.mean * gain)
+    bn = BN(*float64(*p.bn))
+    gain = bn.gamma / np.sqrt(bn.var + eps)
+    return Conv(p.w * gain[:, None, None, None], bn.beta - bn.mean * gain)
 
 
 def fold_all(params, *, eps=1e-5):
@@ -245,9 +244,7 @@ def squeeze_excite(x, w1, b1, w2, b2, *, gate=sigmoid):
 
 
 def patch_merging(x, params: PatchMergingParams):
-    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C']: expand, stride-2 depthwise, squeeze-and-excite,
-    project.
-    """
+    """Expand, halve depthwise, squeeze-and-excite, project: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C']."""
     p = params
     y = relu(conv_bn(x, p.conv1))
     y = relu(conv_bn(y, p.conv2, stride=2, padding=1, groups=y.shape[-1]))

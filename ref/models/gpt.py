@@ -9,7 +9,7 @@ import numpy as np
 
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
-from ref.dims import dims
+from ref.dims import dims, float64
 
 
 class GPTParams(NamedTuple):
@@ -46,7 +46,7 @@ def gpt_embed(ids, params, *, position=0):
         raise ValueError(f"ids must be in 0..{len(params.wte) - 1}, got {ids.min()}..{ids.max()}")
     if position + T > len(params.wpe):
         raise ValueError(f"position + T = {position + T} exceeds the context of {len(params.wpe)}")
-    return params.wte[ids] + params.wpe[position : position + T]
+    return float64(params.wte)[ids] + params.wpe[position : position + T]
 
 
 def gpt_embed_vjp(ids, params, dx):

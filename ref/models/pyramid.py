@@ -148,8 +148,9 @@ def fold_head(p, *, eps=1e-5):
     """w' = gain w, b' = b + (beta - mean gain) w with gain = gamma / sqrt(var + eps)."""
     if p.bn is None:
         return p
-    gain = p.bn.gamma / np.sqrt(p.bn.var + eps)
-    return HeadParams(None, gain[:, None] * p.w, p.b + (p.bn.beta - p.bn.mean * gain) @ p.w)
+    bn = BN(*float64(*p.bn))
+    gain = bn.gamma / np.sqrt(bn.var + eps)
+    return HeadParams(None, gain[:, None] * p.w, p.b + (bn.beta - bn.mean * gain) @ p.w)
 
 
 def se_width(channels):
