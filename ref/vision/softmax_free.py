@@ -56,8 +56,8 @@ def newton_inverse(A, *, iters=20, ridge=0.01, init="row_sum", normalize=False, 
     Args: A [..., m, m], symmetric, not negative definite.
       init: "row_sum", alpha = 1.8 / (largest row sum of A)^2; "halving", alpha = 2 / (the same)^2, halved up
         to ten times while the largest column sum of |I - P V| exceeds 1.01. normalize: SOFT++, "halving".
-      batch_alpha: both maxima over all matrices given, as the released SOFT++ takes them; otherwise alpha is
-        at most 1.95 / (largest row sum + ridge)^2, within which the iteration always converges.
+      batch_alpha: both maxima over all matrices given, as the released SOFT++ takes them; otherwise an alpha
+        of 2 / (largest row sum + ridge)^2 or more, which need not converge, becomes 1.95 / (the same)^2.
     Returns: [..., m, m]: P^-1 (I - (I - alpha P^2)^(2^iters)), a filtered inverse: eigenvalues p of P with
       alpha p^2 << 2^-iters are left out, not inverted.
     Raises: ValueError for a matrix that is not square or finite, iters < 1, ridge < 0 or an unknown init.
@@ -224,7 +224,7 @@ def soft_forward(img, params: SoftNet, cfg: SoftConfig, *, features=False):
             for p in blocks:
                 x = _soft_block(x, p, cfg, i, H, W)
         else:
-            first = np.broadcast_to(params.cls_token + params.cls_pos, (B, 1, C))
+            first = np.broadcast_to(float64(params.cls_token) + params.cls_pos, (B, 1, C))
             x = np.concatenate([first, x], axis=1)
             for p in blocks:
                 x = transformer_block(x, p, num_heads=C // cfg.head_dim, eps=1e-6)
@@ -280,7 +280,8 @@ def _iterates(A, iters, ridge, init, normalize, batch_alpha):
     size = np.where(largest == 0, 1.0, largest)
     alpha = (2.0 if halving else 1.8) / size**2
     if not batch_alpha:  # at 2 / (largest eigenvalue of P)^2 the iteration no longer converges
-        alpha = np.minimum(alpha, 1.95 / (size + ridge) ** 2)
+        bound = (size + ridge) ** 2
+        alpha = np.where(alpha * bound < 2, alpha, 1.95 / bound)
     start = lambda alpha: alpha[..., None, None] * P
     for _ in range(HALVINGS if halving else 0):
         far = over(_distance_to_inverse(P, start(alpha))) > NORM_MOST
@@ -326,6 +327,7 @@ def _from_head_maps(maps, v):
 
 def _resize(pos, height, width):
     """Positions [1, n, n, C] on a map of another size."""
+    pos = float64(pos)
     return pos if pos.shape[1:3] == (height, width) else resize_bilinear(pos, (height, width))
 
 

@@ -112,7 +112,7 @@ def law_softmax_free_iteration_has_a_closed_form(seed, m, ridge, iters):
     A = gaussian_kernel(q, q)
     p, U = np.linalg.eigh(A + ridge * np.eye(m))
     r = A.sum(axis=1).max()
-    alpha = min(1.8 / r**2, 1.95 / (r + ridge) ** 2)
+    alpha = 1.8 / r**2 if 1.8 * (r + ridge) ** 2 < 2 * r**2 else 1.95 / (r + ridge) ** 2
     want = (U * (1 - (1 - alpha * p**2) ** 2.0**iters) / p) @ U.T
     got = newton_inverse(A, iters=iters, ridge=ridge)
     # rounding of P, seen through P^-1 on both sides
