@@ -50,7 +50,7 @@ def hifi_attention(x, w_qkv, b_qkv, w_proj, b_proj, *, num_heads, window):
     Args: w_qkv [C, 3 Ch], columns [q, k, v][head][d]; w_proj [Ch, Ch]. num_heads: of this group.
     Raises: ValueError unless window divides H and W and num_heads divides Ch.
     """
-    _check_group(x, w_qkv, 3, num_heads, window)
+    _check_group(x, "w_qkv", w_qkv, 3, w_proj, num_heads, window)
     return _hifi(float64(x), w_qkv, b_qkv, w_proj, b_proj, num_heads, window, None)
 
 
@@ -60,7 +60,8 @@ def lofi_attention(x, w_q, b_q, w_kv, b_kv, w_proj, b_proj, *, num_heads, window
     Args: w_q [C, Cl]; w_kv [C, 2 Cl], columns [k, v][head][d]; w_proj [Cl, Cl]. num_heads: of this group.
     Raises: ValueError unless window divides H and W and num_heads divides Cl.
     """
-    _check_group(x, w_kv, 2, num_heads, window)
+    width = _check_group(x, "w_kv", w_kv, 2, w_proj, num_heads, window)
+    dims(x=(x, "B H W C"), w_q=(w_q, f"C {width}"))
     return _lofi(float64(x), w_q, b_q, w_kv, b_kv, w_proj, b_proj, num_heads, window, None)
 
 
@@ -77,9 +78,7 @@ def hilo_attention(x, params: HiLoParams, *, num_heads, window=2, alpha=0.5, pad
     return np.concatenate(y, axis=-1)[:, : x.shape[1], : x.shape[2]]
 
 
-def hilo_attention_backward(
-    dy, x, params: HiLoParams, *, num_heads, window=2, alpha=0.5, pad=False
-):  # fmt: skip
+def hilo_attention_backward(dy, x, params: HiLoParams, *, num_heads, window=2, alpha=0.5, pad=False):
     """-> (dx, dparams: HiLoParams) of `hilo_attention` for dy [B, H, W, C]; None where a parameter is."""
     filled, valid, hi, lo = _prepare(x, params, num_heads, window, alpha, pad)
     n = dims(x=(x, "B H W C"), dy=(dy, "B H W C"))
@@ -313,10 +312,14 @@ def _merge(x, p):
     return gelu(batch_norm(deformable_token_merge(x, offsets, p.w, p.b), p.bn))
 
 
-def _check_group(x, w, parts, num_heads, window):
-    n = dims(x=(x, "B H W C"), w=(w, "C F"))
-    check_layer(n["F"] // parts, num_heads, window)
+def _check_group(x, name, w, parts, w_proj, num_heads, window):
+    """Channels of the group, from the columns of w, its `parts` projections side by side."""
+    n = dims(x=(x, "B H W C"), **{name: (w, "C F")})
+    width = n["F"] // parts
+    dims(**{name: (w, f"C {parts * width}")}, w_proj=(w_proj, f"{width} F"))
+    check_layer(width, num_heads, window)
     _check_window(x, window)
+    return width
 
 
 def _check_window(x, window):

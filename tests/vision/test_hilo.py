@@ -22,9 +22,14 @@ BUILD = {"params": lambda raw: turned(S.HiLoParams(**{n: raw.get(n) for n in S.H
 BUILD |= {name: lambda w: w.T for name in ("w_qkv", "w_q", "w_kv", "w_proj")}
 
 
+def stored(case, result):
+    """Gradients of parameters in the golden's layout."""
+    return (result[0], turned(result[1])) if case.meta["fn"] == "hilo_attention_backward" else result
+
+
 @golden("hilo")
 def test_hilo_golden_ref(case):
-    run(case, S, build=BUILD)
+    run(case, S, build=BUILD, outs=stored)
 
 
 @golden("hilo")
@@ -61,6 +66,18 @@ BAD = {
         r"dy\.shape\[1\] = 2, but axis H is 4",
     ),
     "hifi": (lambda: S.hifi_attention(X, *P[6:], num_heads=3, window=2), "num_heads must divide the 4"),
+    "hifi_columns": (
+        lambda: S.hifi_attention(X, P.w_qkv[:, :10], None, *P[8:], num_heads=1, window=2),
+        r"w_qkv\.shape\[1\] = 10, but must be 9",
+    ),
+    "lofi_queries": (
+        lambda: S.lofi_attention(X, P.w_q[:, :2], None, *P[2:6], num_heads=2, window=2),
+        r"w_q\.shape\[1\] = 2, but must be 4",
+    ),
+    "hifi_projection": (
+        lambda: S.hifi_attention(X, *P[6:8], P.w_hproj[:2], None, num_heads=2, window=2),
+        r"w_proj\.shape\[0\] = 2, but must be 4",
+    ),
     "hifi_window": (lambda: S.hifi_attention(X, *P[6:], num_heads=2, window=4), "window must divide"),
     "lofi": (lambda: S.lofi_attention(X, *P[:6], num_heads=2, window=5), "window must divide"),
     "pool": (lambda: S.avg_pool_tokens(X, 3), "window must divide"),
