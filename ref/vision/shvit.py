@@ -131,8 +131,8 @@ def group_norm_1(x, gamma, beta, *, eps=1e-5):
 def group_norm_1_vjp(x, gamma, dy, *, eps=1e-5):
     """(dx, dgamma, dbeta) of `group_norm_1` for dy [B, H, W, P]."""
     dims(x=(x, "B H W P"), gamma=(gamma, "P"), dy=(dy, "B H W P"))
-    xh, rstd = _standardise(x, eps)
-    g = float64(dy) * gamma
+    (xh, rstd), dy = _standardise(x, eps), float64(dy)
+    g = dy * gamma
     mean = lambda v: v.mean(axis=(1, 2, 3), keepdims=True)
     return rstd * (g - mean(g) - xh * mean(g * xh)), (dy * xh).sum(axis=(0, 1, 2)), dy.sum(axis=(0, 1, 2))
 
