@@ -34,12 +34,24 @@ def block_params(raw):
     return S.DependencyBlockParams(attn=attention_params(raw["attn"]), **norms, **maps, **scales)
 
 
+def stored(d):
+    """DependencyAttentionParams in the golden's layout, by its names."""
+    qkv = np.concatenate([d.w_q.T, d.w_k.T, d.w_v.T])
+    b_qkv = None if d.b_q is None else np.concatenate([d.b_q, d.b_k, d.b_v])
+    gates = {n: getattr(d, n).T for n in ("w_select", "w_gate1", "w_gate2")}
+    biases = {"b_qkv": b_qkv, "b_proj": d.b_o, "b_gate1": d.b_gate1, "b_gate2": d.b_gate2}
+    return {"w_qkv": qkv, "w_proj": d.w_o.T, **gates, **biases}
+
+
 BUILD = {"params": lambda raw: block_params(raw) if "attn" in raw else attention_params(raw)}
+BUILD |= {name: lambda w: w.T for name in ("w", "w1", "w2")}
 
 
 def shown(case, result):
-    """A list of counts is one output."""
-    return (result,) if case.meta["fn"] == "dependencyvit_token_schedule" else result
+    """A list of counts is one output; gradients of parameters in the golden's layout."""
+    if case.meta["fn"] == "dependencyvit_token_schedule":
+        return (result,)
+    return (*result[:2], stored(result[2])) if case.meta["fn"].endswith("_backward") else result
 
 
 @golden("dependencyvit")
@@ -56,10 +68,9 @@ def test_dependencyvit_golden_gradients_ref(case):
     out, message, mask = case.meta["cotangents"]
     assert mask is None
     args = call_args(case, resolve(S, case.meta["fn"]), BUILD)
-    dx, dmessage, d = S.reversed_attention_layer_backward(case[out], case[message], **args)
-    got = {"x": dx, "message_in": dmessage, "params.b_proj": d.b_o, "params.w_proj": d.w_o.T}
-    got["params.w_qkv"] = np.concatenate([d.w_q.T, d.w_k.T, d.w_v.T])
-    got |= {f"params.{n}": getattr(d, n).T for n in ("w_select", "w_gate1", "w_gate2")}
+    dmessage = np.zeros_like(args["message_in"]) if message is None else case[message]
+    dx, dmessage, d = S.reversed_attention_layer_backward(case[out], dmessage, **args)
+    got = {"x": dx, "message_in": dmessage, **{f"params.{n}": g for n, g in stored(d).items()}}
     for name, key in case.meta["grads"].items():
         rtol, atol = case.meta["tol"][key]
         np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
