@@ -39,10 +39,8 @@ def mobilevit_block(x, params: MobileViTParams, *, patch=2, num_heads, eps=1e-5)
 def mobilevit_block_vjp(x, params: MobileViTParams, dy, *, patch=2, num_heads, eps=1e-5):
     """(dx, dparams) of `mobilevit_block`; gradients of running statistics are zero."""
     p, C = params, x.shape[-1]
-    f, block = (
-        _forward(x, p, patch, num_heads, eps),
-        {"num_heads": num_heads, "eps": eps, "activation": "silu"},
-    )
+    f = _forward(x, p, patch, num_heads, eps)
+    block = {"num_heads": num_heads, "eps": eps, "activation": "silu"}
     conv = lambda *args: conv_bn_vjp(*args, padding=args[1].w.shape[-1] // 2, eps=eps)
     djoined, dfuse = conv(f["joined"], p.fuse, float64(dy) * silu_grad(f["y"]))
     dfar, dproj = conv(f["far"], p.proj, djoined[..., C:] * silu_grad(f["g"]))
@@ -91,7 +89,7 @@ def init_mobilevit(rng, channels, dim, *, hidden=None, depth=2, std=0.02):
 def _forward(x, p, patch, num_heads, eps):
     """Every intermediate that the backward pass needs, by name."""
     conv = lambda x, c: conv_bn(x, c, padding=c.w.shape[-1] // 2, eps=eps)
-    if p.w_in.shape[1] % num_heads:
+    if num_heads < 1 or p.w_in.shape[1] % num_heads:
         raise ValueError(f"num_heads must divide the width {p.w_in.shape[1]}, got {num_heads}")
     a = conv(x, p.local)
     tokens = [unfold_patches(linear(silu(a), p.w_in), patch)]

@@ -7,7 +7,7 @@ import ref
 from ref.blocks.conv import BN, ConvBN
 from ref.blocks.transformer import BlockParams
 from tests.compression import laws_lightweight
-from tests.golden_runner import cases, golden, run
+from tests.golden_runner import call_args, cases, golden, run
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_lightweight))
@@ -51,21 +51,19 @@ TRAINED = [c for c in cases("lightweight") if c.meta.get("grads")]
 @pytest.mark.parametrize("case", TRAINED, ids=[f"lightweight-{c.name}-{c.meta['fn']}" for c in TRAINED])
 def test_lightweight_golden_backward(case):
     """The stored gradients of the forward cases against the backward passes written by hand."""
-    load = lambda spec: (
-        case[spec] if isinstance(spec, str)
-        else {k: load(v) for k, v in spec.items()} if isinstance(spec, dict) else [load(v) for v in spec]
-    )  # fmt: skip
-    params, (cotangent,) = house(load(case.meta["args"]["params"])), case.meta["cotangents"]
-    vjp = getattr(W, f"{case.meta['fn']}_vjp")
-    dx, dparams = vjp(case["in/x"], params, case[cotangent], **case.meta["kwargs"])
+    args = call_args(case, getattr(W, case.meta["fn"]), {"params": house})
+    x, params, (cotangent,) = args.pop("x"), args.pop("params"), case.meta["cotangents"]
+    dx, dparams = getattr(W, f"{case.meta['fn']}_vjp")(x, params, case[cotangent], **args)
     grads = {"x": dx, "params": dparams}
+    renamed = {"scale": "gamma", "bias": "beta"}
     for path, key in case.meta["grads"].items():
         first, *rest = path.split(".")
         got = grads[first]
         for part in rest:
-            got = got[int(part)] if part.isdecimal() else getattr(got, part)
+            got = got[int(part)] if part.isdecimal() else getattr(got, renamed.get(part, part))
         if rest and rest[-1].startswith("w_"):
             got = got.T
+        got = got[:, :, 0, 0] if got.ndim == case[key].ndim + 2 else got  # a 1x1 kernel stored as a map
         rtol, atol = case.meta["tol"][key]
         np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
 
@@ -109,6 +107,7 @@ BAD = {
         lambda: W.mobilevit_block(MAP, MOBILE, num_heads=3),
         "num_heads must divide the width 4",
     ),
+    "mobile_no_heads": (lambda: W.mobilevit_block(MAP, MOBILE, num_heads=0), "num_heads must divide"),
     "squeeze": (lambda: W.separable_mlp(MAP, SEPARABLE, squeeze=True), r"squeeze needs params\.se_w1"),
     "depthwise": (lambda: W.separable_mlp(MAP, SE), "depthwise must be .* odd k"),
     "kind": (lambda: W.block_cost("bert", shape=(4, 6)), "kind must be one of standard, mobilevit"),
