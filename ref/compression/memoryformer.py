@@ -1,8 +1,7 @@
 """MemoryFormer: a projection is read from tables; the address of a row is the signs of a few features.
 
 Source: Ding et al. 2024 (arXiv 2411.12992) and the code released with it, whose score ("l1_prob") differs
-from the paper's text ("prob"); the code decides the default.
-What is our own addition says so.
+from the paper's text ("prob"); the code decides the default. What is our own addition says so.
 """
 
 from typing import NamedTuple
@@ -100,6 +99,7 @@ def look_up_vjp(codes, score, tables, grad_out):
     """(grad_score [..., K], grad_tables, grad_bias) of `look_up`; rows that were not read get nothing."""
     K, h = tables.shape[0], tables.shape[-1]
     dims(codes=(codes, "... K"), grad_out=(grad_out, f"... {h}"))
+    score, grad_out = float64(score, grad_out)
     grad_score = (float64(tables)[np.arange(K), codes] @ grad_out[..., None])[..., 0]
     grad_tables, rows = np.zeros(tables.shape), grad_out.reshape(-1, 1, h)
     np.add.at(grad_tables, (np.arange(K), codes.reshape(-1, K)), score.reshape(-1, K, 1) * rows)
