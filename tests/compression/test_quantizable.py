@@ -20,7 +20,8 @@ def parameters(raw):
     if "gate" not in raw:
         return Z.GateParams(**{"w": None, **raw})
     maps = {n: x.T if n.startswith("w") else x for n, x in raw.items() if n != "gate"}
-    return Z.GatedAttentionParams(**maps, gate=parameters(raw["gate"]))
+    biases = dict.fromkeys(("b_q", "b_k", "b_v"))
+    return Z.GatedAttentionParams(**biases | maps, gate=parameters(raw["gate"]))
 
 
 @golden("quantizable")
