@@ -1,12 +1,9 @@
 """Pruning: which weights to remove, by size, by structure, by N:M groups, by movement, by second order.
 
-Source: a survey of inference optimisation (arXiv 2307.07982, 2023). Magnitude: Han et al. 2015; heads:
-  Michel et al.
-2019, section 4.1; N:M: Mishra et al. 2021; movement: Sanh et al. 2020, equations 3 and 5; schedule: Zhu and
-Gupta 2017,
-equation 1; second order: Hassibi and Stork 1993, equation 5. Masks are boolean, True = kept; weights are
-[out, in],
-because N:M groups run along a row's inputs.
+Source: a survey of inference optimisation (arXiv 2307.07982, 2023). Magnitude: Han et al. 2015; heads: Michel
+et al. 2019, section 4.1; N:M: Mishra et al. 2021; movement: Sanh et al. 2020, equations 3 and 5; schedule:
+Zhu and Gupta 2017, equation 1; second order: Hassibi and Stork 1993, equation 5. Masks are boolean, True =
+kept; weights are [out, in], because N:M groups run along a row's inputs.
 """
 
 import numpy as np
@@ -27,9 +24,7 @@ def magnitude_mask(w, *, sparsity):
 
 
 def global_magnitude_masks(ws, *, sparsity):
-    """A tuple of masks, one threshold for the whole list of weights: small layers may lose more than large
-    ones.
-    """
+    """A tuple of masks with one threshold for all weights: layers of small weights lose more than others."""
     _check_sparsity(sparsity)
     sizes = [np.size(w) for w in ws]
     flat = np.concatenate([np.abs(np.asarray(w)).ravel() for w in ws])
@@ -67,9 +62,9 @@ def nm_mask(w, *, n=2, m=4):
 
 
 def nm_pack(w, mask, *, n=2, m=4):
-    """(values, indices), both [out, in * n / m]: kept values in input order, and their places 0..m-1 in the
-    group.
+    """(values, indices), both [out, in * n / m]: kept values in input order, and their places in the group.
 
+    values keep the dtype of w, which is to be stored; indices are int32 in 0..m-1.
     Raises: ValueError if the mask does not keep exactly n of every m.
     """
     groups, kept = _nm_groups(w, n, m), np.asarray(mask, bool).reshape(-1, np.shape(w)[1] // m, m)
@@ -133,9 +128,7 @@ def prune_ffn(params, keep):
 
 
 def movement_mask(scores, *, keep=None, threshold=None):
-    """The int(keep * size) largest scores, or those with sigmoid(score) > threshold (exactly one is
-    given).
-    """
+    """The int(keep * size) largest scores, or those with sigmoid(score) > threshold: exactly one is given."""
     scores = np.asarray(scores)
     if (keep is None) == (threshold is None):
         raise ValueError(f"give exactly one of keep and threshold, got {keep=}, {threshold=}")
@@ -177,13 +170,12 @@ def cubic_sparsity(step, *, start, end, initial=0.0, final):
 
 
 def obs_prune_row(w, h_inv, *, count):
-    """Remove `count` weights of one row, each time the one that costs least, and let the others make up for
-    it.
+    """Remove `count` weights of a row, each time the one that costs least; the others make up for it.
 
-    Args: w [n]; h_inv [n, n], the inverse of H = X X^T + damping. Returns: (w [n] with zeros, mask [n], True
-      = kept).
     Cost of w_i: w_i^2 / (2 [H^-1]_ii); correction: -w_i / [H^-1]_ii H^-1[:, i]; then i leaves H^-1 by
     elimination.
+    Args: w [n]; h_inv [n, n], the inverse of H = X X^T + damping.
+    Returns: (w [n] with zeros, mask [n], True = kept).
     Raises: ValueError unless 0 <= count <= n.
     """
     n = dims(w=(w, "n"), h_inv=(h_inv, "n n"))["n"]
@@ -202,10 +194,9 @@ def obs_prune_row(w, h_inv, *, count):
 
 
 def bsr_matmul(x, blocks, block_rows, block_cols, *, shape):
-    """x W^T with W [out, in] given by its nonzero blocks [n, b, c] at block row and column; 1 x 1 is
-    unstructured.
+    """x W^T with W [out, in] given by its nonzero blocks; blocks of 1 x 1 are unstructured sparsity.
 
-    Args: x [..., in]; block_rows, block_cols int [n]; shape (out, in). Returns: [..., out].
+    Args: x [..., in]; blocks [n, b, c]; block_rows, block_cols int [n]; shape (out, in). Returns: [..., out].
     Raises: ValueError if a block lies outside the shape.
     """
     size = dims(x=(x, f"... {shape[1]}"), blocks=(blocks, "n b c"), block_rows=(block_rows, "n"))
@@ -220,12 +211,11 @@ def bsr_matmul(x, blocks, block_rows, block_cols, *, shape):
     return y
 
 
-def sparse_bytes(shape, *, kind, sparsity, itemsize, n=2, m=4, block=32):
+def sparse_bytes(shape, *, kind="bitmap", sparsity, itemsize, n=2, m=4, block=32):
     """Bytes of an [out, in] weight stored as "dense", "bitmap", "csr", "bsr" or "nm".
 
     bitmap: values and one bit an entry. csr: values, int32 columns, int32 row starts. bsr: whole blocks of
-    `block` a
-    side with the same two indices. nm: in * n / m values a row and ceil(log2 m) bits each.
+    `block` a side with the same two indices. nm: in * n / m values a row and ceil(log2 m) bits each.
     Raises: ValueError for an unknown kind or a sparsity outside [0, 1].
     """
     _check_sparsity(sparsity)

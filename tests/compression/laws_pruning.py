@@ -133,9 +133,7 @@ def law_pruning_removed_neurons_are_masked_neurons(seed):
 
 @given(seeds)
 def law_pruning_head_importance_is_the_slope_of_a_mask(seed):
-    """|dL/dm_h| at m = 1 by central differences, for L = sum(c * o) of each example, averaged, then
-    normalised.
-    """
+    """|dL/dm_h| at m = 1 by central differences, L = sum(c * o) of each example; averaged, normalised."""
     params, x = block(seed), weights(seed, (3, 5, 8))
     c = weights(seed + 1, (3, 5, 8))
     heads = attention_dense(*qkv(x, params, num_heads=2))
@@ -186,6 +184,10 @@ def law_pruning_blocks_multiply_as_the_dense_matrix(seed):
     for b, i, j in zip(blocks, rows, cols, strict=True):
         w[2 * i : 2 * i + 2, 4 * j : 4 * j + 4] += b
     np.testing.assert_allclose(bsr_matmul(x, blocks, rows, cols, shape=(6, 8)), x @ w.T, rtol=0, atol=1e-13)
+    w *= rng.random(w.shape) < 0.3  # unstructured: blocks of one entry
+    rows, cols = np.nonzero(w)
+    got = bsr_matmul(x, w[rows, cols][:, None, None], rows, cols, shape=(6, 8))
+    np.testing.assert_allclose(got, x @ w.T, rtol=0, atol=1e-13)
 
 
 def law_pruning_bytes_are_those_of_the_arrays():
