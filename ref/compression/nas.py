@@ -51,20 +51,23 @@ class MlpParams(NamedTuple):
 def super_linear(x, w, b, *, out_features):
     """x W[:o, :i]^T + b[:o]: the front slice of a shared weight; i is the width of x.
 
-    Args: x [..., i], w [out, in], b [out], i <= in, out_features <= out.
+    Args: x [..., i], w [out, in], b [out] or None, i <= in, out_features <= out.
     Raises: ValueError for a slice beyond the weight.
     """
     _check_slice(x, w, b, out_features)
-    return float64(x) @ float64(w)[:out_features, : x.shape[-1]].T + b[:out_features]
+    y = float64(x) @ float64(w)[:out_features, : x.shape[-1]].T
+    return y if b is None else y + b[:out_features]
 
 
 def super_linear_vjp(x, w, b, grad_out):
-    """(grad_x, grad_w, grad_b) for grad_out [..., o]: full size, exactly zero outside the slice."""
+    """(grad_x, grad_w, grad_b) for grad_out [..., o]: full size, zero outside the slice (no b: None)."""
     o, i = grad_out.shape[-1], x.shape[-1]
     _check_slice(x, w, b, o)
-    g, grad_w, grad_b = float64(grad_out), np.zeros(w.shape), np.zeros(b.shape)
+    g, grad_w, grad_b = float64(grad_out), np.zeros(w.shape), None if b is None else np.zeros(b.shape)
     rows = g.reshape(-1, o)
-    grad_w[:o, :i], grad_b[:o] = rows.T @ float64(x).reshape(-1, i), rows.sum(axis=0)
+    grad_w[:o, :i] = rows.T @ float64(x).reshape(-1, i)
+    if b is not None:
+        grad_b[:o] = rows.sum(axis=0)
     return g @ float64(w)[:o, :i], grad_w, grad_b
 
 
@@ -124,9 +127,11 @@ def zero_cost_score(params: MlpParams, x, labels, *, kind="grad_norm"):
       of R = sum of outputs with all parameters positive and an input of ones; "jacob_cov" -sum (log(v + k) +
       1 / (v + k)) over the eigenvalues v of the correlations between the inputs' gradients; "naswot"
       log |det K|, K = number of ReLUs on which two inputs agree.
-    Raises: ValueError for another kind, labels out of range or an empty batch.
+    Raises: ValueError for another kind, labels out of range, an empty batch, or "naswot" without a ReLU.
     """
     _check_batch(params, x, labels, kind, SCORES)
+    if kind == "naswot" and len(params.w) < 2:
+        raise ValueError('kind="naswot" counts ReLUs, but params has no hidden layer')
     if kind in ("snip", "synflow"):
         return sum(m.sum() for m in saliency_maps(params, x, labels, kind=kind))
     if kind == "grad_norm":
@@ -270,7 +275,7 @@ def _split(gene, params, head_dim):
 
 
 def _check_slice(x, w, b, out_features):
-    dims(w=(w, "out in"), b=(b, "out"))
+    dims(w=(w, "out in"), **({} if b is None else {"b": (b, "out")}))
     if not 1 <= x.shape[-1] <= w.shape[1]:
         raise ValueError(f"x must have 1..{w.shape[1]} channels, the width of w, got {x.shape[-1]}")
     if not 1 <= out_features <= w.shape[0]:

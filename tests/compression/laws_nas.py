@@ -81,6 +81,10 @@ def law_nas_slices_are_the_small_layer_and_the_masked_one(seed, size):
     assert not grads[1][o:].any()
     assert not grads[1][:, i:].any()
     assert not grads[2][o:].any()
+    np.testing.assert_allclose(super_linear(x, w, None, out_features=o) + b[:o], y, rtol=0, atol=1e-14)
+    *same, none = super_linear_vjp(x, w, None, g)
+    assert none is None
+    np.testing.assert_array_equal(same[1], grads[1])
 
 
 @given(seeds, st.integers(1, 8))

@@ -33,6 +33,10 @@ BAD = {
     "gene_hidden": (lambda: SLICE((12, 2, 24, 25, 3, 3)), r"F must be in 1\.\.24"),
     "gene_heads": (lambda: SLICE((12, 2, 24, 24, 4, 3)), r"H must be in 1\.\.3"),
     "kind": (lambda: N.zero_cost_score(P, X, Y, kind="fisher"), "kind must be one of grad_norm"),
+    "codes": (
+        lambda: N.zero_cost_score(N.MlpParams((W,), (B,)), X, Y, kind="naswot"),
+        "no hidden layer",
+    ),
     "map_kind": (lambda: N.saliency_maps(P, X, Y, kind="grasp"), "kind must be one of snip, synflow"),
     "labels": (lambda: N.zero_cost_score(P, X, Y + 1), r"labels must be integers in 0\.\.1"),
     "empty": (lambda: N.zero_cost_score(P, X[:0], Y[:0]), "at least one"),
