@@ -92,12 +92,12 @@ def un_train_forward(
     Raises: ValueError naming the argument at fault, also where no token is counted.
     """
     _check(x, weight, bias, state, mask, momentum)
-    x, weight, M = float64(x), float64(weight), len(state.buffer_x2)
+    x, weight, state, M = float64(x), float64(weight), _float64(state), len(state.buffer_x2)
     counted = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
     x2 = (counted**2).mean(axis=0)
 
     t = state.iters + 1
-    roots = np.sqrt(float64(state.buffer_x2))
+    roots = np.sqrt(state.buffer_x2)
     recorded = roots.var(ddof=1) if roots.size > 1 else np.inf  # before this step is written
     window = _put(state.buffer_x2, t, x2)
     skip = np.asarray(M == 1)
@@ -135,7 +135,7 @@ def un_train_backward(grad_y, cache: UNCache, state: UNState, *, exact_gradient=
     dims(grad_y=(grad_y, "B N C"), z=(cache.z, "B N C"), weight=(cache.weight, "C"))
     if cache.iters != state.iters:
         raise ValueError(f"cache is of step {cache.iters}, but state of step {state.iters}")
-    grad_y = float64(grad_y)
+    grad_y, state = float64(grad_y), _float64(state)
     g = cache.r * cache.weight * grad_y
     gz = (g * cache.z).mean(axis=(0, 1))
     window = _put(state.buffer_gz, cache.iters, np.where(cache.skip, state.ema_gz, gz))
@@ -209,6 +209,11 @@ def geometric_mean(window):
     """exp(mean log) over the first axis; a zero makes it zero."""
     with np.errstate(divide="ignore"):
         return np.exp(np.log(float64(window)).mean(axis=0))
+
+
+def _float64(state):
+    """The state with its statistics in float64; the counters stay."""
+    return UNState(*float64(*state[:4]), *state[4:])
 
 
 def _put(buffer, t, row):
