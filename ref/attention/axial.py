@@ -17,6 +17,7 @@ from ref.blocks.conv import conv2d, conv2d_vjp
 from ref.blocks.initial import truncated_normal
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm, layer_norm_vjp
+from ref.blocks.optim import tree_map
 from ref.blocks.softmax import logsumexp, softmax
 from ref.blocks.transformer import AttentionParams, BlockParams
 from ref.dims import dims, float64
@@ -196,9 +197,9 @@ def axial_grad(params: AxialParams, x, *, config: AxialConfig, slice_index=None)
         exterior = _Exterior(params, x, c, config)
         model = _Slice(params, x[..., c], config, exterior.cond)
         grads, dcond = model.backward(_bits_vjp(model.logits, x[..., c]) / len(drawn))
-        flat = _flatten(grads._replace(exterior=exterior.backward(dcond)))
-        total = flat if total is None else [a + b for a, b in zip(total, flat, strict=True)]
-    return _like(params, total)
+        grads = grads._replace(exterior=exterior.backward(dcond))
+        total = grads if total is None else tree_map(np.add, total, grads)
+    return total
 
 
 def sample_semi_parallel(params: AxialParams, gumbel, *, config: AxialConfig):
@@ -432,28 +433,6 @@ def _channel(x, c, axis=-1):
     return x if c is None else np.moveaxis(x, axis, 0)[c]
 
 
-def _flatten(tree):
-    """The arrays of a tree of tuples, in order."""
-    if tree is None:
-        return []
-    return [a for part in tree for a in _flatten(part)] if isinstance(tree, tuple) else [tree]
-
-
-def _like(tree, arrays):
-    """The arrays in the structure of the tree."""
-    arrays = iter(arrays)
-
-    def build(t):
-        if t is None:
-            return None
-        if not isinstance(t, tuple):
-            return next(arrays)
-        parts = [build(part) for part in t]
-        return type(t)(*parts) if hasattr(t, "_fields") else tuple(parts)
-
-    return build(tree)
-
-
 def _check_axis(axis, last):
     if not 1 <= axis <= last:
         raise ValueError(f"axis must be in 1..{last}, got {axis}")
@@ -488,7 +467,7 @@ def example(seed=0):
     config = AxialConfig(8, 8, 1, 17, 8, 2)
     images = digits()[0][:2].astype(np.int32)
     near = init_axial(rng, config)
-    params = _like(near, [a + 0.1 * rng.standard_normal(a.shape) for a in _flatten(near)])
+    params = tree_map(lambda a: a + 0.1 * rng.standard_normal(a.shape), near)
     x = rng.standard_normal((2, 3, 8, 8))
     w = lambda *shape: rng.standard_normal(shape) / 3
     maps = tuple(AttentionParams(w(8, 6), w(8, 6), w(8, 6), w(6, 8), w(8)) for _ in range(2))
