@@ -1,7 +1,7 @@
 """Laws of SCOUT on ref alone: NumPy and Hypothesis."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ref.attention.scout import (
@@ -145,6 +145,66 @@ def tiny(seed, mixer, config=TINY, gain=8.0):
     )  # fmt: skip
     params = params._replace(blocks=blocks, embedding=50 * params.embedding)
     return rng.integers(0, config.vocab_size, (2, 8)), params, rng.standard_normal((2, 8, config.dim))
+
+
+def turned(x, t, base):
+    """One head's vector at position t: channels i and i + D/2 turn together."""
+    half = len(x) // 2
+    angle = t * base ** (-np.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+
+
+def rotary_by_hand(x, p, c, allowed):
+    """Grouped rotary attention of one sequence [L, C]."""
+    L, D = len(x), c.dim // c.num_heads
+    cut = lambda w, heads: (x @ w).reshape(L, heads, D).swapaxes(0, 1)
+    turn = lambda z: np.array([[turned(row, t, c.rope_base) for t, row in enumerate(head)] for head in z])
+    q, k, v = cut(p.w_q, c.num_heads), cut(p.w_k, c.num_kv_heads), cut(p.w_v, c.num_kv_heads)
+    o = by_hand(turn(q)[None], turn(k)[None], v[None], allowed)[0]
+    return o.swapaxes(0, 1).reshape(L, c.dim) @ p.w_o
+
+
+def mamba_by_hand(x, p, c):
+    """The selective scan of one sequence [L, C], token by token."""
+    E, N, K = c.expand * c.dim, c.state_size, c.conv_size
+    silu = lambda z: z / (1 + np.exp(-z))
+    wide, gate = np.split(x @ p.w_in, 2, axis=1)
+    h, rows = np.zeros((E, N)), []
+    for t in range(len(x)):
+        u = silu(p.conv_b + sum(p.conv_w[K - 1 - n] * wide[t - n] for n in range(min(K, t + 1))))
+        dt, b, read = np.split(u @ p.w_x, [c.dt_rank, c.dt_rank + N])
+        step = np.log1p(np.exp(dt @ p.w_dt + p.b_dt))[:, None]
+        h = np.exp(-step * np.exp(p.a_log)) * h + step * b * u[:, None]
+        rows.append((h @ read + p.d * u) * silu(gate[t]))
+    return np.array(rows) @ p.w_out
+
+
+@settings(max_examples=6)
+@given(seeds, mixers, st.integers(1, 5), st.integers(1, 5))
+def law_scout_block_is_its_definition(seed, mixer, segment, window):
+    """Four sub-layers written out, two query heads a key head.
+
+    Some twenty products of up to 48 terms in a row, exp in between: a few thousand roundings of the output.
+    """
+    c = ScoutConfig(16, 4, 2, 5, segment, window, 3, 2, 2, 3, rope_base=50.0)
+    rng = np.random.default_rng(seed)
+    p = tree_map(lambda w: w + 0.3 * rng.standard_normal(w.shape), init_scout(rng, c, mixer=mixer).blocks[0])
+    x = rng.standard_normal((2, 7, 16))
+    norm = lambda z, gain: z / np.sqrt((z * z).mean(axis=-1, keepdims=True) + c.eps) * gain
+    feed = lambda z, m: ((z @ m.w_gate) / (1 + np.exp(-(z @ m.w_gate))) * (z @ m.w_up)) @ m.w_down
+    got = scout_block(x, p, config=c, mixer=mixer)
+    for y, z in zip(got, x, strict=True):
+        h = norm(z, p.norm1)
+        if mixer == "mamba":
+            z = z + mamba_by_hand(h, p.mixer, c)
+        else:
+            z = z + rotary_by_hand(h, p.mixer, c, lambda t, j: t - window < j <= t)
+        z = z + feed(norm(z, p.norm2), p.mlp1)
+        last = lambda t, j: j == t or (j < t and j % segment == segment - 1)
+        z = z + rotary_by_hand(norm(z, p.norm3), p.attn, c, last)
+        z = z + feed(norm(z, p.norm4), p.mlp2)
+        np.testing.assert_allclose(y, z, rtol=0, atol=4096 * EPS * (1 + np.abs(z).max()))
 
 
 @given(seeds, mixers)
