@@ -53,6 +53,10 @@ BAD = {
     "keep_shape": (lambda: attend(KEEP[:, :3]), r"keep_mask of shape \[4, 3\] does not broadcast"),
     "empty_rows": (lambda: attend(empty_rows="keep_max"), 'empty_rows must be "official" or "zero"'),
     "keys": (lambda: M.pruned_attention(Q, Q, Q[:, :, :3], KEEP), r"v\.shape\[2\] = 3"),
+    "no_heads": (
+        lambda: M.pruned_attention_bwd(Q, Q, Q[0, 0], Q, KEEP),
+        r"k must have shape \[\.\.\., Hkv, S, D\]",
+    ),
     "cotangent": (lambda: M.pruned_attention_bwd(Q[:, :, :3], Q, Q, Q, KEEP), "axis n is 3 in do"),
     "corner": (lambda: M.running_average(*UPDATE, np.ones((1, 2, 5, 4))), "covers 5 x 4 positions"),
     "count": (

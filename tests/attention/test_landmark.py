@@ -43,6 +43,7 @@ BAD = {
     "tile": (lambda: M.landmark_attention(Q, Q, Q, FLAGS, block_size=0), "block_size must be at least 1"),
     "none": (lambda: M.landmark_attention(*[Q[:, :, :0]] * 3, FLAGS[:, :0]), "at least one position"),
     "cotangent": (lambda: M.landmark_attention_bwd(Q[:, :1], Q, Q, Q, FLAGS), "axis H is 1 in do"),
+    "no_heads": (lambda: M.landmark_attention_bwd(Q, Q, Q[0, 0], Q, FLAGS), "k must have shape"),
     "back": (lambda: M.landmark_attention_bwd(Q, Q, Q, Q, FLAGS, block_size=2), "after every 2 tokens"),
     "queries": (lambda: M.grouped_softmax(np.ones((1, 1, 9, 8)), FLAGS), "L <= S"),
     "no_keys": (lambda: M.grouped_softmax(np.ones((1, 1, 0, 0)), FLAGS[:, :0]), "1 <= S"),
