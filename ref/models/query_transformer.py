@@ -16,9 +16,10 @@ from ref.dims import dims, float64
 
 
 class MappingBlock(NamedTuple):
-    """Self-attention w_q .. b_o, cross-attention w_cq .. b_co with w_ck, w_cv [d_v, d_m], an MLP; the norms
-    stand after each.
-    """  # fmt: skip
+    """Self-attention w_q .. b_o, cross-attention w_cq .. b_co, an MLP, and a norm after each.
+
+    w_ck and w_cv are [d_v, d_m]; a bias may be None.
+    """
 
     w_q: np.ndarray
     b_q: np.ndarray
@@ -133,11 +134,13 @@ def _mapping_block_vjp(x, visual, p, dy, num_heads, eps):
     d3, g["ln3_scale"], g["ln3_bias"] = layer_norm_vjp(s3, p.ln3_scale, dy, eps=eps)
     d, g["w_fc1"], g["b_fc1"], g["w_fc2"], g["b_fc2"] = mlp_vjp(x2, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2, d3)
     d2, g["ln2_scale"], g["ln2_bias"] = layer_norm_vjp(s2, p.ln2_scale, d3 + d, eps=eps)
-    d, g["w_co"], g["b_co"] = linear_vjp(join_heads(attention_dense(q, k, v)), p.w_co, d2)
+    d, g["w_co"], g["b_co"] = linear_vjp(
+        join_heads(attention_dense(q, k, v)), p.w_co, d2, bias=p.b_co is not None
+    )
     dq, dk, dv = (join_heads(t) for t in attention_dense_vjp(q, k, v, split_heads(d, num_heads)))
-    d, g["w_cq"], g["b_cq"] = linear_vjp(x1, p.w_cq, dq)
-    dvisual, g["w_ck"], g["b_ck"] = linear_vjp(visual, p.w_ck, dk)
-    more, g["w_cv"], g["b_cv"] = linear_vjp(visual, p.w_cv, dv)
+    d, g["w_cq"], g["b_cq"] = linear_vjp(x1, p.w_cq, dq, bias=p.b_cq is not None)
+    dvisual, g["w_ck"], g["b_ck"] = linear_vjp(visual, p.w_ck, dk, bias=p.b_ck is not None)
+    more, g["w_cv"], g["b_cv"] = linear_vjp(visual, p.w_cv, dv, bias=p.b_cv is not None)
     d1, g["ln1_scale"], g["ln1_bias"] = layer_norm_vjp(s1, p.ln1_scale, d2 + d, eps=eps)
     d, attention = self_attention_vjp(x, p, d1, num_heads=num_heads)
     return d1 + d, dvisual + more, MappingBlock(**g, **attention)
