@@ -150,16 +150,16 @@ def code_tokens(prefix, list1, prompt, list2):
     """(trial_codes, word_codes) int [T] of the four segments' token pieces, lists of str.
 
     trial_codes: 0, 1, 2, 3 by segment, -1 for punctuation of the lists. word_codes: 1, 2, ... through the
-    text, the same for all pieces of a word; a leading space, or the very first piece, starts one; -1 for
-    every punctuation piece.
+    text, the same for all pieces of a word; a leading space, its own or that of a mark before it, starts one,
+    and so does the very first piece; -1 for every punctuation piece.
     Raises: ValueError if a list has no word.
     """
-    trial, word, count = [], [], 0
+    trial, word, count, fresh = [], [], 0, True
     for code, pieces in enumerate((prefix, list1, prompt, list2)):
         for piece in pieces:
-            mark = _is_punctuation(piece)
-            if not mark and (piece.startswith(" ") or not word):
-                count += 1
+            mark, fresh = _is_punctuation(piece), fresh or piece.startswith(" ")
+            if not mark and fresh:
+                count, fresh = count + 1, False
             trial.append(-1 if mark and code in (1, 3) else code)
             word.append(-1 if mark else count)
     for code, name in ((1, "list1"), (3, "list2")):

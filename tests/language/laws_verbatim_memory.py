@@ -119,11 +119,13 @@ def law_verbatim_memory_codes_follow_the_pieces():
     )
     assert trial.tolist() == [0, 0, 0, 0, 1, -1, 1, -1, 2, 2, 2, 2, 3, -1]
     assert word.tolist() == [1, 1, 2, -1, 3, -1, 4, -1, 5, -1, 6, 6, 7, -1]
-    trial, word = code_tokens(
-        [], ["a", " —", " b"], [], ["c"]
-    )  # a first piece without a space; a dash is a mark
+    # a first piece without a space; a dash is a mark
+    trial, word = code_tokens([], ["a", " —", " b"], [], ["c"])
     assert trial.tolist() == [1, -1, 1, 3]
     assert word.tolist() == [1, -1, 2, 2]
+    # a mark before a word has the word's space: what it opens is a word of its own
+    _, word = code_tokens(['"', "He", " said", ' "', "yes", '"'], [" a"], [" (", "so", ")"], [" b"])
+    assert word.tolist() == [-1, 1, 2, -1, 3, -1, 4, -1, 5, -1, 6]
 
 
 @given(st.sampled_from(("repeat", "permute", "novel")), st.integers(2, 5))
