@@ -11,10 +11,9 @@ from tests.golden_runner import _at, _check, call_args, resolve
 def check_backward(case, module, *, build=None):
     """`<fn>_backward(arguments, cotangents, options)` gives the gradients of the float arguments in order."""
     fn, back = (resolve(module, case.meta["fn"] + end) for end in ("", "_backward"))
-    given = call_args(case, fn, build)
-    args = [given[name] for name in case.meta["args"]]
-    known = inspect.signature(back).parameters
-    options = {n: given[n] for n in case.meta["kwargs"] if n in known}
+    given, known = call_args(case, fn, build), inspect.signature(back).parameters
+    options = {n: given[n] for n, p in known.items() if n in given and p.kind is p.KEYWORD_ONLY}
+    names = [n for n in known if n in given and n not in options]
     outs = case.meta["outs"]
     weights = [
         np.zeros(case[out].shape) if key is None else case[key]
@@ -22,8 +21,8 @@ def check_backward(case, module, *, build=None):
             case.meta["cotangents"], outs.values() if isinstance(outs, dict) else outs, strict=True
         )
     ]
-    grads = back(*args, *weights, **options)
-    floats = [n for n in case.meta["args"] if any(x.dtype.kind == "f" for x in tree_leaves(given[n]))]
+    grads = back(*(given[n] for n in names), *weights, **options)
+    floats = [n for n in names if any(x.dtype.kind == "f" for x in tree_leaves(given[n]))]
     by_name = dict(zip(floats, grads if len(floats) > 1 else (grads,), strict=True))
     for path, key in case.meta["grads"].items():
         name, *rest = path.split(".")

@@ -6,7 +6,8 @@ import pytest
 import ref
 from ref.blocks.optim import tree_map
 from ref.blocks.transformer import BlockParams
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import cases, golden, run
+from tests.language.backward import check_backward
 from tests.laws import law_tests
 from tests.training import laws_adaptformer
 
@@ -14,31 +15,37 @@ globals().update(law_tests(laws_adaptformer))
 A = ref.adaptformer
 
 
+def block(raw):
+    """A stored block, which may lack biases."""
+    return BlockParams(*(raw.get(name) for name in BlockParams._fields))
+
+
 def network(raw):
     """The parameter tree of a stored network: the runner does not look into optional tuples."""
-    made = {"blocks": BlockParams, "adapters": A.AdapterParams}
-    trees = {n: tuple(made[n](**t) for t in raw[n]) for n in made if raw.get(n) is not None}
+    adapters = raw.get("adapters")
+    trees = {
+        "cls_token": raw.get("cls_token"),
+        "blocks": tuple(block(b) for b in raw["blocks"]),
+        "adapters": None if adapters is None else tuple(A.AdapterParams(**a) for a in adapters),
+    }
     return A.AdaptedViTParams(**{**raw, **trees})
+
+
+def build(case):
+    return {"params": network} if case.meta["fn"] == "vit_forward" else {"block_params": block}
 
 
 @golden("adaptformer")
 def test_adaptformer_golden_ref(case):
-    run(case, A, build={"params": network} if case.meta["fn"] == "vit_forward" else None)
+    run(case, A, build=build(case))
 
 
-@golden("adaptformer", only=("adapter", "adapted_block"))
-def test_adaptformer_golden_ref_gradients(case):
-    fn = getattr(A, case.meta["fn"])
-    got = getattr(A, f"{case.meta['fn']}_backward")(
-        **call_args(case, fn), **{"dy" if "block" in case.meta["fn"] else "ddelta": case["cot/0"]}
-    )
-    named = dict(zip(case.meta["args"], got, strict=True))
-    for path, key in case.meta["grads"].items():
-        x = named
-        for part in path.split("."):
-            x = x[part] if isinstance(x, dict) else getattr(x, part)
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(x, case[key], rtol=rtol, atol=atol, err_msg=path)
+GRADS = [c for c in cases("adaptformer") if c.meta.get("grads")]
+
+
+@pytest.mark.parametrize("case", GRADS, ids=[f"adaptformer-{c.name}-{c.meta['fn']}" for c in GRADS])
+def test_adaptformer_golden_gradients_ref(case):
+    check_backward(case, A, build=build(case))
 
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,8 @@ import pytest
 
 import ref
 from ref.blocks.transformer import BlockParams
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import cases, golden, run
+from tests.language.backward import check_backward
 from tests.laws import law_tests
 from tests.training import laws_logah
 
@@ -16,11 +17,9 @@ L = ref.logah
 
 
 def encoder(raw):
-    """Stored blocks have no biases of q, k and v."""
-    none = {"b_q": None, "b_k": None, "b_v": None}
-    return L.GraphormerParams(
-        **{**raw, "blocks": tuple(BlockParams(**none, **b) for b in raw.get("blocks", ()))}
-    )
+    """Stored blocks may lack biases."""
+    block = lambda b: BlockParams(*(b.get(name) for name in BlockParams._fields))
+    return L.GraphormerParams(**{**raw, "blocks": tuple(block(b) for b in raw.get("blocks", ()))})
 
 
 def build(case):
@@ -32,20 +31,12 @@ def test_logah_golden_ref(case):
     run(case, L, build=build(case))
 
 
-@golden("logah", only=("graphormer", "low_rank_decode"))
-def test_logah_golden_ref_gradients(case):
-    if not case.meta.get("grads"):  # stored for one shape of each; the others must have none
-        assert case.meta["fn"] == "low_rank_decode"
-        return
-    name = case.meta["fn"]
-    args = call_args(case, getattr(L, name), build(case))
-    cot = {"graphormer": "dy", "low_rank_decode": "dw"}[name]
-    got = getattr(L, f"{name}_backward")(**args, **{cot: case["cot/0"]})
-    x = {"z": got[0], "x": got[0], "params": got[1]}
-    for path, key in case.meta["grads"].items():
-        value = x[path] if "." not in path else getattr(x["params"], path.split(".")[1])
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(value, case[key], rtol=rtol, atol=atol, err_msg=path)
+GRADS = [c for c in cases("logah") if c.meta.get("grads")]
+
+
+@pytest.mark.parametrize("case", GRADS, ids=[f"logah-{c.name}-{c.meta['fn']}" for c in GRADS])
+def test_logah_golden_gradients_ref(case):
+    check_backward(case, L, build=build(case))
 
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,8 @@ import pytest
 
 import ref
 from ref.blocks.transformer import BlockParams
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import cases, golden, run
+from tests.language.backward import check_backward
 from tests.laws import law_tests
 from tests.training import laws_user_prefix
 
@@ -14,9 +15,9 @@ U = ref.user_prefix
 
 
 def fused(raw):
-    """Stored fusion blocks have no biases of q, k and v."""
-    none = {"b_q": None, "b_k": None, "b_v": None}
-    return U.FusionParams(raw["constants"], tuple(BlockParams(**none, **b) for b in raw["blocks"]))
+    """Stored fusion blocks have no biases of q, k and v, or hold None."""
+    blocks = tuple(BlockParams(*(b.get(n) for n in BlockParams._fields)) for b in raw["blocks"])
+    return U.FusionParams(raw["constants"], blocks)
 
 
 def build(case):
@@ -29,18 +30,12 @@ def test_user_prefix_golden_ref(case):
     run(case, U, build=build(case), outs=one if case.meta["fn"] == "generate_caption" else None)
 
 
-@golden("user_prefix", only=("mapping_network", "fusion", "prefix_lm_loss"))
-def test_user_prefix_golden_ref_gradients(case):
-    name = case.meta["fn"]
-    args = call_args(case, getattr(U, name), build(case))
-    cot = {"prefix_lm_loss": "dloss"}.get(name, "dprefix")
-    got = getattr(U, f"{name}_backward")(**args, **{cot: case["cot/0"]})
-    floats = {"mapping_network": ("visual", "params"), "fusion": ("visual_prefix", "user", "params")}
-    named = dict(zip(floats.get(name, ("prefix", "lm_params")), got, strict=True))
-    for path, key in case.meta["grads"].items():
-        x = named[path] if "." not in path else getattr(named["params"], path.split(".")[1])
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(x, case[key], rtol=rtol, atol=atol, err_msg=path)
+GRADS = [c for c in cases("user_prefix") if c.meta.get("grads")]
+
+
+@pytest.mark.parametrize("case", GRADS, ids=[f"user_prefix-{c.name}-{c.meta['fn']}" for c in GRADS])
+def test_user_prefix_golden_gradients_ref(case):
+    check_backward(case, U, build=build(case))
 
 
 RNG, MAP, FUSE, LM = laws_user_prefix.world(0)
