@@ -37,9 +37,10 @@ def bleu(refs, hyps, *, n=4):
 
 
 def rouge_l(refs, hyps, *, beta=1.2):
-    """Mean over captions of (1 + beta^2) P R / (R + beta^2 P), P and R the best shares in the longest common
-    subsequence; 0 where there is none.
-    """  # fmt: skip
+    """Mean over captions of (1 + beta^2) P R / (R + beta^2 P); 0 for one that shares nothing.
+
+    P and R: how much of caption and reference the longest common subsequence is, best over the references.
+    """
     scores = []
     for hyp, group in _pairs(refs, hyps):
         common = [_longest_common(hyp, ref) for ref in group]

@@ -56,9 +56,10 @@ class ConsolidateParams(NamedTuple):
 
 
 class ReadParams(NamedTuple):
-    """write: the maps of reading (None in PmiParams: those of its own writing); w_l [N, S D], the readout of
-    long-term memory; a2 [], its share; w_o [D, Din].
-    """  # fmt: skip
+    """write: the maps of reading (None in PmiParams: those of its own writing); w_o [D, Din].
+
+    w_l [N, S D], the readout of long-term memory, and a2 [], its share.
+    """
 
     write: WriteParams | None
     w_l: np.ndarray
@@ -75,9 +76,10 @@ class PmiParams(NamedTuple):
 
 
 class PmiTransformerParams(NamedTuple):
-    """embed [V, D] (rows for ids, a map for vectors of width V), positions [T, D], one block and one memory
-    for all layers, w_head [D, K], b_head [K].
-    """  # fmt: skip
+    """One block and one memory for all layers.
+
+    embed [V, D] (rows for ids, a map for vectors of width V), positions [T, D], w_head [D, K], b_head [K].
+    """
 
     embed: np.ndarray
     positions: np.ndarray
@@ -91,7 +93,7 @@ class PmiCnnParams(NamedTuple):
     """Convolutions (w [out, in, 3, 3], b) of stride 2, a norm (scale, bias) of each, the last memories.
 
     w_head [C, K], b_head [K].
-    """  # fmt: skip
+    """
 
     convs: tuple
     norms: tuple
@@ -242,7 +244,7 @@ def pmi_cnn(images, params: PmiCnnParams, *, heads, topk):
 
     Stages relu(LN(conv)), in the last ones a memory layer over the map's positions, the mean, a linear head.
     The memories pass from stage to stage.
-    """  # fmt: skip
+    """
     return linear(_stages(images, params, heads, topk)[-1][-1], params.w_head, params.b_head)
 
 
