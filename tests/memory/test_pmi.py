@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import cases, golden, run
+from tests.language.backward import check_backward
 from tests.laws import law_tests
 from tests.memory import laws_pmi
 
@@ -17,17 +18,12 @@ def test_pmi_golden_ref(case):
     run(case, P)
 
 
-@golden("pmi", only=("competitive_write", "outer_product_attention"))
-def test_pmi_golden_ref_gradients(case):
-    fn = getattr(P, case.meta["fn"])
-    got = getattr(P, f"{case.meta['fn']}_backward")(
-        **call_args(case, fn), dout=case[case.meta["cotangents"][0]]
-    )
-    named = dict(zip(case.meta["args"], got, strict=True))
-    for path, key in case.meta["grads"].items():
-        x = named[path] if "." not in path else getattr(named["params"], path.split(".")[1])
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(x, case[key], rtol=rtol, atol=atol, err_msg=path)
+GRADS = [c for c in cases("pmi") if c.meta.get("grads")]
+
+
+@pytest.mark.parametrize("case", GRADS, ids=[f"pmi-{c.name}-{c.meta['fn']}" for c in GRADS])
+def test_pmi_golden_gradients_ref(case):
+    check_backward(case, P)
 
 
 _, X, WM, LTM, ALL = laws_pmi.case(0)
