@@ -247,7 +247,7 @@ def atlas_layer(x, params: AtlasParams, *, heads, window=16, chunk=64, degree=2,
     projected. Cutting the sequence at multiples of chunk changes nothing.
     Raises: ValueError naming the argument at fault.
     """
-    p, state = params, _layer_state(x, params, heads, window, degree, state)
+    p, state, x = params, _layer_state(x, params, heads, window, degree, state), float64(x)
     flat, (_, k, v), _, call = _layer_inputs(x, p, heads, degree, state)
     y, memory, momentum = omega_scan(
         *call.pop("args"), **call, window=window, chunk=chunk, muon=muon, return_state=True
@@ -264,8 +264,9 @@ def atlas_layer_vjp(
     """-> (dx, AtlasParams of gradients) of y in `atlas_layer` for dy [B, T, d]; the state is a constant."""
     p, state = params, _layer_state(x, params, heads, window, degree, state)
     dims(x=(x, "B T d"), dy=(dy, "B T d"))
+    x = float64(x)
     flat, (q, k, _), gates, call = _layer_inputs(x, p, heads, degree, state)
-    args, options, x = call.pop("args"), {"window": window, "chunk": chunk, "muon": muon}, float64(x)
+    args, options = call.pop("args"), {"window": window, "chunk": chunk, "muon": muon}
     y = omega_scan(*args, **call, **options)
     read, opened = join_heads(rms_norm(y, p.norm)), x @ p.w_out_gate
     d, dw_o, _ = linear_vjp(read * silu(opened), p.w_o, float64(dy), bias=False)
@@ -379,7 +380,7 @@ def _layer_state(x, params, heads, window, degree, state):
 def _layer_inputs(x, p, heads, degree, state):
     """(three projections, q, k, v before they are scaled, gates [B, T, 4H], the call of the scan)."""
     B, T, _ = x.shape
-    flat = [float64(x) @ w for w in (p.w_q, p.w_k, p.w_v)]
+    flat = [x @ w for w in (p.w_q, p.w_k, p.w_v)]
     convs = zip(flat, (p.conv_q, p.conv_k, p.conv_v), state.conv, strict=True)
     q, k, v = (split_heads(silu(causal_conv(z, w, tail=tail)), heads) for z, w, tail in convs)
     gates = sigmoid(x @ p.w_gates + p.b_gates)

@@ -11,7 +11,7 @@ import numpy as np
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
-from ref.dims import dims
+from ref.dims import dims, float64
 
 
 class BertParams(NamedTuple):
@@ -92,7 +92,8 @@ def bert_encode_vjp(ids, params, dy, *, num_heads, token_mask=None, types=None, 
         grads.append(g)
     total = _embedding_sum(ids, params, types)
     dx, dscale, dbias = layer_norm_vjp(total, params.ln_scale, dy, eps=eps)
-    dword, dposition, dtype = (np.zeros_like(t) for t in (params.word, params.position, params.token_type))
+    tables = params.word, params.position, params.token_type
+    dword, dposition, dtype = (np.zeros(np.shape(t)) for t in tables)
     np.add.at(dword, np.asarray(ids), dx)
     np.add.at(dtype, np.zeros_like(ids) if types is None else np.asarray(types), dx)
     dposition[: dx.shape[-2]] = dx.reshape(-1, *dx.shape[-2:]).sum(axis=0)
@@ -125,7 +126,7 @@ def _embedding_sum(ids, params, types, positions=None):
     positions = np.arange(T) if positions is None else positions
     _check_range("positions", positions, len(params.position))
     word, position, kind = (np.asarray(i) for i in (ids, positions, types))
-    return params.word[word] + params.position[position] + params.token_type[kind]
+    return float64(params.word[word]) + params.position[position] + params.token_type[kind]
 
 
 def _check_range(name, x, size):

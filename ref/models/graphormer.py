@@ -136,7 +136,8 @@ def _forward(x, edges, node_mask, params, num_heads, eps):
         raise ValueError(f"num_heads must divide d={n['d']}, got {num_heads}")
     mask, edges = np.asarray(node_mask, bool), np.asarray(edges)
     bias, pairs = edge_bias(edges, params), (mask[:, :, None] & mask[:, None, :])[:, None]
-    x = float64(x) + sum(getattr(params, name)[at] for name, at in _positions(edges, params).items())
+    rows = (getattr(params, name)[at] for name, at in _positions(edges, params).items())
+    x = sum(rows, start=float64(x))
     hidden = [x * mask[..., None]]
     attend = lambda q, k, v, mask=None, causal=False: _weights(q, k, bias, pairs) @ v
     for p in params.blocks:

@@ -50,7 +50,7 @@ def mamba_mixer(x, params: MambaParams, *, state=None):
     cache = init_mamba_cache(p, x.shape[:-2]) if state is None else state
     u = silu(causal_conv(before, p.conv_w, p.conv_b, tail=cache.conv))
     dt, b, c = _projections(u, p)
-    y, h = selective_scan(u, dt @ p.w_dt, -np.exp(p.a_log), b, c, p.d, z, delta_bias=p.b_dt,
+    y, h = selective_scan(u, dt @ p.w_dt, -np.exp(float64(p.a_log)), b, c, p.d, z, delta_bias=p.b_dt,
                           state0=cache.state, return_state=True)  # fmt: skip
     seen = np.concatenate([cache.conv, before], axis=-2)
     return y @ p.w_out, MambaCache(seen[..., x.shape[-2] :, :], h)
@@ -78,7 +78,7 @@ def mamba_block_vjp(x, params: MambaParams, dy):
     mixed = causal_conv(before, p.conv_w, p.conv_b)
     u = silu(mixed)
     dt, b, c = _projections(u, p)
-    a, delta = -np.exp(p.a_log), dt @ p.w_dt
+    a, delta = -np.exp(float64(p.a_log)), dt @ p.w_dt
     y = selective_scan(u, delta, a, b, c, p.d, z, delta_bias=p.b_dt)
     dscan, dw_out, _ = linear_vjp(y, p.w_out, dy, bias=False)
     g = selective_scan_vjp(u, delta, a, b, c, p.d, z, dscan, delta_bias=p.b_dt)
