@@ -8,7 +8,7 @@ from ref.attention.axial import AxialConfig, AxialParams, ExteriorParams
 from ref.blocks.transformer import AttentionParams, BlockParams
 from tests.attention import laws_axial
 from tests.attention.house import to_house
-from tests.golden_runner import golden, run
+from tests.golden_runner import call_args, golden, run
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_axial))
@@ -73,9 +73,37 @@ def outputs(case, result):
     return stored(result, case.meta["outs"]) if isinstance(result, AxialParams) else result
 
 
+BUILD = {"params": params, "config": lambda c: AxialConfig(**c)}
+
+
 @golden("axial")
 def test_axial_golden_ref(case):
-    run(case, ref.axial, build={"params": params, "config": lambda c: AxialConfig(**c)}, outs=outputs)
+    run(case, ref.axial, build=BUILD, outs=outputs)
+
+
+@golden("axial", only=("axial_nll",))
+def test_axial_golden_gradients_of_the_mean_ref(case):
+    """The stored gradients of the mean bits against the hand-written ones, of all channels or of one."""
+    if not case.meta.get("grads"):
+        return
+    weight = case[case.meta["cotangents"][0]]  # of every bit: 1 / their number
+    np.testing.assert_allclose(weight, 1 / weight.size, rtol=1e-12)
+    grads = ref.axial.axial_grad(**call_args(case, ref.axial.axial_nll, BUILD))
+    for path, key in case.meta["grads"].items():
+        rtol, atol = case.meta["tol"][key]
+        got = at(grads, *path.split(".")[1:])
+        np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
+
+
+def at(grads, *names):
+    """One stored field, by its dotted name, of a tree of gradients."""
+    wanted = None
+    for name in reversed(names):
+        wanted = {name: wanted}
+    found = stored(grads, wanted)
+    for name in names:
+        found = found[name]
+    return found
 
 
 A = ref.axial
