@@ -1,14 +1,15 @@
 """Where a program's bytes lie in the banks of a PIM machine, and by how many they do not fit."""
 
+from dataclasses import replace
 from math import ceil, prod
 
 from hw.errors import DoesNotFit
 from hw.liveness import liveness, peak_bytes
-from hw.pim_schedule import weights_rows
+from hw.pim_cycles import weights_rows
 from hw.program import ConvDims, MatmulDims, is_float, walk
 from hw.target import Placement
 
-VALUE_BYTES = 2
+VALUE_BYTES = 2  # a bfloat16 or float16 number
 
 
 def stored(t):
@@ -84,8 +85,6 @@ def _largest(program, laid, banks, top=8):
 
 def _remedies(program, laid, live, target, needed, room):
     """What would make it fit: so many channels, so many machines, a smaller batch if weights are not it."""
-    from dataclasses import replace
-
     words = []
     if target.placement == "single_channel":
         words.append('placement="auto"')
