@@ -2,12 +2,14 @@
 
 Source: Tieleman and Hinton 2012 (RMSprop), Kingma and Ba 2015, Algorithm 1 (Adam), Loshchilov and Hutter 2019
 (decoupled weight decay), Pascanu et al. 2013 (clipping by the norm).
-A tree is an array, None, or a tuple, NamedTuple, list or dictionary of trees.
+A tree is an array, None, or a tuple, NamedTuple, list or dictionary of trees. Computed in float64.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ref.dims import float64
 
 
 class AdamState(NamedTuple):
@@ -39,7 +41,7 @@ def tree_leaves(tree):
 
 def global_norm(tree):
     """Square root of the sum of squares over all arrays."""
-    return np.sqrt(sum(np.sum(np.square(x)) for x in tree_leaves(tree)))
+    return np.sqrt(sum(np.sum(np.square(float64(x))) for x in tree_leaves(tree)))
 
 
 def clip_by_norm(grads, limit):
@@ -47,7 +49,7 @@ def clip_by_norm(grads, limit):
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
     scale = min(1.0, limit / max(global_norm(grads), 1e-30))
-    return tree_map(lambda g: g * scale, grads)
+    return tree_map(lambda g: float64(g) * scale, grads)
 
 
 def sgd_init(params):
@@ -57,7 +59,7 @@ def sgd_init(params):
 
 def sgd(params, grads, state, *, lr, momentum=0.0):
     """v = momentum v + g; p - lr v. state: the velocity."""
-    state = tree_map(lambda v, g: momentum * v + g, state, grads)
+    state = tree_map(lambda v, g: momentum * float64(v) + g, state, grads)
     return tree_map(lambda p, v: p - lr * v, params, state), state
 
 
@@ -68,7 +70,7 @@ def rmsprop_init(params):
 
 def rmsprop(params, grads, state, *, lr, decay=0.9, eps=1e-8):
     """v = decay v + (1 - decay) g^2; p - lr g / (sqrt(v) + eps). state: v."""
-    state = tree_map(lambda v, g: decay * v + (1 - decay) * g * g, state, grads)
+    state = tree_map(lambda v, g: decay * float64(v) + (1 - decay) * float64(g) ** 2, state, grads)
     return tree_map(lambda p, g, v: p - lr * g / (np.sqrt(v) + eps), params, grads, state), state
 
 
@@ -80,10 +82,10 @@ def adam_init(params):
 def adam(params, grads, state, *, lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
     """p - lr (mhat / (sqrt(vhat) + eps) + weight_decay p), mhat and vhat the means freed of their start."""
     step = state.step + 1
-    m = tree_map(lambda m, g: b1 * m + (1 - b1) * g, state.m, grads)
-    v = tree_map(lambda v, g: b2 * v + (1 - b2) * g * g, state.v, grads)
+    m = tree_map(lambda m, g: b1 * float64(m) + (1 - b1) * float64(g), state.m, grads)
+    v = tree_map(lambda v, g: b2 * float64(v) + (1 - b2) * float64(g) ** 2, state.v, grads)
     free1, free2 = 1 - b1**step, 1 - b2**step
-    move = lambda p, m, v: p - lr * (m / free1 / (np.sqrt(v / free2) + eps) + weight_decay * p)
+    move = lambda p, m, v: p - lr * (m / free1 / (np.sqrt(v / free2) + eps) + weight_decay * float64(p))
     return tree_map(move, params, m, v), AdamState(step, m, v)
 
 
@@ -114,7 +116,7 @@ def adamw_step(
         raise ValueError(f"lr and weight_decay must not be negative, got {lr=}, {weight_decay=}")
     norm, cut = global_norm(grads), clip_by_norm(grads, clip)
     moved, state = adam(params, cut, state, lr=lr, b1=betas[0], b2=betas[1], eps=adam_eps)
-    decay = lambda new, old, decays: new - lr * weight_decay * old if decays else new
+    decay = lambda new, old, decays: new - lr * weight_decay * float64(old) if decays else new
     return tree_map(decay, moved, params, decay_mask), state, norm
 
 

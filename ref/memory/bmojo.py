@@ -213,7 +213,7 @@ def bmojo_step(x_t, cache: BmojoCache, params: BmojoParams, *, window, capacity=
     )
     join = lambda old, new, axis=-2: np.concatenate([old, new], axis=axis)
     k, v, scores = join(c.k, k), join(c.v, v), join(c.scores, score[..., None], -1)
-    store = c.k_store, c.v_store, c.score, c.index
+    store = (*float64(c.k_store, c.v_store, c.score), c.index)
     if k.shape[-2] > window:  # token steps - window leaves and is the candidate
         store = store_insert(
             store, k[..., 0, :], v[..., 0, :], scores[..., 0], c.steps - window, select, threshold
