@@ -133,7 +133,8 @@ def _vmpo_parts(logits, target_logits, values, actions, returns, eta, alpha, top
     advantage = float64(returns) - float64(values)
     kl = np.sum(np.exp(log_old) * (log_old - log_pi), axis=-1)
     flat = advantage.ravel()
-    chosen = np.argsort(-flat, kind="stable")[: int(np.ceil(top * flat.size))]
+    count = int(np.ceil(top * flat.size * (1 - 4 * np.finfo(float).eps)))  # 0.7 of ten are 7, not 7.000..1
+    chosen = np.argsort(-flat, kind="stable")[:count]
     lse = logsumexp(flat[chosen] / eta)
     psi = np.zeros(flat.size)
     psi[chosen] = np.exp(flat[chosen] / eta - lse)

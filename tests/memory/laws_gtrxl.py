@@ -346,6 +346,15 @@ def law_gtrxl_vmpo_is_its_four_sums(seed, top):
     np.testing.assert_allclose(flat[flat > 0], 1 / k, rtol=1e-8)
 
 
+def law_gtrxl_vmpo_takes_the_share_that_was_asked():
+    """0.7 of ten steps are seven, though 0.7 * 10 is a little more than 7 in floating point."""
+    rng = np.random.default_rng(0)
+    for n, top, k in ((10, 0.7, 7), (100, 0.55, 55), (10, 0.61, 7), (3, 0.01, 1)):
+        z, r = rng.standard_normal((1, n, 2)), rng.standard_normal((1, n))
+        m = vmpo_loss(z, z, 0 * r, np.zeros((1, n), int), r, 1.0, 1.0, top=top)[1]
+        assert (m.psi > 0).sum() == k
+
+
 @given(seeds)
 def law_gtrxl_vmpo_gradients(seed):
     """Against central differences of the loss with psi, advantages and the first KL held where they are."""
