@@ -339,7 +339,7 @@ def _trained(params, tuning):
     if tuning not in sets:
         raise ValueError(f"tuning must be one of {', '.join(sets)}, got {tuning!r}")
     needed = {"adapter": "adapters", "vpt": "prompts"}.get(tuning)
-    if needed and not tree_leaves(getattr(params, needed)):
+    if needed and not any(x.size for x in tree_leaves(getattr(params, needed))):
         raise ValueError(f'tuning "{tuning}" needs {needed} in params, at least one a block')
     return sets[tuning]
 

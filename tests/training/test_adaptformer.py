@@ -84,6 +84,10 @@ BAD = {
     "no_blocks": (lambda: A.plug_in(BRANCH, RNG, 2), "field blocks"),
     "tuning": (lambda: A.trainable_mask(NET, "lora"), "tuning must be one of"),
     "no_prompts": (lambda: A.trainable_mask(NET._replace(prompts=None), "vpt"), "needs prompts"),
+    "empty_prompts": (
+        lambda: A.trainable_mask(NET._replace(prompts=(np.zeros((0, 8)),)), "vpt"),
+        "needs prompts",
+    ),
     "no_branches": (lambda: fit(tuning="adapter", dropout=-0.1), r"dropout in \[0, 1\)"),
     "count_prompts": (lambda: A.count_trainable(A.ViTSize(), "vpt", num_classes=3), "num_prompts"),
     "count_tuning": (lambda: A.count_trainable(A.ViTSize(), "lora", num_classes=3), "tuning must be one of"),
