@@ -86,7 +86,8 @@ def resources(target) -> Resources:
     if target.backend == "systolic":
         cells = target.rows * target.cols
         acc = act + weight + 8
-        cell = Unit(lut=acc // 4, ff=act + weight + acc)  # the block adds; registers pass operands on
+        # two tables a bit of the sum: what yosys takes for a 2 x 2 array; registers pass operands on
+        cell = Unit(lut=2 * acc, ff=act + weight + acc)
         units["array"] = cells * cell + multipliers(cells, act, weight, ports)
         bank = lambda n, bits: store(target.sram_kb, bits, partitions=n, copies=2)
         units["array memories"] = bank(target.rows, act) + bank(target.cols, weight) + bank(target.cols, act)

@@ -25,6 +25,7 @@ from hw.report import OpCost
 from hw.stream import simulate_attention, simulate_experts, simulate_pipeline  # noqa: F401
 from hw.systolic import DATAFLOWS, SystolicCount, simulate_systolic, systolic_cycles  # noqa: F401
 from hw.target import Context, Placement, Target, largest
+from hw.verilog import emit_systolic_verilog  # noqa: F401
 from ref.blocks.fixed import fixed_cast, fixed_matmul  # noqa: F401
 from ref.blocks.stream import (  # noqa: F401
     StageCycles,

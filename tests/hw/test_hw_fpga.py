@@ -1,6 +1,7 @@
 """The FPGA target: stored cross-checks, arithmetic bit for bit, prices, refusals, designs searched."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -17,6 +18,8 @@ from hw.formats import Fixed
 from hw.fpga import PRESETS, initiation_intervals, search
 from hw.targets import preset
 from ref.blocks.fixed import fixed_cast, fixed_matmul
+from tests.claims import hw_fpga as claims
+from tests.claims import record
 from tests.golden_runner import folder
 from tests.hw import laws_hw_fpga
 from tests.laws import law_tests
@@ -383,3 +386,44 @@ def test_hw_fpga_presets_by_name(tmp_path):
     board.write_text('base = "u280"\nlinear_in = 16\ndsp_ports = [27, 24]\n')
     assert preset(str(board)).dsp_ports == (27, 24)
     assert ref.blocks.stream.linear_cycles is hw.linear_cycles
+
+
+# Emitted hardware
+
+needs_iverilog = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed")
+
+
+@needs_iverilog
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rows", "cols", "drain"), [(5, 7, 3, 2, 3, False), (4, 3, 9, 4, 4, True)]
+)
+def test_hw_fpga_emitted_array_runs_in_as_many_cycles(m, n, k, rows, cols, drain):
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(-128, 128, (m, k)), rng.integers(-128, 128, (k, n))
+    got, cycles = claims.simulate(a, b, claims.array(rows, cols, drain=drain))
+    np.testing.assert_array_equal(got, a @ b)
+    assert cycles == hw.systolic_cycles(m, n, k, rows=rows, cols=cols, drain=drain).cycles
+    form = Fixed(8, 8)
+    sums = FormatPlan(activations=form, weights=form, per_product_cast=False)
+    program = hw.trace(lambda a, b: a @ b, a.astype(np.float32), b.astype(np.float32), weights=("b",))
+    (out,) = program.body.outputs
+    wide = replace(sums, by_tensor={out: Fixed(24, 24)})
+    executed, _ = hw.run_program(program, (a.astype(np.float32), b.astype(np.float32)), policy=wide)
+    np.testing.assert_array_equal(got, executed)
+
+
+def test_hw_fpga_emits_only_what_it_can():
+    with pytest.raises(ValueError, match='only the dataflow "os"'):
+        hw.emit_systolic_verilog(claims.array(2, 2, dataflow="ws"), 2, 2, 2)
+
+
+def test_hw_fpga_stored_results_are_fresh():
+    assert record.is_fresh("hw_fpga")
+    r = record.load("hw_fpga")["results"]
+    assert all(row["equal"] and row["cycles_run"] == row["cycles_model"] for row in r["runs"])
+    for row in r["resources"]:
+        assert row["yosys"]["dsp"] >= row["model"]["dsp"]  # two int8 products to a block is a hand's work
+        assert row["model"] == {
+            k: getattr(resources(claims.array(row["rows"], row["cols"], row["bits"])).by_unit["array"], k)
+            for k in ("dsp", "lut", "ff")
+        }
