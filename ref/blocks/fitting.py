@@ -15,7 +15,9 @@ NORMS = ("fan_in", "gpt2", "std")
 def tile_params(w, *, shape):
     """w cut, and repeated along its first and second axis, to the shape; kernels are cut around the centre.
 
-    w may have kernel axes that the shape lacks. Raises: ValueError for axes that cannot be made.
+    Tables [1, n, c] have no kernel: all three axes are cut at the end, and repeated. w may have kernel axes
+    that the shape lacks, and a matrix may become a kernel of 1 x 1. Raises: ValueError for axes that cannot
+    be made.
     """
     return float64(w)[_tile_index(w, shape)].reshape(shape)
 
@@ -34,21 +36,19 @@ def normalize_params(w, *, kind="weight", norm="fan_in", layers=None, initialize
     channel or k_h < k_w; tables of positions [1, n, c >= 11] stay as they are. A vector: kind "weight" 2
     sigmoid(w / 2) in (0, 2), "bias" tanh(w / 5) in (-1, 1).
     norm: "gpt2" divides by sqrt(2 layers) too where layers is given (projections into the residual stream);
-    "std" makes every tensor's deviation initializer_range.
+    "std" makes the deviation of every tensor but a vector initializer_range.
     Raises: ValueError for another kind or norm.
     """
     w, factor = float64(w), _factor(w, kind, norm, layers)
-    if norm == "std":
-        return w / (_std(w) + 1e-7) * initializer_range
     if w.ndim > 1:
-        return w * factor
+        return w / (_std(w) + 1e-7) * initializer_range if norm == "std" else w * factor
     return 2 * sigmoid(w / 2) if kind == "weight" else np.tanh(0.2 * w)
 
 
 def normalize_params_backward(w, dy, *, kind="weight", norm="fan_in", layers=None, initializer_range=0.02):
     """The gradient of w of `normalize_params` for dy of its shape."""
     w, dy, factor = float64(w), float64(dy), _factor(w, kind, norm, layers)
-    if norm == "std":
+    if norm == "std" and w.ndim > 1:
         s, n = _std(w), max(w.size - 1, 1)
         ds = (w - w.mean()) / (n * s) if s > 0 else 0 * w
         return initializer_range / (s + 1e-7) * (dy - (dy * w).sum() / (s + 1e-7) * ds)
@@ -71,11 +71,12 @@ def group_size(n, *, max_shape):
 def _tile_index(w, shape):
     """For each axis of w, the entries that the tiled tensor reads, ready to index with."""
     shape = tuple(shape)
-    if not 1 <= len(shape) <= np.ndim(w) or min(shape) < 1:
+    target = shape[:2] if np.ndim(w) == 2 and shape[2:] == (1, 1) else shape
+    if not 1 <= len(target) <= np.ndim(w) or min(shape) < 1:
         raise ValueError(f"shape {list(shape)} cannot be made of w with shape {list(np.shape(w))}")
-    target, index = (*shape, *(1,) * (np.ndim(w) - len(shape))), []
+    target, index = (*target, *(1,) * (np.ndim(w) - len(target))), []
     for axis, (have, want) in enumerate(zip(np.shape(w), target, strict=True)):
-        if axis < 2:
+        if axis < 2 or np.ndim(w) == 3:
             index.append(np.arange(want) % min(want, have))
         elif want > have:
             raise ValueError(f"shape {list(shape)} has a larger kernel than w with shape {list(np.shape(w))}")

@@ -50,11 +50,14 @@ class Graph:
 
 
 def shape_vocabulary(*, num_classes=10, max_spatial=16, llm=False):
-    """(channels, spatial): the sizes that have a row of their own, ascending int arrays."""
+    """(channels, spatial): the sizes that have a row of their own, ascending int arrays.
+
+    The odd sizes below max_spatial, those below 12 in any case, as released.
+    """
     channels = {1, 3, num_classes, *range(8, 57, 8), *range(64, 4081, 16), *range(4096, 8193, 32)}
     if llm:
         channels |= {32000, 50257, 128256}
-    return np.array(sorted(channels)), np.array(sorted({*range(1, max_spatial, 2), 14, 16}))
+    return np.array(sorted(channels)), np.array(sorted({*range(1, max(12, max_spatial), 2), 14, 16}))
 
 
 def shape_indices(shapes, *, num_classes=10, max_spatial=16, llm=False):

@@ -28,6 +28,7 @@ from ref.training.adaptformer import (
     vit_forward,
     vit_forward_backward,
 )
+from tests.training.slopes import check_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -58,17 +59,6 @@ def frozen(net):
     return net._replace(adapters=None)
 
 
-def slope(fn, tree, rng):
-    """(directional derivative of fn at tree by central differences, the direction)."""
-    step = tree_map(lambda x: rng.standard_normal(np.shape(x)), tree)
-    at = lambda h: fn(tree_map(lambda x, d: x + h * d, tree, step))
-    return (at(1e-6) - at(-1e-6)) / 2e-6, step
-
-
-def along(grads, step):
-    return sum(np.sum(g * d) for g, d in zip(tree_leaves(grads), tree_leaves(step), strict=True))
-
-
 @given(seeds, forms, st.booleans(), st.booleans())
 def law_adaptformer_branch_is_the_formula_and_its_gradient(seed, layernorm, learnable, dropout):
     rng = np.random.default_rng(seed)
@@ -91,10 +81,7 @@ def law_adaptformer_branch_is_the_formula_and_its_gradient(seed, layernorm, lear
             # sums of at most d + r terms; a norm may divide them by a small deviation
             np.testing.assert_allclose(got[b, t], want, rtol=1e-9, atol=1e-12)
     dx, dp = adapter_backward(x, p, cot, **options)
-    measured, (sx, sp) = slope(lambda t: (cot * adapter(t[0], t[1], **options)).sum(), (x, p), rng)
-    full = dp if learnable else dp._replace(scale=None)
-    # central differences of step 1e-6: truncation near 1e-12, rounding near eps / 1e-6 of the sum
-    np.testing.assert_allclose(along((dx, full), (sx, sp)), measured, rtol=1e-5, atol=1e-6)
+    check_slope(lambda t: (cot * adapter(t[0], t[1], **options)).sum(), (x, p), (dx, dp), rng)
     order = rng.permutation(5)
     again = adapter(x[:, order], p, **{**options, "dropout_mask": None if mask is None else mask[:, order]})
     np.testing.assert_allclose(again, got[:, order], rtol=1e-9, atol=1e-12)  # every token for itself
@@ -109,8 +96,7 @@ def law_adaptformer_block_gradients_agree_with_differences(seed, option, layerno
     dx, none, dp = adapted_block_backward(x, net.blocks[0], p, cot, **options)
     assert none is None
     run = lambda t: (cot * adapted_block(t[0], net.blocks[0], t[1], **options)).sum()
-    measured, step = slope(run, (x, p), rng)
-    np.testing.assert_allclose(along((dx, dp), step), measured, rtol=1e-5, atol=1e-6)
+    check_slope(run, (x, p), (dx, dp), rng)
 
 
 @given(seeds, st.booleans(), st.booleans(), st.booleans())
@@ -125,8 +111,7 @@ def law_adaptformer_network_gradients_agree_with_differences(seed, clips, head_n
     fixed = {"bn_mean": net.bn_mean, "bn_var": net.bn_var}
     trained = net._replace(bn_mean=None, bn_var=None)
     run = lambda t: (cot * vit_forward(t[0], t[1]._replace(**fixed), **options)).sum()
-    measured, step = slope(run, (x, trained), rng)
-    np.testing.assert_allclose(along((dx, grads), step), measured, rtol=1e-5, atol=1e-6)
+    check_slope(run, (x, trained), (dx, grads), rng)
 
 
 @given(seeds, st.sampled_from(("parallel", "sequential")))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ref.blocks.optim import tree_leaves, tree_map
+from ref.blocks.optim import tree_leaves
 from ref.blocks.softmax import logsumexp
 from ref.data import digits
 from ref.models.gpt import gpt_forward, init_gpt
@@ -36,6 +36,7 @@ from ref.training.user_prefix import (
     user_tfidf,
     user_words,
 )
+from tests.training.slopes import check_slope
 
 seeds = st.integers(0, 2**32 - 1)
 D, V = 8, 6
@@ -49,17 +50,6 @@ def world(seed, *, context=14):
     return rng, mapping, init_fusion(rng, prefix=2, dim=D, depth=2, std=0.4), lm
 
 
-def slope(fn, tree, rng):
-    """(directional derivative of fn at tree by central differences, the direction)."""
-    step = tree_map(lambda x: rng.standard_normal(np.shape(x)), tree)
-    at = lambda h: fn(tree_map(lambda x, d: x + h * d, tree, step))
-    return (at(1e-6) - at(-1e-6)) / 2e-6, step
-
-
-def along(grads, step):
-    return sum(np.sum(g * d) for g, d in zip(tree_leaves(grads), tree_leaves(step), strict=True))
-
-
 @given(seeds)
 def law_user_prefix_mapping_reads_a_set_and_its_gradient(seed):
     rng, p, _, _ = world(seed)
@@ -69,10 +59,8 @@ def law_user_prefix_mapping_reads_a_set_and_its_gradient(seed):
     np.testing.assert_allclose(mapping_network(x[:, turned], p, num_heads=2), y, rtol=0, atol=1e-11)
     moved = p._replace(queries=p.queries[order])
     np.testing.assert_allclose(mapping_network(x, moved, num_heads=2), y[:, order], rtol=0, atol=1e-11)
-    measured, step = slope(lambda t: (cot * mapping_network(*t, num_heads=2)).sum(), (x, p), rng)
-    got = mapping_network_backward(x, p, cot, num_heads=2)
-    # the first norm has eps 1e-12 and queries of order 0.4: nothing is stiff
-    np.testing.assert_allclose(along(got, step), measured, rtol=1e-5, atol=1e-6)
+    run = lambda t: (cot * mapping_network(*t, num_heads=2)).sum()
+    check_slope(run, (x, p), mapping_network_backward(x, p, cot, num_heads=2), rng)
 
 
 @given(seeds, st.integers(0, 3))
@@ -94,10 +82,9 @@ def law_user_prefix_fusion_ignores_padding_and_the_order_of_words(seed, n_u):
     other = np.where(np.isnan(padded), 7.0, padded)
     np.testing.assert_array_equal(fusion(v, other, p, num_heads=2, user_mask=mask), got)
     run = lambda t: (cot * fusion(t[0], t[1], t[2], num_heads=2, user_mask=mask)).sum()
-    measured, step = slope(run, (v, other, p), rng)
     dv, du, dp = fusion_backward(v, other, p, cot, num_heads=2, user_mask=mask)
     assert not du[:, n_u:].any()
-    np.testing.assert_allclose(along((dv, du, dp), step), measured, rtol=1e-5, atol=1e-6)
+    check_slope(run, (v, other, p), (dv, du, dp), rng)
     if n_u:  # another user, another prefix
         assert np.abs(fusion(v, rng.standard_normal(u.shape), p, num_heads=2) - y).max() > 1e-6
 
@@ -131,10 +118,9 @@ def law_user_prefix_loss_is_the_definition_and_causal(seed, j):
     hidden = c.copy()
     hidden[1, 2:] = 0  # what stands in the padding is neither seen nor scored
     assert prefix_lm_loss(prefix, hidden, mask, lm, num_heads=2) == loss
-    measured, step = slope(lambda p: prefix_lm_loss(p, c, mask, lm, num_heads=2), prefix, rng)
     dprefix, none = prefix_lm_loss_backward(prefix, c, mask, lm, 1.0, num_heads=2)
     assert none is None
-    np.testing.assert_allclose((dprefix * step).sum(), measured, rtol=1e-5, atol=1e-7)
+    check_slope(lambda p: prefix_lm_loss(p, c, mask, lm, num_heads=2), prefix, dprefix, rng)
 
 
 @given(seeds)
