@@ -324,6 +324,15 @@ def test_hw_fpga_search_finds_the_best_that_fits():
     assert sum(row["best"] for row in table) == 1
 
 
+def test_hw_fpga_exercises_of_the_chapter():
+    """What fits a small part, and where each dataflow wins."""
+    room = hw.pynq_z2().bram36 * 4608
+    assert [room - 880_000 * bits // 8 for bits in (8, 4)] == [-234_880, 205_120]
+    at = lambda m, n, k, f: hw.systolic_cycles(m, n, k, rows=16, cols=16, dataflow=f).cycles
+    assert (at(16, 16, 64, "os"), at(16, 16, 64, "ws")) == (94, 248)
+    assert at(4096, 16, 16, "ws") < at(4096, 16, 16, "os")
+
+
 # Refusals
 
 
