@@ -27,7 +27,7 @@ from rich.text import Text  # noqa: E402
 from ref.catalog import BY_SLUG, CATALOG, PARTS, technique  # noqa: E402
 
 ROOT = Path(ref.__file__).resolve().parent.parent
-DEFAULT_TARGETS = ("h200", "a100", "xeon_6154", "this_cpu")
+DEFAULT_TARGETS = ("h200", "a100", "xeon_6154", "this_cpu", "zcu102")
 ULPS = 64  # ulps granted to accel on top of 64 times what one ulp in the inputs moves ref
 EPS = float(np.finfo(np.float32).eps)
 
