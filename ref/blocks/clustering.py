@@ -13,11 +13,9 @@ def kmeans(x, *, k, init=None, iters=100, tol=0.0, seed=0):
     """(centers [k, d], labels int [n], inertia): points x [n, d] in k groups, each around its mean.
 
     Args: init [k, d]: the first centres; None draws them by k-means++ with `seed`. iters: the most rounds.
-    tol:
-      stop when the centres move, in squares summed, at most tol times the mean variance of a coordinate.
+      tol: stop when the centres move, in squares summed, at most tol times the mean variance of a coordinate.
     Returns: labels of the nearest of the returned centres (equal distances: the first), inertia the sum of
-    squared
-      distances to them. It ends when no label changes.
+      squared distances to them. It ends when no label changes.
     Raises: ValueError for k outside 1..n, points that are not finite, or another shape of init.
     """
     n = dims(x=(x, "n d"))["n"]

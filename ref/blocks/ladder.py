@@ -21,11 +21,11 @@ def dynamic_hpo(objective, *, ladders, start, order, rounds=2, min_gain=0.0, jou
     than min_gain, move there; if upwards never moved, the same downwards. Stop when a whole round moved
     nothing. No configuration is tried twice.
     Args: objective: a function of {name: value}, larger is better; or an array of recorded scores, indexed by
-    the rungs
-      in `order`. ladders: {name: values}. start: {name: rung} of every ladder; names that are not in order
-      stay there. journal: a file that gets a line of JSON a trial as it ends; what stands in it is not tried
-      again, so that a search which was stopped goes on with the very same sequence. budget: the most new
-      trials of this call.
+        the rungs in `order`.
+      ladders: {name: values}. start: {name: rung} of every ladder; names that are not in order stay there.
+      journal: a file that gets a line of JSON a trial as it ends; what stands in it is not tried again, so
+        that a search which was stopped goes on with the very same sequence.
+      budget: the most new trials of this call.
     Returns: trials: rungs in `order` and score of the new trials, in order; a score of NaN counts, and is
     written, as -inf.
     Raises: ValueError for an empty ladder, a rung outside its ladder, a name that has no ladder, or a foreign

@@ -18,9 +18,7 @@ BEFORE = slice(None, -1)  # what the chunks see of a history: all but its end
 
 
 class NoteParams(NamedTuple):
-    """Scorer w1 [C, m], b1 [m], w2 [m], b2 []; w_summary [C, Ds]; attention w_q [C, Ds], w_k [Ds, Ds],
-    w_v [Ds, C].
-    """
+    """Scorer w1 [C, m], b1 [m], w2 [m], b2 []; w_summary [C, Ds]; w_q [C, Ds], w_k [Ds, Ds], w_v [Ds, C]."""
 
     w1: np.ndarray
     b1: np.ndarray

@@ -1,5 +1,6 @@
-"""The transformer block in the house form: q, k, v apart, weights [in, out], used as x @ W + b; a bias may
-be None.
+"""The transformer block in the house form: q, k, v apart, weights [in, out], used as x @ W + b.
+
+A bias may be None.
 """
 
 from typing import NamedTuple
@@ -86,9 +87,7 @@ def qkv_vjp(x, params, dqkv):
 
 
 def self_attention(x, params, *, num_heads, attention=attention_dense, **options):
-    """attention(q, k, v) of x [..., L, C], joined and mapped by w_o, b_o. options: mask, causal, ... of
-    attention.
-    """
+    """attention(q, k, v) of x [..., L, C], joined and mapped by w_o, b_o; options: those of attention."""
     heads = attention(*qkv(x, params, num_heads=num_heads), **options)
     return linear(join_heads(heads), params.w_o, params.b_o)
 
@@ -108,10 +107,9 @@ def transformer_block(
     """One block: x [..., L, C] -> [..., L, C].
 
     norm: "pre" is x + attention(ln1(x)), then x + mlp(ln2(x)) (GPT-2, ViT); "post" is ln1(x + attention(x)),
-    then
-      ln2(x + mlp(x)) (the original transformer, BERT).
-    mask: bool, True = visible, broadcastable to [..., H, L, L]. attention: a function of q, k, v, mask and
-    causal.
+      then ln2(x + mlp(x)) (the original transformer, BERT).
+    mask: bool, True = visible, broadcastable to [..., H, L, L].
+    attention: a function of q, k, v, mask and causal.
     Raises: ValueError for an unknown norm or activation.
     """
     ln1, ln2 = _norms(params, eps)

@@ -37,35 +37,12 @@ from ref.tasks.knowledge import (
 )
 
 __all__ = [
-    "AdamState",
-    "GPTParams",
-    "GrokConfig",
-    "GrokData",
-    "History",
-    "Questions",
-    "adamw_step",
-    "causal_trace",
-    "comparison_data",
-    "complex_comparison_data",
-    "composition_data",
-    "corrupt_comparison",
-    "corrupt_composition",
-    "example",
-    "gpt2_forward",
-    "gpt2_forward_backward",
-    "gpt2_loss",
-    "gpt2_loss_backward",
-    "grokking_gap",
-    "init_grokking",
-    "lens_logits",
-    "logit_lens",
-    "matrix_mask",
-    "slice_accuracy",
-    "token_rank",
-    "trace_strength",
-    "train",
-    "train_steps",
-]
+    "AdamState", "GPTParams", "GrokConfig", "GrokData", "History", "Questions", "adamw_step",
+    "causal_trace", "comparison_data", "complex_comparison_data", "composition_data", "corrupt_comparison",
+    "corrupt_composition", "example", "gpt2_forward", "gpt2_forward_backward", "gpt2_loss",
+    "gpt2_loss_backward", "grokking_gap", "init_grokking", "lens_logits", "logit_lens", "matrix_mask",
+    "slice_accuracy", "token_rank", "trace_strength", "train", "train_steps",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -32,40 +32,13 @@ from ref.models.text_classifier import (
 from ref.tasks.corpora import Corpus, brown_corpus, docstring_corpus, held_out, review_corpus
 
 __all__ = [
-    "ClassifierParams",
-    "Corpus",
-    "Cost",
-    "Encoder",
-    "HackConfig",
-    "History",
-    "TextConfig",
-    "TextModel",
-    "TokenizerRow",
-    "bag_classifier",
-    "bag_classifier_backward",
-    "brown_corpus",
-    "classify_texts",
-    "compare_tokenizers",
-    "coverage",
-    "docstring_corpus",
-    "dynamic_hpo",
-    "encoder_classifier",
-    "encoder_classifier_backward",
-    "encoder_cost",
-    "english_stopwords",
-    "example",
-    "fertility",
-    "held_out",
-    "is_word",
-    "macro_f1",
-    "review_corpus",
-    "split_tokens",
-    "thin",
-    "train_text_classifier",
-    "truncate",
-    "word_counts",
-    "word_encoder",
-]
+    "ClassifierParams", "Corpus", "Cost", "Encoder", "HackConfig", "History", "TextConfig", "TextModel",
+    "TokenizerRow", "bag_classifier", "bag_classifier_backward", "brown_corpus", "classify_texts",
+    "compare_tokenizers", "coverage", "docstring_corpus", "dynamic_hpo", "encoder_classifier",
+    "encoder_classifier_backward", "encoder_cost", "english_stopwords", "example", "fertility", "held_out",
+    "is_word", "macro_f1", "review_corpus", "split_tokens", "thin", "train_text_classifier", "truncate",
+    "word_counts", "word_encoder",
+]  # fmt: skip
 
 LONG = 510  # pieces that fit beside CLS and SEP in 512
 

@@ -24,35 +24,13 @@ from ref.models.classifier import (
 )
 
 __all__ = [
-    "BertConfig",
-    "ClassifierParams",
-    "ProblemSpec",
-    "Report",
-    "Requests",
-    "RiskCoverage",
-    "bert_classifier_forward",
-    "bert_classifier_forward_backward",
-    "classifier_loss",
-    "classifier_loss_backward",
-    "draw_batch",
-    "encoder_parameters",
-    "evaluate",
-    "example",
-    "full_loss",
-    "full_loss_backward",
-    "init_classifier",
-    "masked_logits",
-    "masked_loss",
-    "masked_loss_backward",
-    "masked_softmax",
-    "mixed_loss",
-    "mixed_loss_backward",
-    "predict",
-    "reject",
-    "report",
-    "risk_coverage",
+    "BertConfig", "ClassifierParams", "ProblemSpec", "Report", "Requests", "RiskCoverage",
+    "bert_classifier_forward", "bert_classifier_forward_backward", "classifier_loss",
+    "classifier_loss_backward", "draw_batch", "encoder_parameters", "evaluate", "example", "full_loss",
+    "full_loss_backward", "init_classifier", "masked_logits", "masked_loss", "masked_loss_backward",
+    "masked_softmax", "mixed_loss", "mixed_loss_backward", "predict", "reject", "report", "risk_coverage",
     "server_memory",
-]
+]  # fmt: skip
 
 MODES = ("single", "separate", "multi_head")
 UNKNOWN = -1  # the answer to a request that is rejected

@@ -29,32 +29,11 @@ from ref.tasks.nouns import (
 )
 
 __all__ = [
-    "DELAYS",
-    "PREFIX",
-    "PROMPT",
-    "Cell",
-    "Design",
-    "Stimulus",
-    "build_stimuli",
-    "cache_bytes_for_delay",
-    "code_tokens",
-    "delay_text",
-    "encode_stimulus",
-    "example",
-    "held_out_nouns",
-    "list_surprisal",
-    "median_ci",
-    "merge_subwords",
-    "noun_pools",
-    "novel_pairing",
-    "repeat_surprisal",
-    "run_suite",
-    "scrambled",
-    "shuffle_qk",
-    "synthetic_language",
-    "time_course",
-    "token_surprisal",
-]
+    "DELAYS", "PREFIX", "PROMPT", "Cell", "Design", "Stimulus", "build_stimuli", "cache_bytes_for_delay",
+    "code_tokens", "delay_text", "encode_stimulus", "example", "held_out_nouns", "list_surprisal",
+    "median_ci", "merge_subwords", "noun_pools", "novel_pairing", "repeat_surprisal", "run_suite",
+    "scrambled", "shuffle_qk", "synthetic_language", "time_course", "token_surprisal",
+]  # fmt: skip
 
 CONDITIONS = ("repeat", "permute", "novel")
 PAIRINGS = ("official", "distinct")
@@ -84,12 +63,11 @@ def build_stimuli(
     """A list of Stimulus: every pool of m nouns in its m circular shifts, each noun in each place once.
 
     Args: pools: lists of nouns. condition: "repeat"; "permute", the same nouns in another order; "novel", the
-    list of
-      another pool. list_length: the first so many of the shifted pool. delay: the intervening text.
+        list of another pool.
+      list_length: the first so many of the shifted pool. delay: the intervening text.
       seed, pairing: of `novel_pairing`.
     Raises: ValueError for an unknown condition, a length outside 1..m (from 2 on to permute), a noun that
-    occurs twice,
-      or in two pools where lists must be novel.
+      occurs twice, or in two pools where lists must be novel.
     """
     _check_build(pools, condition, list_length)
     lists = [

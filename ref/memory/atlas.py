@@ -27,29 +27,11 @@ from ref.dims import dims, float64
 from ref.example import Example
 
 __all__ = [
-    "AtlasParams",
-    "AtlasState",
-    "DeepMemory",
-    "OmegaGrads",
-    "atlas_layer",
-    "atlas_layer_vjp",
-    "atlas_state_bytes",
-    "deep_memory_scan",
-    "deep_memory_update",
-    "dla",
-    "dot_memory",
-    "example",
-    "feature_count",
-    "init_atlas",
-    "newton_schulz",
-    "newton_schulz_macs",
-    "newton_schulz_vjp",
-    "omega_scan",
-    "omega_scan_vjp",
-    "poly_features",
-    "poly_features_vjp",
-    "titans_memory",
-]
+    "AtlasParams", "AtlasState", "DeepMemory", "OmegaGrads", "atlas_layer", "atlas_layer_vjp",
+    "atlas_state_bytes", "deep_memory_scan", "deep_memory_update", "dla", "dot_memory", "example",
+    "feature_count", "init_atlas", "newton_schulz", "newton_schulz_macs", "newton_schulz_vjp",
+    "omega_scan", "omega_scan_vjp", "poly_features", "poly_features_vjp", "titans_memory",
+]  # fmt: skip
 
 GATES_START = (0.98, 0.018, 0.88, 0.5)  # alpha, eta, theta, gamma: those of an open version, not the paper's
 CONV = 4  # taps of the short convolution
@@ -88,8 +70,10 @@ class AtlasParams(NamedTuple):
 
 
 class AtlasState(NamedTuple):
-    """What a layer carries on: memory and momentum [B, H, dv, D]; k, v [B, H, window-1, d / H] and gamma
-    [B, H, window-1] of the last tokens (gamma 0 where there was none); conv, three times [B, 3, d].
+    """What a layer carries on: its memory, the tokens still in the window, the convolutions' inputs.
+
+    memory and momentum [B, H, dv, D]; k, v [B, H, window-1, d / H] and gamma [B, H, window-1] of the last
+    tokens (gamma 0 where there was none); conv, three times [B, 3, d].
     """
 
     memory: np.ndarray

@@ -1,5 +1,4 @@
-"""GTrXL: a transformer with memory that learns from rewards, its residual sums replaced by gates that start
-shut.
+"""GTrXL: a transformer with memory learns from rewards, its residual sums replaced by gates that start shut.
 
 Source: Parisotto et al. 2020 (arXiv 1910.06764), equations of sections 3.1 to 3.3; the memory and its
 relative attention are Transformer-XL's (ref/blocks/relative.py), the default loss is V-MPO's
@@ -29,34 +28,12 @@ from ref.models.agent import Agent, train_agent
 from ref.tasks.environments import env_reset, env_step
 
 __all__ = [
-    "GTrXLBlockParams",
-    "GTrXLMemory",
-    "GTrXLParams",
-    "GateParams",
-    "RelativeParams",
-    "env_reset",
-    "env_step",
-    "example",
-    "gate",
-    "gate_params",
-    "gate_vjp",
-    "gtrxl",
-    "gtrxl_agent",
-    "gtrxl_block",
-    "gtrxl_block_vjp",
-    "gtrxl_params",
-    "gtrxl_vjp",
-    "init_gate",
-    "init_gtrxl",
-    "init_memory",
-    "receptive_field",
-    "relative_attention",
-    "relative_attention_vjp",
-    "relative_shift",
-    "train_agent",
-    "vmpo_loss",
-    "vmpo_loss_vjp",
-]
+    "GTrXLBlockParams", "GTrXLMemory", "GTrXLParams", "GateParams", "RelativeParams", "env_reset",
+    "env_step", "example", "gate", "gate_params", "gate_vjp", "gtrxl", "gtrxl_agent", "gtrxl_block",
+    "gtrxl_block_vjp", "gtrxl_params", "gtrxl_vjp", "init_gate", "init_gtrxl", "init_memory",
+    "receptive_field", "relative_attention", "relative_attention_vjp", "relative_shift", "train_agent",
+    "vmpo_loss", "vmpo_loss_vjp",
+]  # fmt: skip
 
 GATES = ("gru", "output", "highway", "sigtanh", "input", None)
 NORMS = ("identity", "post")

@@ -151,8 +151,7 @@ def conditioning_protocol(name, *, beta, trials, rule):
 
 
 def retrieval_fidelity(keys, values, *, rule="hebb"):
-    """(cosine, bit_error): how well values [..., n, dv] come back when all n keys [..., n, dk] have been
-    learnt.
+    """(cosine, bit_error): how well values [..., n, dv] come back once all n keys [..., n, dk] are learnt.
 
     Means over pairs of the cosine between recalled and stored value, and of how often the signs differ.
     """

@@ -35,8 +35,9 @@ class Agent(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What is learnt: the network, the heads of policy w_pi [D, A], b_pi and value w_v [D, 1], b_v, and
-    V-MPO's raw temperature and trust, of which the softplus is used.
+    """What is learnt: the network, the heads of policy and value, V-MPO's temperature and trust.
+
+    w_pi [D, A], b_pi [A]; w_v [D, 1], b_v [1]; of the raw temperature and trust the softplus is used.
     """
 
     net: Any

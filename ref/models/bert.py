@@ -15,8 +15,9 @@ from ref.dims import dims, float64
 
 
 class BertParams(NamedTuple):
-    """word [V, d], position [n, d], token_type [types, d], ln_scale and ln_bias [d], blocks, w_pool [d, d],
-    b_pool [d].
+    """word [V, d], position [n, d], token_type [types, d], ln_scale and ln_bias [d], the blocks, a pooler.
+
+    w_pool [d, d] and b_pool [d], or None for an encoder without one.
     """
 
     word: np.ndarray
@@ -30,8 +31,9 @@ class BertParams(NamedTuple):
 
 
 def init_bert(rng, *, vocab, context, dim, depth, hidden=None, types=2, pooler=True, std=0.02):
-    """BertParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms; hidden is 4 dim
-    if None.
+    """BertParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms.
+
+    hidden: of the MLPs, 4 dim if None. types: segments. pooler: False leaves it out.
     """
     w = lambda *shape: std * rng.standard_normal(shape)
     return BertParams(
@@ -47,10 +49,9 @@ def init_bert(rng, *, vocab, context, dim, depth, hidden=None, types=2, pooler=T
 
 
 def bert_embed(ids, params, *, types=None, positions=None, eps=1e-12):
-    """ln(word[ids] + position[positions] + token_type[types]): ids, types, positions [..., T] int ->
-    [..., T, d].
+    """ln(word[ids] + position[positions] + token_type[types]): [..., T, d].
 
-    types None: all 0; positions None: 0..T-1.
+    ids, types, positions [..., T] int. types None: all 0; positions None: 0..T-1.
     Raises: ValueError for an entry outside its table, or a text longer than the table of positions.
     """
     total = _embedding_sum(ids, params, types, positions)
@@ -80,8 +81,9 @@ def bert_pool(x, params):
 
 
 def bert_encode_vjp(ids, params, dy, *, num_heads, token_mask=None, types=None, eps=1e-12):
-    """-> BertParams of gradients of `bert_encode` for dy [..., T, d]; the pooler's are None (see
-    `bert_pool_vjp`).
+    """-> BertParams of gradients of `bert_encode` for dy [..., T, d].
+
+    The pooler's are None: see `bert_pool_vjp`.
     """
     hidden = bert_hidden(ids, params, num_heads=num_heads, token_mask=token_mask, types=types, eps=eps)
     grads = []

@@ -23,8 +23,9 @@ class GPTParams(NamedTuple):
 
 
 def init_gpt(rng, *, vocab, context, dim, depth, hidden=None, std=0.02):
-    """GPTParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms; hidden is 4 dim
-    if None.
+    """GPTParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms.
+
+    hidden: of the MLPs, 4 dim if None.
     """
     return GPTParams(
         wte=std * rng.standard_normal((vocab, dim)),
@@ -58,9 +59,7 @@ def gpt_embed_vjp(ids, params, dx):
 
 
 def gpt_blocks(x, params, *, num_heads, mask=None, eps=1e-5):
-    """All blocks in order, causal: x [..., T, d] -> [hidden before each block and after the last], L + 1
-    arrays.
-    """
+    """All blocks in order, causal: x [..., T, d] -> L + 1 arrays, hidden before each block and at the end."""
     hidden = [x]
     for p in params.blocks:
         hidden.append(_block(hidden[-1], p, num_heads, mask, eps))

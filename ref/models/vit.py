@@ -18,9 +18,8 @@ class ViTParams(NamedTuple):
     """A vision transformer of width d on n patches of p x p pixels.
 
     w_patch [p, p, C, d], or [t, p, p, C, d] for clips; b_patch [d]; cls_token [d], or None for a network
-    without one; pos_embed [1 + n, d]
-    ([n, d] without class token); blocks, one BlockParams each; norm_scale and norm_bias [d]; w_head [d, K]
-    and b_head [K], or None for a backbone that returns features.
+    without one; pos_embed [1 + n, d] ([n, d] without class token); blocks, one BlockParams each; norm_scale
+    and norm_bias [d]; w_head [d, K] and b_head [K], or None for a backbone that returns features.
     """
 
     w_patch: np.ndarray

@@ -199,8 +199,7 @@ class NumberPad:
 
 @dataclass(frozen=True)
 class AppleMaze:
-    """Find a hidden apple in a size x size room, +1, and be carried off to a random cell each time it is
-    found.
+    """Find a hidden apple in a size x size room, +1, and be carried off to a random cell each time.
 
     Actions: left, right, up, down; walls stop. Every cell has a landmark of its own: the observation is where
     one stands and the last reward. The apple stays where it is, so that remembering pays.
@@ -238,8 +237,7 @@ class AppleMaze:
 
 @dataclass(frozen=True)
 class CartPole:
-    """Keep a pole upright by pushing its cart left or right: +1 a step. All four numbers are seen: no memory
-    needed.
+    """Keep a pole upright by pushing its cart left or right: +1 a step. All is seen: no memory needed.
 
     Observation: position, velocity, angle, angular velocity. Ends beyond 2.4 m or 12 degrees; Euler steps of
     0.02 s.
