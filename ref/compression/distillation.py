@@ -12,9 +12,10 @@ import numpy as np
 
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import logsumexp
+from ref.blocks.transformer import block_parameters
 from ref.dims import dims, float64
 from ref.example import Example
-from ref.models.bert_cost import block_parameters, encoder_macs
+from ref.models.bert_cost import encoder_macs
 
 REDUCTIONS = ("batch", "mean_all")
 PADDED = -100.0  # attention scores from here down belong to padded keys

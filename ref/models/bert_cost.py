@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ref.blocks.transformer import block_parameters
+
 
 @dataclass(frozen=True)
 class BertConfig:
@@ -14,11 +16,6 @@ class BertConfig:
     depth: int = 12
     num_heads: int = 12
     hidden: int = 3072
-
-
-def block_parameters(dim, hidden):
-    """Parameters of a block: q, k, v, output and the MLP with their biases, two norms."""
-    return 4 * (dim * dim + dim) + 2 * dim * hidden + hidden + dim + 4 * dim
 
 
 def encoder_parameters(config: BertConfig):

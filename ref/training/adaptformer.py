@@ -26,7 +26,7 @@ from ref.blocks.losses import cross_entropy
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm
 from ref.blocks.optim import sgd, sgd_init, tree_leaves, tree_map
-from ref.blocks.transformer import BlockParams
+from ref.blocks.transformer import BlockParams, block_parameters
 from ref.dims import float64
 from ref.example import Example
 from ref.models import vit
@@ -223,7 +223,8 @@ def count_trainable(config: ViTSize, tuning, *, bottleneck=64, num_classes):
     """Numbers that train: L (2 d r + r + d), L n_p d, none or all of the backbone; and (d + 1) K."""
     d, L = config.dim, config.depth
     n = (config.image_size // config.patch) ** 2
-    backbone = config.patch**2 * config.channels * d + 2 * d + (1 + n) * d + L * (12 * d * d + 13 * d) + 2 * d
+    stem = config.patch**2 * config.channels * d + 2 * d + (1 + n) * d
+    backbone = stem + L * block_parameters(d, 4 * d) + 2 * d
     extra = {
         "adapter": L * (2 * d * bottleneck + bottleneck + d),
         "vpt": L * config.num_prompts * d,

@@ -17,7 +17,13 @@ from ref.blocks.captions import bleu, cider, meteor, rouge_l
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import adam, adam_init
 from ref.blocks.softmax import logsumexp
-from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
+from ref.blocks.transformer import (
+    BlockParams,
+    block_parameters,
+    init_block,
+    transformer_block,
+    transformer_block_vjp,
+)
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import GPTParams, gpt_blocks, gpt_blocks_vjp, gpt_head, gpt_head_vjp, init_gpt
@@ -296,7 +302,7 @@ def trainable_count(config: CaptionSize):
     parts = {
         "mapping": c.queries * d + 2 * d + c.mapping_depth * block + d * e + e,
         "fusion": c.prefix * e + c.fusion_depth * (8 * e * e + 8 * e),
-        "language model": (c.vocab + c.context) * e + c.lm_depth * (12 * e * e + 13 * e) + 2 * e,
+        "language model": (c.vocab + c.context) * e + c.lm_depth * block_parameters(e, 4 * e) + 2 * e,
         "encoder": c.encoder,
     }
     trained = parts["mapping"] + parts["fusion"]
