@@ -923,6 +923,27 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="edge_moe",
+        part="devices",
+        title="Edge-MoE",
+        paper="Edge-MoE: Memory-Efficient Multi-Task Vision Transformer Architecture with Task-level "
+        "Sparsity via Mixture-of-Experts",
+        year=2023,
+        arxiv="2305.18691",
+        idea="Experts by task on a small chip: keys stream past resident queries, tokens queue by expert.",
+        core=(
+            "moe_gate",
+            "moe_gate_backward",
+            "build_expert_queues",
+            "moe_ffn",
+            "online_softmax",
+            "reordered_attention",
+            "gelu_delta",
+            "unified_linear",
+            "m3vit_forward",
+        ),
+    ),
+    Technique(
         slug="melt",
         part="devices",
         title="MELT",
