@@ -52,7 +52,7 @@ def law_distillation_soft_losses_are_the_definition(seed, T, size):
     kl, same = soft_kl(s, t, temperature=T)
     np.testing.assert_array_equal(grad, same)
     np.testing.assert_allclose(grad, (q - p) / (4 * T), rtol=0, atol=64 * EPS * (1 + size / T))
-    # log-probabilities of size |z| / T are off by that many ulps, and exp hands this on to the sums of p and q
+    # log-probabilities of size |z| / T are off by that many ulps, which exp hands on to the sums of p and q
     np.testing.assert_allclose(grad.sum(axis=-1), 0, rtol=0, atol=32 * EPS * (1 + size / T))
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum() / 4
     np.testing.assert_allclose(ce, kl + entropy, rtol=0, atol=256 * EPS * (1 + size / T))
