@@ -60,6 +60,15 @@ BAD = {
     "share": (lambda: G.complex_comparison_data(RNG, **WORLD, share=2), "share must be in"),
     "few": (lambda: G.complex_comparison_data(RNG, **WORLD), "per_label=50 questions of each label"),
     "swap": (lambda: G.corrupt_composition(RNG, DATA, DATA.train.ids, position=3), "position must be 0"),
+    "alone": (
+        lambda: G.corrupt_composition(
+            RNG,
+            G.composition_data(RNG, entities=1, relations=1, out_degree=1, ood_fraction=0, ratio=0),
+            np.array([[0, 1, 1]]),
+            position=0,
+        ),
+        r"ids\[0\] = \[0, 1, 1\]: no token at position 0 changes the answer",
+    ),
     "swap_pair": (lambda: G.corrupt_comparison(RNG, DATA, DATA.train.ids, position=1), "position must be 0"),
     "ids": (lambda: G.gpt2_forward(IDS + 9, P, **HEADS), r"ids must be in 0\.\.8"),
     "long": (lambda: G.gpt2_forward(np.zeros((1, 6), int), P, **HEADS), "exceeds the context of 5"),

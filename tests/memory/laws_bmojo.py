@@ -261,18 +261,18 @@ def layer(seed, tied=True, norms=False):
     return 2 * rng.standard_normal((2, 9, 8)), p
 
 
-@given(seeds, selects, st.booleans(), st.sampled_from((None, 100.0)))
-def law_bmojo_steps_are_the_layer(seed, select, tied, rope_base):
+@given(seeds, selects, st.booleans(), st.sampled_from((None, 100.0)), st.sampled_from((0, 3)))
+def law_bmojo_steps_are_the_layer(seed, select, tied, rope_base, K):
     x, p = layer(seed, tied, norms=rope_base is not None)
     options = {
         "window": 2,
-        "capacity": 3,
+        "capacity": K,
         "select": select[0],
         "threshold": select[1],
         "rope_base": rope_base,
     }
     want = bmojo_layer(x, p, tied=tied, **options)
-    cache, rows = init_bmojo_cache(p, capacity=3, lead=(2,)), []
+    cache, rows = init_bmojo_cache(p, capacity=K, lead=(2,)), []
     for t in range(9):
         row, cache = bmojo_step(x[:, t], cache, p, **options)
         rows.append(row)
@@ -282,7 +282,7 @@ def law_bmojo_steps_are_the_layer(seed, select, tied, rope_base):
     numbers = sum(
         a.size for a in (cache.k, cache.v, cache.k_fading, cache.v_fading, cache.k_store, cache.v_store)
     )
-    sizes = {"window": 2, "capacity": 3, "kv_heads": 2, "head_dim": 2, "dtype_bytes": 1}
+    sizes = {"window": 2, "capacity": K, "kv_heads": 2, "head_dim": 2, "dtype_bytes": 1}
     assert numbers == 2 * bmojo_cache_bytes(**sizes, pending=True)  # two sequences
 
 

@@ -68,6 +68,10 @@ BAD = {
     "dot_window": (lambda: A.dot_memory(Q, Q, V, window=0), "window must be at least 1"),
     "dot_loss": (lambda: A.dot_memory(Q, Q, V, window=1, loss="l1"), "loss must be"),
     "heads": (lambda: A.atlas_layer(np.ones((1, 5, 4)), P, heads=3), "b_gates"),
+    "divisor": (
+        lambda: A.atlas_layer(np.ones((1, 5, 4)), P._replace(b_gates=np.zeros(12)), heads=3),
+        "heads must be a divisor of the width 4, got 3",
+    ),
     "init": (lambda: A.init_atlas(0, 4, heads=3), "heads must be a divisor"),
     "width": (lambda: A.atlas_layer(np.ones((1, 5, 3)), P, heads=2), "w_q"),
 }

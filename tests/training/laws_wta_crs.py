@@ -159,6 +159,7 @@ def law_wta_crs_special_cases_are_exact(seed, spread):
     p = np.random.default_rng(seed).dirichlet(np.ones(7)) + 1e-3
     p /= p.sum()
     a = np.random.default_rng(seed + 1).standard_normal(4)
+    assert estimator_variance(x, y, p, k=7, c=7) == 0  # nothing is drawn
     same = p[:, None] * a  # every pair is p_i times the same matrix: no variance
     ones = np.ones((3, 7))
     power = (3 * (same**2).sum(axis=1) / p).sum()

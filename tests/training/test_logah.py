@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ref
+from ref.blocks.optim import tree_leaves
 from ref.blocks.transformer import BlockParams
 from tests.golden_runner import cases, golden, run
 from tests.language.backward import check_backward
@@ -91,4 +92,6 @@ def test_logah_edges():
     np.testing.assert_allclose(padded[0, 0], padded[0, 2], rtol=0, atol=1e-14)
     assert L.graphormer(X[:0], E[:0], M[:0], GHN.encoder, num_heads=2).shape == (0, 3, 8)
     assert L.low_rank_decode(Z[:0], D, shape=(3, 2), rank=3).shape == (0, 3, 2)
+    asked_for_nothing = L.predict_parameters_backward(GRAPH, GHN, CONFIG, {})
+    assert not any(g.any() for g in tree_leaves(asked_for_nothing))
     assert np.isnan(L.low_rank_decode(Z * np.nan, D, shape=(2,), rank=3)).all()
