@@ -42,6 +42,9 @@ BOARDS = {
 # (depth, width) of an 18 kbit half of a block.
 BRAM18_SHAPES = ((16384, 1), (8192, 2), (4096, 4), (2048, 9), (1024, 18), (512, 36))
 URAM_SHAPE = (4096, 72)
+JOIN_LUT = (
+    60  # look-up tables that add one more piece to a product: between 44 and 83 in yosys, see the claims
+)
 LUTRAM_BITS = 1024  # smaller buffers are made of look-up tables, 64 bits each
 
 # What a unit takes and how deep its pipeline is.
@@ -70,7 +73,7 @@ MEMORY = Part(
 POWER = Part(
     "Dynamic power of a busy block at 300 MHz",
     "our defaults; the look-up tables' figure calibrated, see the comment",
-    {"dsp_mw": 1.2, "bram36_mw": 1.8, "uram_mw": 3.6, "lut_uw": 175.0},
+    {"dsp_mw": 1.2, "bram36_mw": 1.8, "uram_mw": 3.6, "lut_uw": 105.0},
 )
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, fields, replace
 from math import ceil
 
-from hw.boards import CONTROL, FUNCTION, PORT, bram18, lutram, product_dsp, uram
+from hw.boards import CONTROL, FUNCTION, JOIN_LUT, PORT, bram18, lutram, product_dsp, uram
 from hw.errors import DoesNotFit
 
 URAM_WORDS = 2048  # deeper buffers go to the large blocks where the part has them
 GELU_TABLE = (177, 22)  # words and bits of Edge-MoE's table
+GELU_PRODUCT = (22, 18)  # bits of the place between two entries and of their difference
 SORT_DEPTH = 64  # registers of the insertion network that sorts and picks the largest
 
 
@@ -50,8 +51,9 @@ FUNCTION_UNIT = Unit(dsp=FUNCTION.numbers["dsp"], lut=FUNCTION.numbers["lut"], f
 
 
 def multipliers(n, a, b, ports) -> Unit:
-    """n multipliers of a x b bits."""
-    return Unit(dsp=ceil(n * product_dsp(a, b, ports)))
+    """n multipliers of a x b bits; the pieces of a wide product are added in look-up tables."""
+    blocks = product_dsp(a, b, ports)
+    return Unit(dsp=ceil(n * blocks), lut=ceil(n * max(blocks - 1, 0) * JOIN_LUT))
 
 
 def adder_tree(inputs, width) -> Unit:
@@ -98,8 +100,9 @@ def resources(target) -> Resources:
         units["weight buffers"] = store(target.weight_kb, weight * i, partitions=o, copies=2)
         product = multipliers(p * b, act, act, ports) + p * adder_tree(b, act)
         units["attention, two products"] = 2 * product
-        units["softmax"] = p * (FUNCTION_UNIT + multipliers(1, act, act, ports)) + FUNCTION_UNIT
-        units["GELU"] = b * multipliers(1, act, GELU_TABLE[1], ports) + ceil(b / 2) * buffer(*GELU_TABLE)
+        units["softmax"] = p * (FUNCTION_UNIT + multipliers(2, act, act, ports)) + FUNCTION_UNIT
+        bend = multipliers(1, *GELU_PRODUCT, ports) + adder_tree(2, act)
+        units["GELU"] = b * bend + ceil(b / 2) * buffer(*GELU_TABLE)
         units["layer norm"] = b * multipliers(3, act, act, ports) + 2 * adder_tree(b, act) + FUNCTION_UNIT
     total = sum(units.values(), Unit())
     return Resources(**{f.name: getattr(total, f.name) for f in fields(Unit)}, by_unit=units)

@@ -26,6 +26,8 @@ from hw.stream import simulate_attention, simulate_experts, simulate_pipeline  #
 from hw.systolic import DATAFLOWS, SystolicCount, simulate_systolic, systolic_cycles  # noqa: F401
 from hw.target import Context, Placement, Target, largest
 from hw.verilog import emit_systolic_verilog  # noqa: F401
+from hw.verilog_attention import emit_attention_verilog  # noqa: F401
+from hw.verilog_linear import emit_linear_verilog  # noqa: F401
 from ref.blocks.fixed import fixed_cast, fixed_matmul  # noqa: F401
 from ref.blocks.stream import (  # noqa: F401
     StageCycles,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hw.boards import bram18, lutram, product_dsp, uram
 from hw.errors import DoesNotFit
-from hw.fabric import available, check_fit, fits, resources
+from hw.fabric import FUNCTION_UNIT, available, check_fit, fits, multipliers, resources
 from hw.fpga import PRESETS, zcu102
 from hw.stream import simulate_attention, simulate_experts, simulate_pipeline
 from hw.systolic import DATAFLOWS, dram_words, simulate_systolic, systolic_cycles
@@ -246,6 +246,14 @@ def refusal(target):
     except DoesNotFit as why:
         return why
     raise AssertionError(f"{target.name} fits after all")
+
+
+def law_hw_fpga_a_table_saves_logic():
+    """GELU by an exponential and a division in every lane takes ten times the look-up tables."""
+    table = resources(zcu102()).by_unit["GELU"]
+    naive = 8 * (2 * FUNCTION_UNIT + multipliers(3, 32, 32, (27, 18)))
+    assert 10 * table.lut < naive.lut
+    assert table.dsp < naive.dsp
 
 
 def law_hw_fpga_parts_of_the_tables():
