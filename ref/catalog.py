@@ -934,7 +934,6 @@ CATALOG = (
         core=(
             "moe_gate",
             "moe_gate_backward",
-            "build_expert_queues",
             "moe_ffn",
             "online_softmax",
             "reordered_attention",

@@ -123,30 +123,28 @@ def gelu_delta(x, *, step=1 / 32):
 def unified_linear(x, w, b, *, gelu=False, queue=None, scores=None, accumulate_into=None):
     """One unit for every dense layer: x [N, K], w [M, K], b [M] -> x w^T + b [N, M], by four flags.
 
-    gelu: on the result. queue [n] int: only these tokens, -1 skipped; the result has a row for each that is
-    left. scores [n] (or [N]): a factor a row. accumulate_into [N, M]: its copy with the rows added at their
-    tokens. Raises: ValueError naming the argument.
+    gelu: on the result. queue [n] int: a row of the result for each of these tokens, zeros for -1, which no
+    token has. scores [n] (or [N]): a factor a row. accumulate_into [N, M]: its copy with the rows added at
+    their tokens. Raises: ValueError naming the argument.
     """
     n = dims(x=(x, "N K"), w=(w, "M K"), b=(b, "M"))
     rows = np.arange(n["N"]) if queue is None else np.asarray(queue)
-    if (
-        rows.ndim != 1
-        or rows.dtype.kind not in "iu"
-        or (rows.size and not -1 <= rows.min() <= rows.max() < n["N"])
-    ):
-        raise ValueError(f"queue must be integers [n] in -1..{n['N'] - 1}")
-    kept = rows >= 0
-    y = linear(float64(x)[rows[kept]], float64(w).T, float64(b))
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"queue must be integers [n], got {rows.dtype} {list(rows.shape)}")
+    if rows.size and not -1 <= rows.min() <= rows.max() < n["N"]:
+        raise ValueError(f"queue must be in -1..{n['N'] - 1}, got {rows.min()} to {rows.max()}")
+    y = linear(float64(x)[rows], float64(w).T, float64(b))
     if gelu:
         y = _gelu(y)
     if scores is not None:
         dims(queue=(rows, "n"), scores=(scores, "n"))
-        y = y * float64(scores)[kept, None]
+        y = y * float64(scores)[:, None]
+    y = np.where(rows[:, None] < 0, 0.0, y)
     if accumulate_into is None:
         return y
     dims(x=(x, "N K"), w=(w, "M K"), accumulate_into=(accumulate_into, "N M"))
     total = float64(accumulate_into).copy()
-    np.add.at(total, rows[kept], y)
+    np.add.at(total, rows[rows >= 0], y[rows >= 0])
     return total
 
 
@@ -294,8 +292,7 @@ def example(seed=0):
     b1, b2 = rng.standard_normal((E, F)) / 9, rng.standard_normal((E, D)) / 9
     q, k, v = rng.standard_normal((3, 2, N, 8))
     gate = moe_gate(x, w_gate)
-    noise = rng.standard_normal((N, E))
-    training = {"train": True, "noise": noise}
+    training = {"train": True, "noise": np.random.default_rng(7).standard_normal((N, E))}
     cfg = M3ViTConfig(height=8, width=12, patch=4, dim=16, depth=2, num_heads=2, hidden=32, num_experts=4,
                       expert_hidden=16)  # fmt: skip
     network = init_m3vit(rng, cfg, std=0.3)
@@ -303,7 +300,6 @@ def example(seed=0):
     return [
         Example("moe_gate", (x, w_gate)),
         Example("moe_gate_backward", (dscores, 0.5, x, w_gate), training),
-        Example("build_expert_queues", (gate.indices, gate.scores), {"num_experts": E}),
         Example("moe_ffn", (x, gate.indices, gate.scores, w1, b1, w2, b2), {}, (0, 2, 3, 4, 5, 6)),
         Example("online_softmax", (q @ k.swapaxes(-1, -2),), {"start": 2}),
         Example("reordered_attention", (q, k, v), {"scale": 0.35}, (0, 1, 2)),

@@ -72,7 +72,7 @@ BAD = {
     "trace_order": (lambda: M.load_trace(4, 2, order="best"), "order must be"),
     "step": (lambda: M.gelu_delta(X, step=0.0), "step must be in"),
     "table": (lambda: M.gelu_table(frac_bits=31), "frac_bits in"),
-    "queue": (lambda: M.unified_linear(X, W, np.ones(5), queue=np.array([3])), "queue must be integers"),
+    "queue": (lambda: M.unified_linear(X, W, np.ones(5), queue=np.array([3])), "queue must be in -1"),
     "factor": (lambda: M.unified_linear(X, W, np.ones(5), scores=np.ones(2)), "scores"),
     "into": (lambda: M.unified_linear(X, W, np.ones(5), accumulate_into=np.ones((3, 4))), "accumulate_into"),
     "task": (lambda: M.m3vit_forward(np.ones((8, 8, 3)), None, task=1, cfg=CFG), r"task must be in 0\.\.0"),
