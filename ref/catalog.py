@@ -935,7 +935,6 @@ CATALOG = (
             "moe_gate",
             "moe_gate_backward",
             "moe_ffn",
-            "online_softmax",
             "reordered_attention",
             "gelu_delta",
             "unified_linear",

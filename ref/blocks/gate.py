@@ -99,17 +99,22 @@ def check_choice(indices, num_experts):
         raise ValueError("indices of a token must differ from each other")
 
 
-def _forward(x, w_gate, k, noise, noise_std, train, as_released):
-    n = dims(x=(x, "... D"), w_gate=(w_gate, "E D"))
-    E, given = n["E"], noise is not None
-    if not 1 <= k <= E:
-        raise ValueError(f"top_k must be in 1..{E}, the experts, got {k}")
-    if given and not train:
+def check_gate(x, w_gate, top_k, noise, noise_std, train):
+    """E, the experts. Raises: ValueError naming the argument of `moe_gate` at fault."""
+    E = dims(x=(x, "... D"), w_gate=(w_gate, "E D"))["E"]
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k must be in 1..{E}, the experts, got {top_k}")
+    if noise is not None and not train:
         raise ValueError("noise is for training: pass train=True or no noise")
     if noise_std < 0:
         raise ValueError(f"noise_std must not be negative, got {noise_std}")
-    if given:
+    if noise is not None:
         dims(x=(x, "... D"), noise=(noise, f"... {E}"))
+    return E
+
+
+def _forward(x, w_gate, k, noise, noise_std, train, as_released):
+    E, given = check_gate(x, w_gate, k, noise, noise_std, train), noise is not None
     x, w = float64(x, w_gate)
     clean = x @ w.T
     if np.isnan(clean).any():
@@ -119,7 +124,13 @@ def _forward(x, w_gate, k, noise, noise_std, train, as_released):
     p = softmax(noisy)
     order = np.argsort(-noisy, axis=-1, kind="stable")
     chosen = order[..., :k]
-    s = {"p": p, "order": order, "scores": np.take_along_axis(p, chosen, -1), "std": 0.0, "loss": 0.0}
+    s = {
+        "p": p,
+        "order": order,
+        "scores": np.take_along_axis(p, chosen, -1),
+        "std": 0.0,
+        "loss": np.zeros(()),
+    }
     if not train:
         return s
     gates = np.zeros_like(p)
@@ -133,7 +144,7 @@ def _forward(x, w_gate, k, noise, noise_std, train, as_released):
         s["std"], s["inside"] = std, noisy > t_in
         s["z"] = (clean - np.where(s["inside"], t_in, t_out)) / std
         s["load"] = (0.5 * (1 + erf(s["z"] / np.sqrt(2)))).reshape(-1, E).sum(0)
-    s["loss"] = _cv_squared(s["importance"]) + _cv_squared(s["load"])
+    s["loss"] = np.asarray(_cv_squared(s["importance"]) + _cv_squared(s["load"]))
     return s
 
 

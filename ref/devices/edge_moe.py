@@ -33,6 +33,7 @@ from ref.blocks.fixed_ops import (
 from ref.blocks.gate import GateOut, build_expert_queues, check_choice, moe_gate, moe_gate_backward
 from ref.blocks.mlp import gelu, linear, mlp
 from ref.blocks.norms import layer_norm
+from ref.blocks.quantize import known
 from ref.blocks.softmax import online_softmax
 from ref.blocks.stream import attention_cycles, linear_cycles, moe_cycles
 from ref.blocks.transformer import init_block, self_attention
@@ -129,10 +130,7 @@ def unified_linear(x, w, b, *, gelu=False, queue=None, scores=None, accumulate_i
     """
     n = dims(x=(x, "N K"), w=(w, "M K"), b=(b, "M"))
     rows = np.arange(n["N"]) if queue is None else np.asarray(queue)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise ValueError(f"queue must be integers [n], got {rows.dtype} {list(rows.shape)}")
-    if rows.size and not -1 <= rows.min() <= rows.max() < n["N"]:
-        raise ValueError(f"queue must be in -1..{n['N'] - 1}, got {rows.min()} to {rows.max()}")
+    check_queue(rows, n["N"])
     y = linear(float64(x)[rows], float64(w).T, float64(b))
     if gelu:
         y = _gelu(y)
@@ -157,7 +155,7 @@ def moe_ffn(x, indices, scores, w1, b1, w2, b2, *, order="expert"):
     """
     n = dims(x=(x, "N D"), indices=(indices, "N k"), scores=(scores, "N k"), w1=(w1, "E F D"),
              b1=(b1, "E F"), w2=(w2, "E D F"), b2=(b2, "E D"))  # fmt: skip
-    _check_order(order)
+    check_order(order)
     x, scores, w1, b1, w2, b2 = float64(x, scores, w1, b1, w2, b2)
     check_choice(np.asarray(indices), n["E"])
     y = np.zeros_like(x)
@@ -235,7 +233,7 @@ def moe_traffic(indices, cfg: M3ViTConfig, *, order) -> int:
 
     "expert": every expert that has a token, once. "token": whenever the next choice is another expert.
     """
-    _check_order(order)
+    check_order(order)
     dims(indices=(indices, "N k"))
     check_choice(np.asarray(indices), cfg.num_experts)
     chosen = np.asarray(indices).ravel()
@@ -275,7 +273,16 @@ def m3vit_macs(cfg: M3ViTConfig, *, experts=None) -> dict[str, int]:
     }
 
 
-def _check_order(order):
+def check_queue(rows, n):
+    """Raise ValueError unless rows are integers [n], and, where their values are known, in -1..n - 1."""
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"queue must be integers [n], got {rows.dtype} {list(rows.shape)}")
+    if known(rows) and rows.size and not -1 <= rows.min() <= rows.max() < n:
+        raise ValueError(f"queue must be in -1..{n - 1}, got {rows.min()} to {rows.max()}")
+
+
+def check_order(order):
+    """Raise ValueError unless order is "expert" or "token"."""
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
 
@@ -301,7 +308,6 @@ def example(seed=0):
         Example("moe_gate", (x, w_gate)),
         Example("moe_gate_backward", (dscores, 0.5, x, w_gate), training),
         Example("moe_ffn", (x, gate.indices, gate.scores, w1, b1, w2, b2), {}, (0, 2, 3, 4, 5, 6)),
-        Example("online_softmax", (q @ k.swapaxes(-1, -2),), {"start": 2}),
         Example("reordered_attention", (q, k, v), {"scale": 0.35}, (0, 1, 2)),
         Example("gelu_delta", (3 * x,)),
         Example("unified_linear", (x, w1[0], b1[0]), {"gelu": True}, (0, 1, 2)),

@@ -1,17 +1,79 @@
-"""Edge-MoE: laws on ref, golden vectors, the FPGA's schedule, bad inputs."""
+"""Edge-MoE: laws on ref, golden vectors in ref and accel, the FPGA's schedule, bad inputs."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import accel
 import ref
 from hw.stream import simulate_attention
 from tests.devices import laws_edge_moe
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import call_args, golden, run, run_accel
+from tests.hw_record import Cost, size
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_edge_moe))
 
 M = ref.edge_moe
+A = accel.edge_moe
+CORE = ("moe_gate", "moe_ffn", "gelu_delta", "unified_linear", "reordered_attention", "m3vit_forward")
+
+
+def gate_bytes(x, w_gate, **_):
+    """Tokens and gate in; number and score of two choices, all probabilities, and the loss out."""
+    N, E = len(x), len(w_gate)
+    return size(x, w_gate) + 4 * (2 * 2 * N + N * E + 1)
+
+
+def tile_rows(N, k, E):
+    """Rows that the tiles of all experts hold, padding included."""
+    block = accel.devices.edge_moe.BLOCK_T
+    return block * (-(-N * k // block) + E - 1)
+
+
+def block_macs(params, cfg, rows):
+    """Patches, then of each layer four maps, two products, and an MLP, or a gate and experts on `rows`."""
+    n, D = cfg.tokens, cfg.dim
+    total = (n - 1) * 3 * cfg.patch**2 * D
+    for experts in params.moe:
+        total += 4 * n * D * D + 2 * n * n * D
+        total += 2 * n * D * cfg.hidden if experts is None else n * D * cfg.num_experts
+        total += 0 if experts is None else 2 * rows * D * cfg.expert_hidden
+    return total
+
+
+f32 = lambda *shape: ("float32", shape)
+HW = {
+    "moe_gate": Cost(macs=lambda x, w, **_: len(x) * w.size, bytes=gate_bytes),
+    "moe_gate_backward": Cost(
+        macs=lambda dscores, daux, x, w, **_: 3 * len(x) * w.size,
+        bytes=lambda dscores, daux, x, w, **_: size(dscores, x, w) + size(x, w),
+    ),
+    "moe_ffn": Cost(
+        macs=lambda x, i, s, w1, *_: 2 * tile_rows(*i.shape, len(w1)) * w1[0].size,
+        bytes=lambda x, *rest: size(x, *rest) + size(x),
+        ref=lambda x, i, s, w1, *_: 2 * i.size * w1[0].size,  # without the padding of tiles
+        bound={"h200": "overhead", "raspberry_pi5": "dram"},  # experts one by one: launches, or their weights
+        large=(f32(129, 192), ("int32", (129, 2)), f32(129, 2), f32(16, 384, 192), f32(16, 384),
+               f32(16, 192, 384), f32(16, 192)),
+    ),
+    "reordered_attention": Cost(
+        macs=lambda q, k, v, **_: 2 * q.size * k.shape[1], bytes=lambda q, k, v, **_: size(q, k, v, q)
+    ),
+    "gelu_delta": Cost(macs=lambda x: 0, bytes=lambda x: 2 * size(x)),
+    "unified_linear": Cost(
+        macs=lambda x, w, b, **_: len(x) * w.size,
+        bytes=lambda x, w, b, **_: size(x, w, b) + 4 * len(x) * len(w),
+    ),
+    "m3vit_forward": Cost(
+        macs=lambda img, p, *, task, cfg: block_macs(
+            p, cfg, tile_rows(cfg.tokens, cfg.top_k, cfg.num_experts)
+        ),
+        bytes=lambda img, p, *, task, cfg: size(img, *jax.tree.leaves(p)) + 4 * cfg.tokens * cfg.dim,
+        ref=lambda img, p, *, task, cfg: block_macs(p, cfg, cfg.tokens * cfg.top_k),
+    ),
+}  # fmt: skip
 
 
 @golden("edge_moe")
@@ -34,6 +96,46 @@ def test_edge_moe_golden_backward(case):
     for name, key in case.meta["grads"].items():
         rtol, atol = case.meta["tol"][key]
         np.testing.assert_allclose(found[name], case[key], rtol=rtol, atol=atol, err_msg=name)
+
+
+@golden("edge_moe", only=CORE)
+def test_edge_moe_golden_accel(case):
+    run_accel(case, A)
+
+
+@golden("edge_moe", only=CORE)
+def test_edge_moe_golden_accel_x64(case):
+    run_accel(case, A, x64=True)
+
+
+def test_edge_moe_accel_tiles_and_orders_agree():
+    """Any tile, one expert for all or no token for some, and the gathered form; gradients too."""
+    rng, block_t = np.random.default_rng(4), 4
+    w = [jnp.asarray(a, jnp.float32) for a in laws_edge_moe.experts(rng)]
+    x = jnp.asarray(rng.standard_normal((9, 16)), jnp.float32)
+    scores = jnp.asarray(rng.random((9, 2)), jnp.float32)
+    for indices in (np.tile([3, 1], (9, 1)), np.argsort(rng.random((9, 5)), axis=-1)[:, :2]):
+        indices = indices.astype(np.int32)
+        want = M.moe_ffn(np.asarray(x), indices, np.asarray(scores), *map(np.asarray, w))
+        for order in ("expert", "token"):
+            got = A.moe_ffn(x, indices, scores, *w, order=order, block_t=block_t)
+            # sums of 16 and 8 products of numbers near 1
+            np.testing.assert_allclose(got, want, rtol=0, atol=64 * 2.0**-23 * np.abs(want).max())
+    loss = lambda w1, order: A.moe_ffn(x, indices, scores, w1, *w[1:], order=order, block_t=block_t).sum()
+    by = [jax.jit(jax.grad(loss), static_argnums=1)(w[0], order) for order in ("expert", "token")]
+    np.testing.assert_allclose(by[0], by[1], rtol=0, atol=256 * 2.0**-23 * float(jnp.abs(by[1]).max()))
+
+
+def test_edge_moe_accel_flags_of_the_unit():
+    rng = np.random.default_rng(5)
+    x, w, b = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), rng.standard_normal(3)
+    rows, s, into = np.array([4, -1, 0, 4]), rng.random(4), rng.standard_normal((6, 3))
+    single = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
+    for options in ({}, {"queue": rows}, {"queue": rows, "scores": s}, {"queue": rows, "scores": s,
+                    "accumulate_into": into}):  # fmt: skip
+        given = {n: a if n == "queue" else jnp.asarray(a, jnp.float32) for n, a in options.items()}
+        got = A.unified_linear(*single(x, w, b), **given)
+        np.testing.assert_allclose(got, M.unified_linear(x, w, b, **options), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("n", "lanes"), [(9, 4), (8, 4), (13, 1), (5, 3)])
@@ -83,6 +185,26 @@ BAD = {
     "norm": (lambda: M.layer_norm_fixed(N, N[0], N[0, :4]), "b"),
     "gate": (lambda: M.moe_fixed(N, INTEGERS, top_k=3), r"top_k must be in 1\.\.2"),
 }  # fmt: skip
+
+
+ACCEL_BAD = {
+    "top_k": (lambda: A.moe_gate(X, W, top_k=6), r"top_k must be in 1\.\.5"),
+    "noise": (lambda: A.moe_gate(X, W, noise=np.ones((3, 5))), "noise is for training"),
+    "nan": (lambda: A.moe_gate(X * np.nan, W), "finite"),
+    "order": (lambda: A.moe_ffn(X, I, P, *EXPERTS, order="patch"), "order must be one of"),
+    "index": (lambda: A.moe_ffn(X, I + 5, P, *EXPERTS), r"indices must be in 0\.\.4"),
+    "block": (lambda: A.moe_ffn(X, I, P, *EXPERTS, block_t=0), "block_t must be positive"),
+    "resident": (lambda: A.reordered_attention(Q, Q, Q, scale=1.0, lanes=5), r"lanes must be in 1\.\.4"),
+    "step": (lambda: A.gelu_delta(X, step=9.0), "step must be in"),
+    "task": (lambda: A.m3vit_forward(np.ones((8, 8, 3)), None, task=1, cfg=CFG), r"task must be in 0\.\.0"),
+}
+
+
+@pytest.mark.parametrize("name", ACCEL_BAD)
+def test_edge_moe_accel_rejects_bad_input(name):
+    call, message = ACCEL_BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("name", BAD)
