@@ -7,7 +7,7 @@ longest of them and the depths of all; loads of weights overlap the compute of t
 parts: `hw.boards`; closed forms: `ref.blocks.stream`, `hw.systolic`; resources: `hw.fabric`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from hw.boards import BOARDS, DEPTH, MEMORY, POWER
@@ -20,7 +20,7 @@ from hw.front import program_in
 from hw.fusion import touched, written
 from hw.liveness import _peak as peak_within
 from hw.loops import SCATTERS, Part, burst, dense, other
-from hw.program import CollectiveDims, ConvDims, Kernel, Loop, MatmulDims, Tensor, walk
+from hw.program import CollectiveDims, ConvDims, Kernel, Loop, MatmulDims, Tensor, is_float, walk
 from hw.report import OpCost
 from hw.stream import simulate_attention, simulate_experts, simulate_pipeline  # noqa: F401
 from hw.systolic import DATAFLOWS, SystolicCount, simulate_systolic, systolic_cycles  # noqa: F401
@@ -206,7 +206,11 @@ class Fpga(Target):
     def _region(self, group, ctx):
         """{op: cost} of a fusion group."""
         if ("fpga", "stored") not in ctx.memo:
-            ctx.memo["fpga", "stored"] = program_in(ctx.program, self.formats)
+            stored = program_in(ctx.program, self.formats)
+            weights = _weights(stored, ctx.program)
+            alike = {i: replace(stored.tensors[i], dtype=d) for i, d in weights.items()}
+            ctx.memo["fpga", "weights"] = weights
+            ctx.memo["fpga", "stored"] = replace(stored, tensors={**stored.tensors, **alike})
             ctx.memo["fpga", "kept"] = _kept_weights(ctx.memo["fpga", "stored"], self.weight_kb * 1024)
         parts = {op.id: self._op(op, group, ctx) for op in group.ops}
         lanes = [p.cycles.get("lanes", 0) for p in parts.values()]
@@ -257,8 +261,16 @@ class Fpga(Target):
     def _op(self, op, group, ctx):
         """What one op keeps busy and moves."""
         c, d, stored = ctx.counts(op), op.dims, ctx.memo["fpga", "stored"]
-        tensor = stored.tensors
-        outside = [i for i in dict.fromkeys(op.inputs) if i in group.inputs and _first(group, i) == op.id]
+        tensor, weights = stored.tensors, ctx.memo["fpga", "weights"]
+        if op.outputs and op.outputs[0] in weights and op.prim != "gather":
+            return Part()  # an address: whoever multiplies by it loads it
+        used = [o for o in group.ops if o.outputs[:1] and o.outputs[0] not in weights]
+        outside = [
+            i
+            for i in dict.fromkeys(op.inputs)
+            if (i in group.inputs or i in weights)
+            and next((o.id for o in used if i in o.inputs), None) == op.id
+        ]
         left = [o for o in op.outputs if o in group.outputs]
         p = Part(macs=c.macs, flops=c.flops)
         beats = {"weights": 0, "read": 0, "write": 0}
@@ -269,12 +281,12 @@ class Fpga(Target):
             beats["read"], beats["write"] = self._beats(read), self._beats(write)
         else:
             if isinstance(d, MatmulDims | ConvDims):
-                again = dense(self, op, p, stored)
+                again = dense(self, op, p, stored, weights)
             else:
                 other(self, op, p, stored)
                 again = {}
             for i in outside:
-                port = "weights" if tensor[i].role in ("weight", "const") else "read"
+                port = "weights" if i in weights else "read"
                 once = self._rows(tensor[i], touched(stored, op, i), bool(again))
                 if port == "weights" and (self.resident_weights or op.attrs.get("folded")):
                     continue
@@ -308,8 +320,16 @@ def _serial(busy):
     return units + max(ports, busy.get("dram", 0.0))
 
 
-def _first(group, i):
-    return next(op.id for op in group.ops if i in op.inputs)
+def _weights(program, original) -> dict[int, str]:
+    """{tensor: its dtype} of weights, constants, and what is cut or turned out of them, stored alike."""
+    found = {i: t.dtype for i, t in program.tensors.items() if t.role in ("weight", "const")}
+    ends = {o for op in walk(program.body) for b in op.blocks for o in b.outputs} | set(program.body.outputs)
+    for op in walk(program.body):
+        if op.kind in ("move", "gather") and op.inputs and op.inputs[0] in found:
+            places = (original.tensors[i] for i in op.inputs[1:])
+            if all(t.id in found or not is_float(t.dtype) for t in places):
+                found.update((o, found[op.inputs[0]]) for o in op.outputs if o not in ends)
+    return found
 
 
 def _bits(choose, role):

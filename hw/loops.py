@@ -28,7 +28,7 @@ class Part:
     warnings: tuple = ()
 
 
-def dense(target, op, p, stored):
+def dense(target, op, p, stored, weights):
     """Cycles of a product; how often each operand crosses the border ({tensor: times})."""
     d = op.dims
     if isinstance(d, ConvDims):
@@ -39,7 +39,7 @@ def dense(target, op, p, stored):
     if min(b, m, n, k) < 1:
         return dict.fromkeys(op.inputs, 1)
     x, w = op.inputs[:2]
-    held = [stored.tensors[i].role in ("weight", "const") for i in (x, w)]
+    held = [i in weights for i in (x, w)]
     if held[0] and not held[1]:  # w x is (x^T w^T)^T
         x, w, m, n = w, x, n, m
     if target.backend == "systolic":

@@ -162,16 +162,16 @@ def _ffn(x, indices, scores, w1, b1, w2, b2, *, order, block_t):
     return jnp.zeros(x.shape, acc).at[token.reshape(-1)].add(out.reshape(-1, x.shape[1])).astype(x.dtype)
 
 
-def m3vit_forward(img, params: M3ViTParams, *, task, cfg: M3ViTConfig):
+def m3vit_forward(img, params: M3ViTParams, *, task, cfg: M3ViTConfig, block_t=BLOCK_T):
     """Tokens [N, dim] of an image [H, W, 3] for a task, which is a choice of gates and of nothing else."""
     if not 0 <= task < cfg.tasks:
         raise ValueError(f"task must be in 0..{cfg.tasks - 1}, got {task}")
     dims(img=(img, f"{cfg.height} {cfg.width} 3"))
-    return _network(img, params, task=task, cfg=cfg)
+    return _network(img, params, task=task, cfg=cfg, block_t=block_t)
 
 
-@partial(jax.jit, static_argnames=("task", "cfg"))
-def _network(img, params, *, task, cfg):
+@partial(jax.jit, static_argnames=("task", "cfg", "block_t"))
+def _network(img, params, *, task, cfg, block_t):
     x = embed_patches(img, params.vit)
     for p, experts in zip(params.vit.blocks, params.moe, strict=True):
         h = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=cfg.eps)
@@ -181,7 +181,7 @@ def _network(img, params, *, task, cfg):
             x = x + mlp(h, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2)
         else:
             g = moe_gate(h, experts.w_gate[task], top_k=cfg.top_k)
-            x = x + moe_ffn(h, g.indices, g.scores, *experts[1:])
+            x = x + moe_ffn(h, g.indices, g.scores, *experts[1:], block_t=block_t)
     return x
 
 

@@ -8,6 +8,8 @@ import pytest
 import accel
 import ref
 from hw.stream import simulate_attention
+from tests.claims import edge_moe as claims
+from tests.claims import record
 from tests.devices import laws_edge_moe
 from tests.golden_runner import call_args, golden, run, run_accel
 from tests.hw_record import Cost, size
@@ -223,3 +225,21 @@ def test_edge_moe_overflow_wraps_and_a_check_raises():
     assert M.linear_fixed(big, one, np.array([0])).item() == -2
     with pytest.raises(OverflowError, match="do not fit"):
         fixed_matmul(big, one, fx=M.FM, fw=M.WEIGHT, facc=Fixed(32, 10, overflow="CHECK"))
+
+
+def test_edge_moe_stored_results_are_fresh():
+    """And the paper's ratios of energy lie in the range that the baselines' overhead spans."""
+    assert record.is_fresh("edge_moe")
+    r = record.load("edge_moe")["results"]
+    joules = {x["target"]: x["joules"] for x in r["rows"]}
+    for kind, ratio in (("V100", 2.24), ("Xeon 6154", 4.90)):
+        low, high = (joules[k] / joules["ZCU102"] for k in (kind, f"{kind}, 30 µs an op"))
+        assert low < ratio < high
+    seconds = {x["target"]: x["seconds"] for x in r["rows"]}
+    assert r["loop_cycles"] / 300e6 < seconds["ZCU102"] < seconds["ZCU102, nothing overlapped"]
+
+
+def test_edge_moe_side_by_side_on_a_small_network():
+    found = claims.measure(CFG)
+    assert {x["target"] for x in found["rows"]} == set(claims.targets())
+    assert found["macs"] > 0
