@@ -29,6 +29,9 @@ class Fixed:
     signed: bool = True
 
     def __post_init__(self):
+        for name in ("width", "integer"):
+            if not isinstance(getattr(self, name), int | np.integer):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if not 1 <= self.width <= 62:
             raise ValueError(f"width must be in 1..62, got {self.width}")
         if self.quant not in QUANT:

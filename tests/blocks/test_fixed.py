@@ -96,6 +96,7 @@ def test_fixed_ends_and_bad_input():
         (lambda: fixed_cast([0.5], frac=1, to=f), "raw must be integers"),
         (lambda: fixed_cast([1], frac=-70, to=f), "more than an int64 holds"),
         (lambda: fixed_matmul([1], [[1]], fx=f, fw=f, facc=f), "x_raw must be"),
+        (lambda: Fixed(8, 2.5), "integer must be an integer"),
         (lambda: fixed_matmul([[1]], [[1]], fx=Fixed(40, 4), fw=Fixed(40, 4), facc=f), "63 bits"),
     ):
         with pytest.raises(ValueError, match=words):
