@@ -58,7 +58,8 @@ def kv_importance(q, k, *, window, reduction="max", pool="max", kernel=7, scale=
     _check_options(window, q.shape[-2], reduction, pool, kernel)
     kv_heads = k.shape[-3]
     A = window_attention(q, k, window=window, scale=scale)[..., :-window]  # [..., H, W, L - W]
-    A = A.reshape(*A.shape[:-3], kv_heads, -1, A.shape[-1])  # [..., Hkv, g W, L - W]
+    rows = A.shape[-3] // kv_heads * window
+    A = A.reshape(*A.shape[:-3], kv_heads, rows, A.shape[-1])  # [..., Hkv, g W, L - W]
     scores = A.max(axis=-2) if reduction == "max" else A.mean(axis=-2)
     return pool_scores(scores, pool=pool, kernel=kernel)
 
@@ -138,7 +139,8 @@ def h2o_select(q, k, v, *, window, capacity):
     if capacity >= L:
         return _keep(k, v, _every(k, L))
     A = window_attention(q, k, window=L).sum(axis=-2)  # [..., H, L]
-    scores = A.reshape(*A.shape[:-2], k.shape[-3], -1, L).sum(axis=-2)[..., :-window]
+    groups = A.shape[-2] // k.shape[-3]
+    scores = A.reshape(*A.shape[:-2], k.shape[-3], groups, L).sum(axis=-2)[..., :-window]
     return _keep(k, v, _with_tail(top_indices(scores, capacity - window), L - window, L))
 
 

@@ -42,6 +42,16 @@ BAD = {
 }
 
 
+def test_spec_kv_empty_batch_keeps_its_shapes():
+    q, k = np.ones((0, 4, 10, 6)), np.ones((0, 2, 10, 6))
+    assert S.kv_importance(q, k, window=3).shape == (0, 2, 7)
+    options = {"window": 3, "capacity": 5}
+    cut = S.spec_kv_select(q, k, k, prompt_len=8, lookahead=2, **options)
+    for cache in (cut, S.snap_kv_select(q, k, k, **options), S.h2o_select(q, k, k, **options)):
+        assert cache.k.shape == (0, 2, 5, 6)
+        assert S.attend_kept(q[:, :, :1], cache).shape == (0, 4, 1, 6)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_spec_kv_rejects_bad_input(name):
     call, message = BAD[name]
