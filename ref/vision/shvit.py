@@ -158,7 +158,7 @@ def single_head_attention_backward(dy, x, params: SHSAParams, *, pdim, qk_dim=16
     do = d[..., :pdim].reshape(v.shape)
     dlogits = softmax_vjp(p, do @ _t(v)) * qk_dim**-0.5
     dz = np.concatenate([dlogits @ k, _t(dlogits) @ q, _t(p) @ do], axis=-1)
-    dh, dqkv = conv_bn_vjp(h, params.qkv, dz.reshape(*x.shape[:3], -1))
+    dh, dqkv = conv_bn_vjp(h, params.qkv, dz.reshape(*x.shape[:3], dz.shape[-1]))
     dx1, dgamma, dbeta = group_norm_1_vjp(x[..., :pdim], params.ln_w, dh, eps=eps)
     return np.concatenate([dx1, d[..., pdim:]], axis=-1), SHSAParams(dgamma, dbeta, dqkv, dproj)
 

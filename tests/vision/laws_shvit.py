@@ -63,6 +63,8 @@ def law_shvit_attention_is_its_definition(seed, side):
     # group norm multiplies rounding by at most 1 / sqrt(eps); sums over 12 pixels and 12 channels
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
     assert single_head_attention(x[:0], params, **OPTIONS).shape == (0, *x.shape[1:])
+    dx, _ = single_head_attention_backward(x[:0], x[:0], params, **OPTIONS)
+    assert dx.shape == (0, *x.shape[1:])
 
 
 @given(seeds)
