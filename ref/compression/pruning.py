@@ -92,8 +92,10 @@ def head_importance(ctx, grad_ctx):
 
     Args: ctx, grad_ctx [B, H, N, d]: the output of every head and the loss's gradient there. Returns: [H].
     It is |dL/dm_h| of a factor m_h = 1 on head h (Michel et al. 2019, equation 2).
+    Raises: ValueError for an empty batch.
     """
-    dims(ctx=(ctx, "B H N d"), grad_ctx=(grad_ctx, "B H N d"))
+    if dims(ctx=(ctx, "B H N d"), grad_ctx=(grad_ctx, "B H N d"))["B"] < 1:
+        raise ValueError("ctx must hold at least one example")
     importance = np.abs((float64(ctx) * grad_ctx).sum(axis=(2, 3))).mean(axis=0)
     norm = np.linalg.norm(importance)
     return importance / norm if norm > 0 else importance

@@ -30,6 +30,7 @@ BAD = {
         lambda: P.nm_matmul(W, np.ones((3, 2)), np.ones((3, 2), int), in_features=8),
         "expected",
     ),
+    "no_batch": (lambda: P.head_importance(*np.ones((2, 0, 2, 3, 4))), "at least one example"),
     "no_head": (lambda: P.prune_heads(BLOCK, [False, False]), "at least one head"),
     "head_count": (lambda: P.prune_heads(BLOCK, [True] * 3), "no multiple"),
     "neurons": (lambda: P.prune_ffn(BLOCK, [True] * 3), r"keep must have shape \[12\]"),
