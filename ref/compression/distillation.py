@@ -153,6 +153,7 @@ def minilm_loss(qkv_s, qkv_t, *, mask=None):
 
     Of softmax(q k^T / sqrt(d)) and of softmax(v v^T / sqrt(d)), which compare whatever the widths.
     Args: qkv_s, qkv_t: (q, k, v), each [B, H, N, d], the same heads; mask [B, N] bool.
+    Raises: ValueError for heads or tokens that differ, or where no token is valid.
     """
     kls = []
     for a, b in ((0, 1), (2, 2)):
@@ -162,8 +163,8 @@ def minilm_loss(qkv_s, qkv_t, *, mask=None):
         p = np.exp(log_t)
         gap = np.subtract(log_t, log_s, out=np.zeros_like(p), where=p > 0)  # 0 log 0 = 0
         kl = (p * gap).sum(axis=-1)  # [B, H, N]
-        valid = np.ones(kl.shape, bool) if mask is None else np.broadcast_to(mask[:, None], kl.shape)
-        kls.append(_mean(kl, valid))
+        valid = _valid(mask, kl[:, 0])[:, None]
+        kls.append(_mean(kl, np.broadcast_to(valid, kl.shape)))
     return kls[0] + kls[1], *kls
 
 
@@ -175,8 +176,10 @@ def cosine_loss(student, teacher, *, mask=None):
 
 
 def patient_loss(student_cls, teacher_cls):
-    """Mean of (a / |a| - b / |b|)^2 over all entries of the class states [..., d]."""
+    """Mean of (a / |a| - b / |b|)^2 over all entries of the class states [..., d], at least one."""
     dims(student_cls=(student_cls, "... d"), teacher_cls=(teacher_cls, "... d"))
+    if student_cls.size == 0:
+        raise ValueError(f"student_cls must not be empty, got shape {list(student_cls.shape)}")
     return ((_unit(student_cls) - _unit(teacher_cls)) ** 2).mean()
 
 

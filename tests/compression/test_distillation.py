@@ -46,6 +46,8 @@ BAD = {
         r"student_acts\.hidden must hold 3",
     ),
     "relations": (lambda: D.minilm_loss(QKV, (QKV[0][:, :1],) * 3), "qkv_s has heads"),
+    "no_relation": (lambda: D.minilm_loss(*[(x[0][:0],) * 3 for x in (QKV, QKV)]), "at least one valid"),
+    "no_state": (lambda: D.patient_loss(H[:0], H[:0]), "student_cls must not be empty"),
     "cosine": (lambda: D.cosine_loss(H, H[..., :2]), "axis d"),
     "keep": (
         lambda: D.init_student_from_teacher(
