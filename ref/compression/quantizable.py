@@ -277,9 +277,9 @@ def outlier_metrics(acts):
 
     Raises: ValueError unless a sample holds at least two numbers. Averaging over samples is the caller's.
     """
-    if np.ndim(acts) < 2 or np.size(acts) < 2 * len(acts):
+    if np.ndim(acts) < 2 or np.prod(np.shape(acts)[1:]) < 2:
         raise ValueError(f"acts must be [S, ...], two numbers a sample or more, got {list(np.shape(acts))}")
-    x = float64(acts).reshape(len(acts), -1)
+    x = float64(acts).reshape(len(acts), np.prod(np.shape(acts)[1:]))
     apart = x - x.mean(axis=1, keepdims=True)
     std = np.sqrt((apart**2).sum(axis=1) / (x.shape[1] - 1))
     return OutlierMetrics(np.abs(x).max(axis=1), (apart**4).mean(axis=1) / (std**4 + 1e-6))

@@ -294,6 +294,7 @@ def law_quantizable_kurtosis(seed, shift, scale):
     """By its definition; blind to shift and scale; a balanced pair of values has ((n - 1) / n)^2."""
     x = np.random.default_rng(seed).standard_normal((3, 4, 5))
     m = outlier_metrics(x)
+    assert [n.shape for n in outlier_metrics(x[:0])] == [(0,), (0,)]
     for s in range(3):
         flat = x[s].ravel()
         want = np.mean((flat - flat.mean()) ** 4) / (flat.std(ddof=1) ** 4 + 1e-6)
