@@ -154,10 +154,10 @@ def i_exp(x):
     x = float64(x)
     if not (x <= 0).all():
         raise ValueError("x must not be positive or NaN: subtract the maximum first")
+    x = np.maximum(x, -2000.0)  # from -745 down exp is 0 in float64
     z = np.floor(-x / np.log(2))
-    p = np.where(z < 2**20, x + z * np.log(2), 0.0)  # beyond, exp is 0 whatever p is
     a, b, c = EXP
-    return np.ldexp(a * (p + b) ** 2 + c, -np.minimum(z, 2000).astype(int))
+    return np.ldexp(a * (x + z * np.log(2) + b) ** 2 + c, -z.astype(int))
 
 
 def i_erf(x):
@@ -174,10 +174,12 @@ def i_gelu(x):
 
 
 def i_softmax(scores):
-    """Softmax over the last axis with `i_exp` for exp: it sums to 1."""
+    """Softmax over the last axis with `i_exp` for exp: it sums to 1; a row of -inf alone gives 0."""
     scores = float64(scores)
-    e = i_exp(scores - scores.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    top = scores.max(axis=-1, keepdims=True)
+    e = i_exp(scores - np.where(top == -np.inf, 0.0, top))
+    total = e.sum(axis=-1, keepdims=True)
+    return e / np.where(total > 0, total, 1.0)
 
 
 def i_layer_norm(x, weight, bias, *, eps=1e-5):

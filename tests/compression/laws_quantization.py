@@ -182,6 +182,9 @@ def law_quantization_integer_softmax_sums_to_one(seed, n):
     exact /= exact.sum(axis=-1, keepdims=True)
     soft = i_softmax(scores)
     np.testing.assert_allclose(soft.sum(axis=-1), 1, rtol=0, atol=n * EPS)
+    hidden = i_softmax(np.stack([np.append(scores[0], -np.inf), np.full(n + 1, -np.inf)]))
+    np.testing.assert_array_equal(hidden[0], np.append(soft[0], 0))
+    np.testing.assert_array_equal(hidden[1], 0)
     # numerator and denominator are each off by at most 2.2e-3 a term of up to 1
     assert np.abs(soft - exact).max() < 2 * 2.2e-3 * (1 + n * 2.2e-3)
     q = np.rint(scores / 1e-3).astype(np.int64)
