@@ -1,0 +1,83 @@
+"""The project's C kernels (hw_mcu), compiled for this computer, equal the reference bit for bit."""
+
+import ctypes
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from hw import mcu_c
+from ref.blocks import int8_ops as ops
+from ref.blocks.integer import quantize_multiplier, requantize
+
+CC = shutil.which("cc") or shutil.which("gcc")
+pytestmark = pytest.mark.skipif(CC is None, reason="an optional extra: needs a C compiler")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    d = tmp_path_factory.mktemp("c")
+    (d / "k.c").write_text(mcu_c.source(mcu_c.KERNELS))
+    subprocess.run(
+        [CC, "-O2", "-fwrapv", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-fPIC", str(d / "k.c"),
+         "-o", str(d / "k.so")], check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(d / "k.so"))
+
+
+def call(fn, *args):
+    """Arrays as pointers (kept alive by the caller), integers as int32."""
+    fn(*(a.ctypes.data_as(ctypes.c_void_p) if hasattr(a, "ctypes") else ctypes.c_int32(int(a)) for a in args))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hw_mcu_c_kernels_equal_the_reference(library, seed):
+    rng = np.random.default_rng(seed)
+    m, k, n = (int(v) for v in rng.integers(1, 40, 3))
+    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((m, k), (n, k)))
+    b = rng.integers(-3000, 3000, n).astype(np.int32)
+    mul, sh = quantize_multiplier(2.0 ** rng.uniform(-11, -4, n))
+    y = np.empty((m, n), np.int8)
+    call(library.t_matmul_s8, x, w, b, mul, sh, y, m, k, n, 9, -4, -128, 127)
+    np.testing.assert_array_equal(y, ops.matmul_s8(x, w, b, mul, sh, input_offset=9, output_offset=-4))
+    call(library.t_product_s8, x, w, y, m, k, n, -9, 5, mul[0], sh[0], 2)
+    acc = (x.astype(int) + 9) @ (w.astype(int) - 5).T
+    want = np.clip(requantize(acc, int(mul[0]), int(sh[0])) + 2, -128, 127)
+    np.testing.assert_array_equal(y, want)
+
+    a, c, z = x.ravel(), rng.integers(-128, 128, m * k).astype(np.int8), np.empty(m * k, np.int8)
+    m1, e1, m2, e2, mo, eo = ops.add_params_s8(0.03, -0.05, 0.06)
+    call(library.t_add_s8, a, c, z, a.size, 3, m1, e1, -20, m2, e2, 20, 1, mo, eo, -128, 127)
+    want = ops.add_s8(a, c, input1_offset=3, input1_multiplier=m1, input1_shift=e1, input2_offset=-20,
+                      input2_multiplier=m2, input2_shift=e2, output_offset=1, output_multiplier=mo,
+                      output_shift=eo)  # fmt: skip
+    np.testing.assert_array_equal(z, want)
+    call(library.t_mul_s8, a, c, z, a.size, 3, -20, mul[0], sh[0], 1)
+    want = ops.mul_s8(a, c, int(mul[0]), int(sh[0]), input1_offset=3, input2_offset=-20, output_offset=1)
+    np.testing.assert_array_equal(z, want)
+    call(library.t_rescale_s8, a, z, a.size, 3, mul[0], -1, 1)
+    np.testing.assert_array_equal(z, ops.rescale_s8(a, int(mul[0]), -1, input_offset=3, output_offset=1))
+    table = ops.make_lut_s8(np.tanh, 0.05, 3, 1 / 128, 0)
+    call(library.t_lut_s8, a, table, z, a.size)
+    np.testing.assert_array_equal(z, ops.lut_s8(a, table))
+
+    rows = np.empty((m, k), np.int8)
+    multiplier, shift, least = ops.softmax_params_s8(input_scale=float(rng.uniform(0.01, 0.3)))
+    call(library.t_softmax_s8, x, rows, m, k, multiplier, shift, least)
+    np.testing.assert_array_equal(rows, ops.softmax_s8(x, multiplier=multiplier, shift=shift, diff_min=least))
+    g, o, nm, ns = ops.norm_params_s8(rng.uniform(-2, 2, k), rng.uniform(-2, 2, k), 0.04)
+    call(library.t_layernorm_s8, x, g, o, rows, m, k, 5, nm, ns, 3)
+    want = ops.layernorm_s8(x, g, o, input_offset=5, multiplier=nm, shift=ns, output_offset=3)
+    np.testing.assert_array_equal(rows, want)
+
+    sums = np.empty(m, np.int8)
+    call(library.t_reduce_sum_s8, x, sums, m, k, 4, mul[0], sh[0], 1)
+    want = np.clip(requantize((x.astype(int) + 4).sum(1), int(mul[0]), int(sh[0])) + 1, -128, 127)
+    np.testing.assert_array_equal(sums, want)
+    call(library.t_reduce_max_s8, x, sums, m, k)
+    np.testing.assert_array_equal(sums, x.max(1))
+    size, step = np.array([1, 1, k, m], np.int32), np.array([0, 0, 1, k], np.int32)
+    turned = np.empty((k, m), np.int8)
+    call(library.t_move_s8, x, turned, size, step, 0)
+    np.testing.assert_array_equal(turned, x.T)
