@@ -84,3 +84,13 @@ def test_hw_mcu_bad_input_of_operators_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             bad()
+
+
+def test_hw_mcu_exercises_of_the_chapter():
+    dims = {"m": 1, "k": 64, "n": 64}
+    m3, m7 = (instructions("fully_connected_s8", dims, core) for core in ("cortex_m3", "cortex_m7"))
+    assert 0.3 < (m3 - m7) / m3 < 0.36
+    far = {"x": [[127, -128]], "diff_min": -10}
+    wide = {"x": [[127, 126]], "diff_min": -10}
+    cost = lambda inputs: instructions("softmax_s8", {"rows": 1, "cols": 2}, "cortex_m7", inputs=inputs)
+    assert cost(far) < cost(wide) == instructions("softmax_s8", {"rows": 1, "cols": 2}, "cortex_m7")
