@@ -130,6 +130,23 @@ def mul_s8(
     return _finish(product, multiplier, shift, output_offset, act_min, act_max, "double")
 
 
+def divide_s8(x1, x2, multiplier, shift, *, input1_offset, input2_offset, output_offset):
+    """x1 / x2 elementwise: the quotient of codes to 16 fraction bits, to nearest, requantised -> int8.
+
+    multiplier, shift: of scale1 / (2^16 scale2 output scale). x / 0 is 2^26 with the sign of x, 0 / 0 is 0.
+    Not in CMSIS-NN: this form is ours.
+    """
+    x1, x2 = _codes("x1", x1), _codes("x2", x2)
+    if x1.shape != x2.shape:
+        raise ValueError(f"x2 has shape {list(x2.shape)}, but x1 has {list(x1.shape)}")
+    p, q = (x1 + int(input1_offset)) << 16, x2 + int(input2_offset)
+    size = np.where(
+        q == 0, np.where(p == 0, 0, 1 << 26), np.abs(_divide(np.abs(p), np.maximum(np.abs(q), 1)))
+    )
+    signed = np.where((p < 0) == (q < 0), size, -size)
+    return _finish(signed, multiplier, shift, output_offset, ACT_MIN, ACT_MAX, "double")
+
+
 def rescale_s8(x, multiplier, shift, *, input_offset, output_offset, act_min=-128, act_max=127):
     """The same numbers with another scale and zero point -> int8."""
     acc = _codes("x", x) + int(input_offset)
