@@ -33,6 +33,8 @@ class Prices:
             return self._product(op, ctx, d, ctx.inputs(op)[:2])
         if op.kind == "gather" and self._resident(op.inputs[0], ctx) and self.placement != "host":
             return self._gather(op, ctx)
+        if op.prim in PASSED and self._resident(op.outputs[0], ctx) and self.placement != "host":
+            return self._in_place(op, ctx)
         if op.prim in ("add", "mul") and op.kind == "elementwise" and self._both_resident(op, ctx):
             return self._elementwise(op, ctx)
         return self._outside(op, ctx)
@@ -120,6 +122,7 @@ class Prices:
             moved = sum(t.size for t in operands) * VALUE_BYTES + ctx.writes(op) * _narrow(ctx.outputs(op))
         else:
             moved = ctx.reads(op) * _narrow(ctx.inputs(op)) + ctx.writes(op) * _narrow(ctx.outputs(op))
+            moved += self._from_views(op, ctx)
         if not work and not moved:
             return OpCost()
         if a is None:
@@ -191,6 +194,32 @@ class Prices:
             basis="row activates and columns",
         )  # fmt: skip
 
+    def _in_place(self, op, ctx):
+        """A view or a slice of stored data is an address; an update writes what is new over the pins, a row
+        opened in every bank that it touches.
+        """
+        if op.prim != "dynamic_update_slice":
+            return OpCost(basis="an address")
+        update, e = ctx.inputs(op)[1], self.energy
+        columns = max(1, ceil(update.size * VALUE_BYTES / self.column_bytes))
+        rows = min(columns, self.channels * self.banks)
+        write = max(self.t_act_write + self.t_cwl + self.t_burst + self.t_wr, self.t_ras) + self.t_rp
+        ticks = max(ceil(columns / self.channels) * self.t_burst, 0) + write
+        seconds, moved = ticks * self.tick_s, columns * self.column_bytes
+        joules = 1e-12 * (rows * e.act_pj + columns * e.write_pj + moved * 8 * e.pin_pj_per_bit)
+        joules += 1e-3 * self.channels * (e.open_mw + e.controller_mw) * seconds
+        return OpCost(
+            busy_s={"pins": seconds}, energy_j=joules, bytes_by_level={"pins": moved}, basis="row writes"
+        )
+
+    def _from_views(self, op, ctx):
+        """Bytes of operands that are views of stored data made inside the op's fusion group: no one else
+        is charged for them.
+        """
+        inside = {o for other in ctx.group(op).ops for o in other.outputs}
+        views = {t.id: t for t in ctx.inputs(op) if t.id in inside and self._resident(t.id, ctx)}
+        return sum(t.size * VALUE_BYTES if is_float(t.dtype) else t.nbytes for t in views.values())
+
     def _elementwise(self, op, ctx):
         """Both operands in the banks: three column streams there, or outside; the faster."""
         c, n = ctx.counts(op), ctx.outputs(op)[0].size
@@ -228,9 +257,10 @@ def _one_channel(target):
     return replace(target, channels=1)
 
 
+# Views, slices and updates of stored data: the layout is chosen when the data is placed.
 PASSED = frozenset(
     "reshape squeeze expand_dims transpose broadcast_in_dim convert_element_type slice dynamic_slice copy "
-    "dynamic_update_slice optimization_barrier stop_gradient device_put rev concatenate".split()
+    "dynamic_update_slice optimization_barrier stop_gradient device_put".split()
 )
 
 

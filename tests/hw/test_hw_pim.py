@@ -15,6 +15,8 @@ from hw import pim
 from hw.targets import preset
 from ref.blocks.formats import round_bf16
 from ref.blocks.lanes import dot_bf16_tree, mac_fp16, vmm_bf16
+from tests.claims import hw_pim as claims
+from tests.claims import record
 from tests.golden_runner import folder
 from tests.hw import laws_hw_pim
 from tests.laws import law_tests
@@ -153,6 +155,31 @@ def test_hw_pim_loops_slices_and_updates_of_weights_stay_in_the_banks():
     kept = hw.estimate(hw.trace(attend, *shapes, weights=("cache",)), target)
     sent = hw.estimate(hw.trace(attend, *shapes), target)
     assert kept.bytes_by_level["pins"] < sent.bytes_by_level["pins"]
+
+
+def test_hw_pim_views_of_stored_data_are_addresses_until_the_host_reads_them():
+    """A slice of the cache is free for a product; what is computed outside pays for its bytes, once."""
+    target = hw.gddr6_aim()
+    cache, q = ("float32", (4, 4096, 1024)), ("float32", (1024,))
+    inside = hw.estimate(hw.trace(lambda c, q: c[2] @ q, cache, q, weights=("c",)), target)
+    line = hw.matvec_timeline(4096, 1024, target)
+    assert inside.bytes_by_level["pins"] == (line.broadcast + line.drain) * 32 * target.channels
+    outside = hw.estimate(hw.trace(lambda c: jnp.exp(c[2]), cache, weights=("c",)), target)
+    assert outside.bytes_by_level["pins"] == 2 * 2 * 4096 * 1024
+    put = hw.trace(
+        lambda c, k: jax.lax.dynamic_update_slice(c, k, (1, 5, 0)), cache, ("float32", (1, 3, 1024)),
+        weights=("c",),
+    )  # fmt: skip
+    assert hw.estimate(put, target).bytes_by_level["pins"] == 2 * 3 * 1024
+
+
+def test_hw_pim_stored_prices_are_fresh():
+    assert record.is_fresh("hw_pim")
+    rows = record.load("hw_pim")["results"]["rows"]
+    assert set(rows) == {*(f"decode, context {n}" for n in claims.CONTEXTS), "prefill of 512"}
+    for by_target in rows.values():
+        assert set(by_target) == set(claims.TARGETS)
+        assert all(x["us"] > 0 and x["priced_s"] < 2 for x in by_target.values())
 
 
 def test_hw_pim_gather_opens_a_row_an_index():
