@@ -1,4 +1,4 @@
-"""SmolLM2-135M priced in the banks: `python -m tests.claims.hw_pim`. Shapes alone, no weights needed.
+"""SmolLM2-135M in bfloat16, priced in the banks: `python -m tests.claims.hw_pim`. Shapes alone, no weights.
 
 Writes docs/data/hw_pim.json: decode steps at two context lengths and a prefill on every PIM preset and on
 the rooflines, with the shares that the banks take. Nothing is measured; the record keeps the book's build
@@ -26,13 +26,13 @@ FILES = (
     "hw/pim_place.py",
     "tests/claims/hw_pim.py",
 )
-TARGETS = ("gddr6_aim", "hbm2_pim", "hbm3_attacc", "pim_gpt", "h200", "t4", "xeon_6154")
+TARGETS = ("gddr6_aim", "hbm2_pim", "hbm3_attacc", "pim_gpt", "h200", "a100", "xeon_8480")
 CONTEXTS = (512, 2048)
 
 
 def shapes(config):
     """The weights of the model as shapes."""
-    f = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    f = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     n, d, q, kv, h = (
         config.depth, config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim,
         config.hidden,
@@ -51,7 +51,7 @@ def programs(config):
     token, at = (jax.ShapeDtypeStruct((), jnp.int32) for _ in range(2))
     found = {}
     for n in CONTEXTS:
-        cache = jax.ShapeDtypeStruct((config.depth, 2, config.kv_heads, n, config.head_dim), jnp.float32)
+        cache = jax.ShapeDtypeStruct((config.depth, 2, config.kv_heads, n, config.head_dim), jnp.bfloat16)
         step = lambda weights, id, cache, position: decode_step(weights, id, cache, position)
         found[f"decode, context {n}"] = hw.trace(step, w, token, cache, at, weights=("weights", "cache"))
     ids = jax.ShapeDtypeStruct((CONTEXTS[0],), jnp.int32)
@@ -68,13 +68,14 @@ def price(program, target):
         r = hw.estimate(program, target)
     except (hw.UnsupportedPrimitive, hw.DoesNotFit) as why:
         return {"why_not": str(why)}
+    levels = r.bytes_by_level
     banks = [c for c in r.by_op if c.busy_s.get("banks")]
     return {
         "us": r.seconds * 1e6,
         "mj": r.energy_j * 1e3,
         "bound_by": r.bound_by,
-        "banks_mb": r.bytes_by_level.get("banks", 0) / 1e6,
-        "pins_mb": r.bytes_by_level.get("pins", r.bytes_by_level.get("hbm", 0)) / 1e6,
+        "banks_mb": levels.get("banks", 0) / 1e6,
+        "pins_mb": max((v for k, v in levels.items() if k not in ("banks", "sram")), default=0) / 1e6,
         "mac_share": sum(c.macs for c in banks) / r.macs,
         "priced_s": time.perf_counter() - start,
     }
