@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hw
+import ref
 from hw import pim
 from hw.targets import preset
 from ref.blocks.formats import round_bf16
@@ -388,3 +389,34 @@ def test_hw_pim_prices_fast():
     r = hw.estimate(p, hw.pim_gpt())
     assert time.perf_counter() - start < 2
     assert r.macs == 30 * 2 * 576 * 1536
+
+
+def test_hw_pim_takes_every_example():
+    """Each accel example is priced on every machine and run on one, or refused by a documented error."""
+    from tests.test_layers_hw import HAS_ACCEL, replace_trips, traced
+
+    machines, refused = [make() for make in pim.PRESETS.values()], []
+    for slug in HAS_ACCEL:
+        for i in range(len(getattr(ref, slug).example())):
+            e, args, p, _ = traced(slug, i)
+            try:
+                macs = hw.count(p).macs
+            except hw.UnknownTripCount:
+                p = replace_trips(p, args)
+                macs = hw.count(p).macs
+            for t in machines:
+                try:
+                    r = hw.estimate(p, t)
+                except (hw.UnsupportedPrimitive, hw.DoesNotFit) as why:
+                    refused.append((t.name, str(why)))
+                    continue
+                assert r.macs <= macs
+                assert not p.ops or (r.seconds > 0 and r.energy_j > 0), (slug, e.fn, t.name)
+                assert 0 <= r.peak_memory <= sum(x.nbytes for x in p.tensors.values())
+            try:
+                outputs, _ = hw.execute(p, args, machines[0])
+            except (hw.UnsupportedPrimitive, hw.DoesNotFit) as why:
+                refused.append((machines[0].name, str(why)))
+                continue
+            assert len(outputs if isinstance(outputs, tuple) else (outputs,)) == len(p.output_names)
+    assert all(name in why or "it is priced, not run" in why for name, why in refused), refused
