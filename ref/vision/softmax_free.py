@@ -16,11 +16,11 @@ from ref.blocks.conv import conv2d, conv2d_vjp, conv_bn
 from ref.blocks.linalg import inverse_vjp, newton_iterates
 from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, mlp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
+from ref.blocks.resize import resize_bilinear
 from ref.blocks.transformer import transformer_block
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.soft import SoftConfig, SoftNet, SoftParams, init_soft
-from ref.tasks.emoji import resize_bilinear
 
 INITS = ("row_sum", "halving")
 HALVINGS = 10  # most times the step is halved, and the norm of I - P V_0 below which it is taken

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from ref.blocks.linalg import newton_iterates
 from ref.blocks.optim import tree_leaves
+from ref.blocks.resize import resize_bilinear
 from ref.counting import Tally, count
 from ref.models.soft import VARIANTS, SoftConfig, SoftParams, init_soft
-from ref.tasks.emoji import resize_bilinear
 from ref.vision.softmax_free import (
     exact_gaussian_attention,
     gaussian_kernel,
