@@ -158,7 +158,7 @@ def test_models_dit_counts_are_those_of_the_maps(cfg):
     assert dit_macs(cfg, N) == total[0] + attention + rest
 
 
-def test_models_dit_quantizable_maps_are_all_but_the_modulation():
+def test_models_dit_maps_to_round_are_all_but_the_modulation():
     p = net(CLIP)
     inside = sum(w.size for w in quantizable(p).values())
     weights = sum(x.size for x in tree_leaves(p.blocks) if x.ndim == 2)
