@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import os
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +233,8 @@ def _typed(raw, hint):
     """A raw tree of dicts and tuples as the annotated dataclasses or NamedTuples; absent fields keep their
     defaults.
     """
-    options = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    united = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if united else (hint,)
     if isinstance(raw, dict):
         cls = next((h for h in options if dataclasses.is_dataclass(h) or hasattr(h, "_fields")), None)
         if cls is None:
@@ -240,6 +242,7 @@ def _typed(raw, hint):
         inner = _hints(cls)
         return cls(**{k: _typed(v, inner.get(k)) for k, v in raw.items()})
     if isinstance(raw, tuple):
+        hint = next((h for h in options if typing.get_origin(h) is tuple), None)
         inner = [h for h in typing.get_args(hint) if h is not Ellipsis] or [None]
         return tuple(_typed(v, inner[0] if len(inner) == 1 else inner[i]) for i, v in enumerate(raw))
     return raw

@@ -21,7 +21,7 @@ def block(raw):
 
 
 def network(raw):
-    """The parameter tree of a stored network: the runner does not look into optional tuples."""
+    """The parameter tree of a stored network, whose blocks may lack biases and which may lack adapters."""
     adapters = raw.get("adapters")
     trees = {
         "cls_token": raw.get("cls_token"),
