@@ -252,6 +252,7 @@ def law_melt_product_knows_the_super_blocks():
         w = dequantize(raw, kind=kind).astype(np.float64)
         np.testing.assert_allclose(quantized_matvec(raw, x, kind=kind), w @ x, rtol=0,
                                    atol=512 * EPS * (np.abs(w) @ np.abs(x)).max())  # fmt: skip
+    assert quantized_matvec(np.zeros((0, 34), np.uint8), np.ones(32), kind="Q8_0").shape == (0,)
 
 
 def law_melt_fewer_bits_tell_less():
