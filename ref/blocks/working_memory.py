@@ -20,7 +20,7 @@ GATES = ("unit", "memory")
 
 
 class WriteParams(NamedTuple):
-    """N slots of width D that read tokens of width Din.
+    """N slots of width D that read tokens of width Din; reading alone uses w_in to b_v.
 
     w_in [Din, D]; maps w_q, w_k, w_v, w_mlp [D, D] (w_mlp [2, D, D], b_mlp [2, D] with tie_mlp=False); two
     norms [D]; gates: v_gate [D], w_gate [D, 2G], and w_slot [N, D, 2G] of each slot, G = D ("unit") or 1
@@ -35,19 +35,19 @@ class WriteParams(NamedTuple):
     b_k: np.ndarray
     w_v: np.ndarray
     b_v: np.ndarray
-    w_mlp: np.ndarray
-    b_mlp: np.ndarray
-    ln1_scale: np.ndarray
-    ln1_bias: np.ndarray
-    ln2_scale: np.ndarray
-    ln2_bias: np.ndarray
-    v_gate: np.ndarray
-    w_gate: np.ndarray
-    b_gate: np.ndarray
-    w_slot: np.ndarray
-    b_slot: np.ndarray
-    input_bias: np.ndarray
-    forget_bias: np.ndarray
+    w_mlp: np.ndarray | None = None
+    b_mlp: np.ndarray | None = None
+    ln1_scale: np.ndarray | None = None
+    ln1_bias: np.ndarray | None = None
+    ln2_scale: np.ndarray | None = None
+    ln2_bias: np.ndarray | None = None
+    v_gate: np.ndarray | None = None
+    w_gate: np.ndarray | None = None
+    b_gate: np.ndarray | None = None
+    w_slot: np.ndarray | None = None
+    b_slot: np.ndarray | None = None
+    input_bias: np.ndarray | float = 0.0
+    forget_bias: np.ndarray | float = 1.0
 
 
 def competitive_write(x, wm, params: WriteParams, *, heads, topk, scale=False, gate="unit", tie_mlp=True):
@@ -142,6 +142,13 @@ def attend_vjp(queries, states, params: WriteParams, du, *, heads, scale=False):
     return d["q"], d["k"] + d["v"], WriteParams(**grads)
 
 
+def gate_size(gate, width):
+    """Columns of one gate of a slot: its width ("unit"), or 1 ("memory")."""
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    return width if gate == "unit" else 1
+
+
 def outer_product_attention(q, k, v):
     """sum_m tanh(q_s * k_m) v_m^T: q [B, S, D], k and v [B, N, D] -> a matrix a query, [B, S, D, D]."""
     _check_outer(q, k, v)
@@ -161,9 +168,9 @@ def outer_product_attention_backward(q, k, v, dout):
 def _write(x, wm, p, heads, topk, scale, gate, tie_mlp):
     """Everything that writing computes, by name."""
     n = _check(x, wm, p, heads, topk)
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
-    G = n["D"] if gate == "unit" else 1
+    G = gate_size(gate, n["D"])
+    if lacking := [name for name, t in zip(p._fields, p, strict=True) if t is None]:
+        raise ValueError(f"params lacks {', '.join(lacking)}, which writing needs")
     dims(w_gate=(p.w_gate, f"D {2 * G}"), w_slot=(p.w_slot, f"{n['N']} D {2 * G}"))
     if np.ndim(p.w_mlp) != (2 if tie_mlp else 3):
         raise ValueError(

@@ -21,6 +21,7 @@ from ref.blocks.working_memory import (
     attend_vjp,
     competitive_write,
     competitive_write_backward,
+    gate_size,
     outer_product_attention,
     outer_product_attention_backward,
     read_working_memory,
@@ -141,12 +142,7 @@ def read_memory_backward(x, wm, ltm, params: ReadParams, du, *, heads, scale=Fal
                          use_ltm=True):  # fmt: skip
     """(dx, dwm, dltm, ReadParams of gradients) of `read_memory`; w_o, which it does not read, gets 0."""
     s, p, du = _read(x, wm, ltm, params, heads, scale, correct, use_wm, use_ltm), params, float64(du)
-    dx, dwm, dltm, options = (
-        np.zeros(x.shape),
-        np.zeros(wm.shape),
-        np.zeros(ltm.shape),
-        {"heads": heads, "scale": scale},
-    )
+    options, (dx, dwm, dltm) = {"heads": heads, "scale": scale}, (np.zeros(t.shape) for t in (x, wm, ltm))
     maps, da2 = tree_map(lambda t: np.zeros(np.shape(t)), p.write), 0.0
     dw_l, add = np.zeros(p.w_l.shape), lambda a, b: tree_map(np.add, a, b)
     d_w, d_l = du, du
@@ -158,7 +154,7 @@ def read_memory_backward(x, wm, ltm, params: ReadParams, du, *, heads, scale=Fal
             d_w, maps = d_w + more, add(maps, g)
     if use_ltm:
         dx, drows, g = read_working_memory_backward(x, s["rows"], p.write, d_l, **options)
-        maps, flat = add(maps, g), float64(ltm).reshape(len(ltm), -1, ltm.shape[-1])
+        maps, flat = add(maps, g), float64(ltm).reshape(len(ltm), p.w_l.shape[1], ltm.shape[-1])
         dw_l, dltm = np.einsum("bnd,bmd->nm", drows, flat), (p.w_l.T @ drows).reshape(ltm.shape)
     if use_wm:
         more, dwm, g = read_working_memory_backward(x, wm, p.write, d_w, **options)
@@ -183,11 +179,8 @@ def pmi_layer(x, wm, ltm, params: PmiParams, *, heads, topk, scale=False, gate="
 def pmi_layer_backward(x, wm, ltm, params: PmiParams, dy, dwm, dltm, *, heads, topk, scale=False, gate="unit",
                        correct=True, use_wm=True, share_memory=True):  # fmt: skip
     """(dx, dwm, dltm, PmiParams of gradients) of `pmi_layer` for cotangents of its three results."""
-    write, options = (
-        {"heads": heads, "topk": topk, "scale": scale, "gate": gate},
-        {"heads": heads, "scale": scale},
-    )
-    options |= {"correct": correct, "use_wm": use_wm}
+    write = {"heads": heads, "topk": topk, "scale": scale, "gate": gate}
+    options = {"heads": heads, "scale": scale, "correct": correct, "use_wm": use_wm}
     after = competitive_write(x, wm, params.write, **write)
     longer, read = consolidate(after, ltm, params.consolidate), _with_maps(params)
     u = read_memory(x, after, longer, read, **options)
@@ -286,11 +279,12 @@ def init_memory(batch, slots, width, *, segments=5, init_std=0.0, key=0):
 
 def init_pmi(key, inputs, width, *, heads, slots, segments=5, gate="unit", std=None) -> PmiParams:
     """Weights normal with deviation std (None: 1 / sqrt(width)), forget bias 1, rate 0.1, share 0.5."""
-    if width % heads or min(inputs, width, slots, segments) < 1:
+    if min(heads, inputs, width, slots, segments) < 1 or width % heads:
         raise ValueError(
-            f"width must be a multiple of heads, all sizes at least 1, got {width=}, {heads=}, {slots=}"
+            "width must be a multiple of heads, all sizes at least 1, got "
+            f"{width=}, {heads=}, {inputs=}, {slots=}, {segments=}"
         )
-    rng, G, D = np.random.default_rng(key), width if gate == "unit" else 1, width
+    rng, G, D = np.random.default_rng(key), gate_size(gate, width), width
     w = lambda *shape: (std or 1 / np.sqrt(width)) * rng.standard_normal(shape)
     one, zero = np.ones(D), np.zeros(D)
     write = WriteParams(
@@ -333,7 +327,7 @@ def init_pmi_cnn(key, *, channels, stages, width, classes, heads, slots, segment
 
 def pmi_params(inputs, width, *, slots, segments, gate="unit"):
     """Numbers in the PmiParams of one layer (shared by all layers)."""
-    D, G = width, width if gate == "unit" else 1
+    D, G = width, gate_size(gate, width)
     write = inputs * D + D + 4 * (D * D + D) + 5 * D + D * 2 * G + 2 * G + slots * (D * 2 * G + 2 * G) + 2
     return write + segments * slots + 3 * D * D + 1 + 2 * D + slots * segments * D + 1 + D * inputs
 
@@ -419,6 +413,9 @@ def _layer_vjp(x, wm, ltm, p, dy, dwm, dltm, heads, topk, share_memory):
 
 def _stages(images, p, heads, topk):
     """[(input, conv, flat map, wm, ltm, memory or None) of each stage; (map's shape, wm, ltm, mean)]."""
+    dims(images=(images, f"B H W {p.convs[0][0].shape[1]}"))
+    if not 1 <= len(p.pmi) <= len(p.convs):
+        raise ValueError(f"pmi must hold 1 to {len(p.convs)} memories, one a convolution, got {len(p.pmi)}")
     x, rows, skip = float64(images), [], len(p.convs) - len(p.pmi)
     slots, D = p.pmi[0].read.w_l.shape[0], p.pmi[0].write.w_q.shape[0]
     wm, ltm = init_memory(max(len(x), 1), slots, D, segments=len(p.pmi[0].consolidate.mix))
@@ -426,7 +423,8 @@ def _stages(images, p, heads, topk):
     for i, ((w, b), norm) in enumerate(zip(p.convs, p.norms, strict=True)):
         conv = conv2d(x, w, b, stride=2, padding=1)
         y = relu(layer_norm(conv, *norm))
-        flat, memory = y.reshape(len(y), -1, y.shape[-1]), p.pmi[i - skip] if i >= skip else None
+        B, H, W, C = y.shape
+        flat, memory = y.reshape(B, H * W, C), p.pmi[i - skip] if i >= skip else None
         rows.append((x, conv, flat, wm, ltm, memory))
         if memory is not None:
             flat, wm, ltm = pmi_layer(flat, wm, ltm, memory, heads=heads, topk=topk)

@@ -1,7 +1,8 @@
 """Pictures of simple shapes with questions: Sort-of-CLEVR, and triangles of dots.
 
 Source: Santoro et al. 2017 (arXiv 1706.01427), section 4, with the three-object questions of the code
-released with the shared workspace of Goyal et al. 2022. The triangles are a re-creation after that work.
+released with the shared workspace of Goyal et al. 2022; there objects may be exactly 10 apart, where two
+squares share an edge, and the distance from a line is taken along y. The triangles are a re-creation.
 """
 
 import numpy as np

@@ -164,6 +164,22 @@ def law_pmi_gates_keep_or_replace_and_bound_the_slots(seed):
 
 
 @given(seeds)
+def law_pmi_slots_stay_bounded_where_the_forget_gates_stay_below_one(seed):
+    """With f the largest forget gate seen, |W_n| <= max(|W_0|, 1 / (1 - f)).
+
+    A shut input gate leaves F W, which gives F.
+    """
+    _, x, wm, _, p = case(seed)
+    options, p = {"heads": 2, "topk": 2}, p.write._replace(forget_bias=np.array(-1.0))
+    state, f = wm, 0.0
+    for _ in range(8):
+        kept = competitive_write(x, state, p._replace(input_bias=np.array(-1e4)), **options)
+        f = max(f, (kept / state).max())
+        state = competitive_write(x, state, p, **options)
+        assert np.abs(state).max() <= max(np.abs(wm).max(), 1 / (1 - f)) * (1 + 32 * EPS)
+
+
+@given(seeds)
 def law_pmi_outer_products_are_the_loop_of_limited_rank(seed):
     rng = np.random.default_rng(seed)
     q, k, v = rng.standard_normal((B, S, D)), rng.standard_normal((B, N, D)), rng.standard_normal((B, N, D))
