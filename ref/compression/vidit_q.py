@@ -2,9 +2,9 @@
 
 Source: Zhao et al. 2025 (arXiv 2406.02540) and both generations of the code released with it (2024: scales a
 channel by range of time steps and mixed precision; 2025: one mask and a rotation). Functions compute in the
-dtype of their input: the number format is the subject. Where we differ from the code: tokens of different
-inputs never share a scale (pool_batch=True does as the code), a step below eps is raised by itself, and a
-rotated weight is quantised once; `released_rotated_linear` is the released layer.
+dtype of their input, at least float32: the number format is the subject. Where we differ from the code:
+tokens of different inputs never share a scale (pool_batch=True does as the code), a step below eps is raised
+by itself, and a rotated weight is quantised once; `released_rotated_linear` is the released layer.
 """
 
 from itertools import pairwise
@@ -74,9 +74,9 @@ def quant_params(x, *, bits, granularity="tensor", symmetric=False, pool_batch=F
     granularity "tensor"; "token": x [B, N, C], each (batch, token), or each token over the batch with
     pool_batch; "channel": x [out, in], each row. symmetric: delta = max |x| / (2^(bits-1) - 1), zero 0, grid
     -2^(bits-1) .. 2^(bits-1) - 1. A delta below eps becomes eps.
-    Raises: ValueError for bits outside 2..16, an unknown granularity, x that is empty or not finite.
+    Raises: ValueError for bits outside 2..16, an unknown granularity, x not finite, a group without numbers.
     """
-    axes = _check_quant(x, bits, granularity, pool_batch)
+    x, axes = _check_quant(x, bits, granularity, pool_batch)
     lo, hi = np.minimum(x.min(axis=axes, keepdims=True), 0), np.maximum(x.max(axis=axes, keepdims=True), 0)
     if symmetric:
         top = 2 ** (bits - 1) - 1
@@ -145,6 +145,8 @@ def calibrate_act_max(batches, *, momentum=0.95, eps=1e-5):
 
 def calibrate_act_params(batches, *, bits, momentum=0.95) -> QParams:
     """One static grid for all tokens: running minimum and maximum over batches [n, B, N, C]."""
+    if len(batches) < 1:
+        raise ValueError("batches must hold at least one batch")
     state = init_range()
     for x in batches:
         state = update_range(state, x, momentum=momentum)
@@ -163,7 +165,9 @@ def channel_scale(act_max, weight, *, alpha):
 
 def dynamic_channel_scale(x, weight, *, alpha):
     """`channel_scale` with the mean over B of (max over N of |x|)^alpha, x at hand, for act_max^alpha."""
-    dims(x=(x, "B N C"))
+    n = dims(x=(x, "B N C"))
+    if min(n["B"], n["N"]) < 1:
+        raise ValueError(f"x must hold a token, got {list(x.shape)}")
     top = np.maximum(np.abs(x).max(axis=1), x.dtype.type(1e-5))
     return (top**alpha).mean(axis=0) / _check_balance(top[0], weight, alpha) ** (1 - alpha)
 
@@ -177,14 +181,16 @@ def channel_mask(act_max, weight, *, alpha):
     return wmax**alpha / act_max ** (1 - alpha)
 
 
-def quantized_linear(x, w, b, *, w_bits=8, a_bits=8, scale=None, mask=None, signs=None, act_params=None):
+def quantized_linear(x, w, b, *, w_bits=8, a_bits=8, scale=None, mask=None, signs=None,
+                     act_params: QParams | None = None):  # fmt: skip
     """x w^T + b with both on their grids: x [B, N, C] a grid a token, w [out, C] a grid a row -> [B, N, out].
 
     scale [C]: x / scale, w scale; or mask [C]: x mask, w / mask. signs [C]: then both are rotated (full width
     if it has a Hadamard matrix, else the largest block that divides it). act_params: a static grid for x.
-    Raises: ValueError for scale and mask together, and as `quant_params`.
+    Raises: ValueError for scale and mask together, or not positive, and as `quant_params`.
     """
-    dims(x=(x, "B N C"), w=(w, "out C"))
+    given = {"b": (b, "out"), "scale": (scale, "C"), "mask": (mask, "C"), "signs": (signs, "C")}
+    dims(x=(x, "B N C"), w=(w, "out C"), **{k: v for k, v in given.items() if v[0] is not None})
     x, w_hat = _balanced(x, scale, mask, signs), _quantized_weight(w, w_bits, scale, mask, signs)
     params = quant_params(x, bits=a_bits, granularity="token") if act_params is None else act_params
     y = apply_params(x, params) @ w_hat.T
@@ -200,6 +206,8 @@ def released_rotated_linear(x, w, b, act_max, signs, *, w_bits, a_bits, alpha):
     f32 = lambda t: np.asarray(t, np.float32)
     x, w, mask = f32(x), f32(w), f32(channel_mask(f32(act_max), f32(w), alpha=alpha))
     C = dims(x=(x, "B N C"), w=(w, "out C"), signs=(signs, "C"))["C"]
+    if b is not None:
+        dims(w=(w, "out C"), b=(b, "out"))
     Q = np.asarray(signs, np.float64)[:, None] * hadamard_matrix(C) / np.sqrt(C)
     rotate = lambda t: f32(t.astype(np.float64) @ Q)
     once = fake_quant(w / mask, bits=w_bits, granularity="channel")
@@ -209,7 +217,7 @@ def released_rotated_linear(x, w, b, act_max, signs, *, w_bits, a_bits, alpha):
 
 
 def timestep_range(t, ranges):
-    """The index of the range (first, last), both included, that holds step t.
+    """The index of the range (first, last), both included, that holds step t (499.5 lies in that of 499).
 
     Raises: ValueError unless the ranges cover 0..1000 without gap or overlap, or for another t.
     """
@@ -217,10 +225,9 @@ def timestep_range(t, ranges):
     joined = all(b == a + 1 for (_, a), (b, _) in pairwise(ends))
     if not ends or ends[0][0] != 0 or ends[-1][1] != STEPS or not joined or any(a > b for a, b in ends):
         raise ValueError(f"ranges must cover 0..{STEPS} one after the other, got {ranges}")
-    found = [i for i, (a, b) in enumerate(ranges) if a <= t <= b]
-    if not found:
+    if not 0 <= t <= STEPS:
         raise ValueError(f"t must be in 0..{STEPS}, got {t}")
-    return found[0]
+    return next(i for i, (a, b) in enumerate(ranges) if a <= t < b + 1)
 
 
 def calibrate(model_fn, samples, *, ranges, alpha) -> CalibState:
@@ -293,6 +300,8 @@ def published_plan(cfg: DiTConfig, steps_left, *, temporal_block=0):
     19 to 15: all weights 8 bits; then attention at 4, the MLP at 8, and in the last five one temporal
     attention at 8 (which one its configuration names; here temporal_block). Activations have 8 bits.
     """
+    if not 0 <= steps_left < 20:
+        raise ValueError(f"steps_left must be in 0..19, got {steps_left}")
     early, plan = steps_left >= 15, {}
     for name in quantizable_names(cfg):
         _, block, part, _ = name.split(".")
@@ -341,6 +350,8 @@ def _balanced(x, scale, mask, signs):
     """Activations after channel scale or mask, and rotation."""
     if scale is not None and mask is not None:
         raise ValueError("give scale or mask, not both: each balances the channels")
+    if any(t is not None and not (np.asarray(t) > 0).all() for t in (scale, mask)):
+        raise ValueError("scale and mask must be positive")
     if scale is not None:
         x = x / scale
     if mask is not None:
@@ -357,20 +368,23 @@ def _quantized_weight(w, bits, scale, mask, signs):
 
 
 def _check_quant(x, bits, granularity, pool_batch):
-    """The axes that a group reduces over."""
-    if not 2 <= bits <= 16:
+    """(x in float32 or better, the axes that a group reduces over)."""
+    x = np.asanyarray(x)
+    x = x.astype(np.result_type(x, np.float32), copy=False)
+    if not (2 <= bits <= 16 and bits == int(bits)):
         raise ValueError(f"bits must be in 2..16, got {bits}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    if x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"x must be finite and not empty, got shape {list(x.shape)}")
+    axes = tuple(range(x.ndim))
     if granularity == "token":
         dims(x=(x, "B N C"))
-        return (0, 2) if pool_batch else 2
+        axes = (0, 2) if pool_batch else (2,)
     if granularity == "channel":
         dims(x=(x, "out in"))
-        return 1
-    return None
+        axes = (1,)
+    if not np.isfinite(x).all() or any(x.shape[a] == 0 for a in axes):
+        raise ValueError(f"x must be finite and its groups not empty, got shape {list(x.shape)}")
+    return x, axes
 
 
 def _check_balance(act_max, weight, alpha):
@@ -382,7 +396,7 @@ def _check_balance(act_max, weight, alpha):
         raise ValueError("act_max must be positive")
     wmax = np.abs(weight).max(axis=0)
     if not (wmax > 0).all():
-        raise ValueError(f"weight has a column of zeros: channel {int(np.argmin(wmax))}")
+        raise ValueError(f"weight has a column of zeros or NaN: channel {int(np.argmin(wmax))}")
     return wmax
 
 

@@ -130,7 +130,11 @@ def dit_forward(x, t, y, params: DiTParams, cfg: DiTConfig, *, text=None, projec
 
     t: step 0..1000, a number or [B]; y int [B], classes or cfg.classes for none. project(name, x, w, b): what
     stands for the linear maps of the blocks, names as in `block_with` after "blocks.<i>.".
+    Raises: ValueError for images of another size, or y outside 0..classes.
     """
+    y = np.asarray(y)
+    if y.size and not (0 <= y.min() and y.max() <= cfg.classes):
+        raise ValueError(f"y must be in 0..{cfg.classes}, got {y.min()}..{y.max()}")
     p, plain = params, lambda name, h, w, b: linear(h, w, b)
     lead = np.shape(x)[:1]
     if cfg.frames > 1:
@@ -140,7 +144,7 @@ def dit_forward(x, t, y, params: DiTParams, cfg: DiTConfig, *, text=None, projec
     tokens = linear(patchify(float64(x), cfg.patch), p.w_patch, p.b_patch) + p.positions
     if cfg.frames > 1:
         tokens = (tokens + p.frame_positions[:, None]).reshape(*lead, -1, cfg.dim)
-    c = time_embedding(np.broadcast_to(t, lead), p) + p.classes[np.asarray(y)]
+    c = time_embedding(np.broadcast_to(t, lead), p) + p.classes[y]
     for i, block in enumerate(p.blocks):
         at = lambda name, h, w, b, i=i: (project or plain)(f"blocks.{i}.{name}", h, w, b)
         tokens = block_with(tokens, c, block, cfg, at, text=text)

@@ -27,8 +27,14 @@ BIG = V.QParams(np.ones((1, 1)), np.zeros((1, 1)), 0, 2**16 - 1)
 BAD = {
     "bits_low": (lambda: V.quant_params(X, bits=1), r"bits must be in 2\.\.16"),
     "bits_high": (lambda: V.fake_quant(X, bits=17), r"bits must be in 2\.\.16"),
-    "nan": (lambda: V.quant_params(X * np.nan, bits=8), "finite and not empty"),
-    "empty": (lambda: V.quant_params(X[:0], bits=8), "finite and not empty"),
+    "bits_half": (lambda: V.fake_quant(X, bits=2.5), r"bits must be in 2\.\.16"),
+    "nan": (lambda: V.quant_params(X * np.nan, bits=8), "x must be finite"),
+    "empty": (lambda: V.quant_params(X[:0], bits=8), "groups not empty"),
+    "empty_token": (lambda: V.quant_params(X[..., :0], bits=8, granularity="token"), "groups not empty"),
+    "empty_pool": (
+        lambda: V.quant_params(X[:0], bits=8, granularity="token", pool_batch=True),
+        "groups not empty",
+    ),
     "granularity": (lambda: V.quant_params(X, bits=8, granularity="group"), "granularity must be one of"),
     "token": (lambda: V.quant_params(W, bits=8, granularity="token"), r"x must have shape \[B, N, C\]"),
     "channel": (lambda: V.quant_params(X, bits=8, granularity="channel"), r"x must have shape \[out, in\]"),
@@ -36,10 +42,20 @@ BAD = {
     "inner": (lambda: V.int_matmul(X, P8, W[:, :4], P8), r"qw\.shape\[1\] = 4"),
     "momentum": (lambda: V.update_act_max(None, X, momentum=1.5), r"momentum in \[0, 1\]"),
     "no_batch": (lambda: V.calibrate_act_max(X[None][:0]), "at least one batch"),
+    "no_static_batch": (lambda: V.calibrate_act_params(X[None][:0], bits=8), "at least one batch"),
+    "no_token": (lambda: V.dynamic_channel_scale(X[:, :0], W, alpha=0.5), "x must hold a token"),
+    "bias": (lambda: V.quantized_linear(X, W, np.ones(4)), r"b\.shape\[0\] = 4"),
+    "scale": (lambda: V.quantized_linear(X, W, None, scale=A[:4]), r"scale\.shape\[0\] = 4"),
+    "scale_zero": (lambda: V.quantized_linear(X, W, None, scale=0 * A), "must be positive"),
+    "class": (
+        lambda: V.dit_forward(np.ones((1, 4, 4, 1)), 0, [4], NET, laws_vidit_q.CFG),
+        r"y must be in 0\.\.3",
+    ),
+    "steps_left": (lambda: V.published_plan(laws_vidit_q.CFG, 20), r"steps_left must be in 0\.\.19"),
     "alpha": (lambda: V.channel_scale(A, W, alpha=1.5), r"alpha must be in \[0, 1\]"),
     "mask_alpha": (lambda: V.channel_mask(A, W, alpha=-0.1), r"alpha must be in \[0, 1\]"),
     "act_max": (lambda: V.channel_scale(0 * A, W, alpha=0.5), "act_max must be positive"),
-    "zero_column": (lambda: V.channel_scale(A, W * (np.arange(16) > 0), alpha=0.5), "zeros: channel 0"),
+    "zero_column": (lambda: V.channel_scale(A, W * (np.arange(16) > 0), alpha=0.5), "zeros or NaN: channel 0"),
     "both": (lambda: V.quantized_linear(X, W, None, scale=A, mask=A), "scale or mask, not both"),
     "width": (lambda: V.quantized_linear(X, W[:, :4], None), r"w\.shape\[1\] = 4"),
     "block": (lambda: V.hadamard_transform(X, block=3), "block must divide the 16 channels"),
@@ -69,7 +85,7 @@ def test_vidit_q_rejects_bad_input(name):
 
 
 def test_vidit_q_edges():
-    """Constant zeros, one token, one sign only, and a step that is below the floor."""
+    """Constant zeros, one token, one sign only, an empty batch, other dtypes, a step below the floor."""
     zero = V.quant_params(np.zeros((1, 2, 3)), bits=8, granularity="token")
     assert (zero.delta == 1e-6).all()
     assert not V.fake_quant(np.zeros((1, 2, 3)), bits=8, granularity="token").any()
@@ -78,6 +94,13 @@ def test_vidit_q_edges():
     negative = V.quant_params(-positive, bits=8)
     assert negative.zero == 255
     assert V.fake_quant(np.array([[[1e6, -1e6, 0.0]]]), bits=8)[0, 0, 2] == 0
+    none = V.quantized_linear(X[:0], W, None, signs=np.ones(16))
+    assert none.shape == (0, 5, 6)
+    whole = V.fake_quant(np.arange(4)[None], bits=2, granularity="channel")
+    np.testing.assert_array_equal(whole, [[0, 1, 2, 3]])
+    assert whole.dtype == np.float64
+    assert V.fake_quant(X.astype(np.float32), bits=8).dtype == np.float32
+    assert V.quant_params(X.astype(np.float16), bits=16).delta.dtype == np.float32  # 65535 is inf in float16
     mixed = np.array([[[1e-9, 0.0], [1.0, -1.0]]])
     delta = V.quant_params(mixed, bits=8, granularity="token").delta
     assert delta[0, 0] == 1e-6  # raised alone; the released code would raise every token's
