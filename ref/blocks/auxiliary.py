@@ -1,5 +1,4 @@
-"""What a module needs to be trained by a loss of its own: an image decoder, a classifier, contrast between
-classes.
+"""What trains a module by a loss of its own: image and feature decoders, a classifier, contrast of classes.
 
 Source: Wang et al. 2021 (InfoPro, ICLR; blackfeather-wang/InfoPro-Pytorch), its decoder and its "1c2f"
 classifier; Khosla et al. 2020 (arXiv 2004.11362, equation 2). Maps are [B, H, W, C], convolution weights
@@ -72,6 +71,8 @@ def upsample_bilinear(x, *, size):
     Row i of the result stands at i (H - 1) / (size - 1) of the old ones. Raises: ValueError for size < 1.
     """
     n = dims(x=(x, "B H W C"))
+    if min(n["H"], n["W"]) < 1:
+        raise ValueError(f"x must hold a pixel, got {list(x.shape)}")
     rows, columns = _aligned(n["H"], size), _aligned(n["W"], size)
     return np.einsum("yh,bhwc,xw->byxc", rows, float64(x), columns, optimize=True)
 
@@ -102,7 +103,7 @@ def image_decoder_vjp(h_grid, params: ImageDecoderParams, dout, *, image_size):
 def bce_reconstruction(prediction, target):
     """Mean over all entries of -t log p - (1 - t) log(1 - p), logarithms no lower than -100.
 
-    Args: prediction, target of one shape, in [0, 1]. Raises: ValueError for values outside.
+    Args: prediction, target of one shape, in [0, 1]. Raises: ValueError for values outside, or none.
     """
     p, t = _check_bce(prediction, target)
     with np.errstate(divide="ignore"):
@@ -191,12 +192,15 @@ def feature_decoder_vjp(h, params: FeatureDecoderParams, dy, *, kind="mlp"):
 
 
 def mse_reconstruction(prediction, target):
-    """Mean squared difference over all entries of two arrays of one shape."""
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"target must have prediction's shape {list(prediction.shape)}, got {list(target.shape)}"
-        )
+    """Mean squared difference over all entries of two arrays of one shape, at least one."""
+    _check_pair(prediction, target)
     return np.mean((float64(prediction) - float64(target)) ** 2)
+
+
+def mse_reconstruction_vjp(prediction, target):
+    """d loss / d prediction = 2 (p - t) / size."""
+    _check_pair(prediction, target)
+    return 2 * (float64(prediction) - float64(target)) / prediction.size
 
 
 def decoder_kind(params: FeatureDecoderParams):
@@ -265,7 +269,9 @@ def _bn(scale, bias):
 
 def _decode(h_grid, p, image_size):
     """(upsampled map, first convolution, its batch norm)."""
-    dims(h_grid=(h_grid, "B H W C"), w1=(p.w1, "M C 3 3"), w2=(p.w2, "O M 3 3"), bn_scale=(p.bn_scale, "M"))
+    dims(h_grid=(h_grid, "B H W C"), w1=(p.w1, "M C 3 3"), b1=(p.b1, "M"), bn_scale=(p.bn_scale, "M"),
+         bn_bias=(p.bn_bias, "M"), w2=(p.w2, "O M 3 3"), b2=(p.b2, "O"))  # fmt: skip
+    _check_batch("h_grid", h_grid)
     up = upsample_bilinear(h_grid, size=image_size)
     z = conv2d(up, p.w1, p.b1, padding=1)
     return up, z, batch_norm(z, _bn(p.bn_scale, p.bn_bias), train=True)[0]
@@ -273,7 +279,10 @@ def _decode(h_grid, p, image_size):
 
 def _classify(h_grid, p):
     """(convolution, its batch norm, mean, hidden layer before ReLU, logits)."""
-    dims(h_grid=(h_grid, "B H W C"), w_conv=(p.w_conv, "M C 3 3"), w1=(p.w1, "h M"), w2=(p.w2, "K h"))
+    dims(h_grid=(h_grid, "B H W C"), w_conv=(p.w_conv, "M C 3 3"), bn_scale=(p.bn_scale, "M"),
+         bn_bias=(p.bn_bias, "M"), w1=(p.w1, "h M"), b1=(p.b1, "h"), w2=(p.w2, "K h"),
+         b2=(p.b2, "K"))  # fmt: skip
+    _check_batch("h_grid", h_grid)
     z = conv2d(h_grid, p.w_conv, stride=2, padding=1)
     y = batch_norm(z, _bn(p.bn_scale, p.bn_bias), train=True)[0]
     pooled = relu(y).mean(axis=(1, 2))
@@ -299,11 +308,23 @@ def _contrast(features, labels, temperature):
     return loss, z, length, np.exp(s - np.where(np.isneginf(lse), 0.0, lse)), positive, count
 
 
-def _check_bce(prediction, target):
+def _check_pair(prediction, target):
     if prediction.shape != target.shape:
         raise ValueError(
             f"target must have prediction's shape {list(prediction.shape)}, got {list(target.shape)}"
         )
+    if not prediction.size:
+        raise ValueError(f"prediction must not be empty, got {list(prediction.shape)}")
+
+
+def _check_batch(name, x):
+    """A norm that takes its statistics from the batch needs one."""
+    if not len(x):
+        raise ValueError(f"{name} must hold at least one example, got {list(x.shape)}")
+
+
+def _check_bce(prediction, target):
+    _check_pair(prediction, target)
     for name, x in (("prediction", prediction), ("target", target)):
         if not ((np.asarray(x) >= 0) & (np.asarray(x) <= 1)).all():  # also NaN
             raise ValueError(f"{name} must be in [0, 1]: images are not standardised here")
@@ -326,6 +347,7 @@ def _decode_features(h, p, kind):
         hidden = linear(mid, p.w_1, p.b_1)
         return linear(gelu(hidden), p.w_2, p.b_2), (z, mid, hidden)
     if kind == "conv":
+        _check_batch("h", h)
         mid = conv2d(as_grid(z), p.w_1, p.b_1, padding=1)
         hidden = batch_norm(mid, _bn(p.scale, p.bias), train=True)[0]
         out = conv2d(relu(hidden), p.w_2, p.b_2, padding=1)

@@ -1,5 +1,4 @@
-"""Local learning: a transformer cut into modules that are trained each by a loss of its own, none waiting for
-another.
+"""Local learning: a transformer in modules, each trained by a loss of its own, none waiting for another.
 
 Source: Pathak, Zhang and Samaras 2023 (WACV, arXiv 2212.14215), no released code: a module keeps what it was
 given by reconstructing its input features. The baseline, which reconstructs the image, is InfoPro's
@@ -31,6 +30,7 @@ from ref.blocks.auxiliary import (
     init_feature_decoder,
     init_image_decoder,
     mse_reconstruction,
+    mse_reconstruction_vjp,
     supervised_contrastive,
     supervised_contrastive_vjp,
     upsample_bilinear,
@@ -55,39 +55,13 @@ from ref.models.vit import (
 )
 
 __all__ = [
-    "AuxParams",
-    "BlockShape",
-    "FeatureDecoderParams",
-    "ImageDecoderParams",
-    "LocalAux",
-    "LocalParams",
-    "LossParts",
-    "ModuleBytes",
-    "NetShape",
-    "TokenHead",
-    "activation_memory",
-    "aux_classifier",
-    "aux_classifier_loss",
-    "bce_reconstruction",
-    "example",
-    "feature_decoder",
-    "feature_decoder_vjp",
-    "image_decoder",
-    "init_feature_decoder",
-    "init_local",
-    "lambda_schedule",
-    "local_gradients",
-    "local_loss",
-    "local_loss_vjp",
-    "local_train_step",
-    "mse_reconstruction",
-    "pipeline_times",
-    "split_blocks",
-    "supervised_contrastive",
-    "swin_tiny",
-    "upsample_bilinear",
-    "vit_shape",
-]
+    "AuxParams", "BlockShape", "FeatureDecoderParams", "ImageDecoderParams", "LocalAux", "LocalParams",
+    "LossParts", "ModuleBytes", "NetShape", "TokenHead", "activation_memory", "aux_classifier",
+    "aux_classifier_loss", "bce_reconstruction", "example", "feature_decoder", "feature_decoder_vjp",
+    "image_decoder", "init_feature_decoder", "init_local", "lambda_schedule", "local_gradients",
+    "local_loss", "local_loss_vjp", "local_train_step", "mse_reconstruction", "pipeline_times",
+    "split_blocks", "supervised_contrastive", "swin_tiny", "upsample_bilinear", "vit_shape",
+]  # fmt: skip
 
 METHODS = ("feature", "infopro", "greedy", "e2e")
 
@@ -126,10 +100,12 @@ def split_blocks(costs, k, *, balanced=True):
     """Ends of k runs of blocks, the last len(costs): (3, 6) cuts six blocks in the middle.
 
     balanced: the largest sum of costs [n] in a run is the least possible; else equal numbers of blocks, the
-    longer runs first. Raises: ValueError unless 1 <= k <= n.
+    longer runs first. Raises: ValueError unless 1 <= k <= n, or for a cost that is negative or not finite.
     """
     costs = [float(c) for c in costs]
     n = len(costs)
+    if not all(0 <= c < np.inf for c in costs):
+        raise ValueError(f"costs must be finite and not negative, got {costs}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n}, the number of blocks, got {k}")
     if not balanced:
@@ -187,7 +163,7 @@ def local_loss_vjp(
     if aux.decoder is not None and lambda_rec:
         guess = _reconstruct(h, aux.decoder, target, rec)
         if rec == "mse":
-            d = 2 * lambda_rec * (guess - target) / guess.size
+            d = lambda_rec * mse_reconstruction_vjp(guess, target)
             dh, ddecoder = feature_decoder_vjp(h, aux.decoder, d, kind=decoder_kind(aux.decoder))
         else:
             d = lambda_rec * bce_reconstruction_vjp(guess, target)
@@ -212,8 +188,12 @@ def local_gradients(params: LocalParams, batch, *, boundaries, method="feature",
     """
     images, labels = batch
     check_split(params, images, labels, boundaries, method, first_target)
+    for name, w in (("lambda_rec", lambda_rec), ("lambda_cls", lambda_cls)):
+        if np.ndim(w) and len(w) != len(boundaries) - 1:
+            need = f"one number, or {len(boundaries) - 1}, one for each module but the last"
+            raise ValueError(f"{name} must be {need}, got {w}")
     images, net = float64(images), params.net
-    weigh = lambda w, k: float(np.broadcast_to(w, max(len(boundaries) - 1, 1))[k])
+    weigh = lambda w, k: float(w[k] if np.ndim(w) else w)
     h = embed_patches(images, net)
     blocks, aux, parts, start, first = [], [], [], 0, None
     ends = (len(net.blocks),) if method == "e2e" else boundaries
@@ -260,13 +240,8 @@ def local_train_step(params: LocalParams, batch, *, boundaries, method="feature"
         standardised (False); cls, see `local_loss`.
     Raises: ValueError naming the argument at fault.
     """
-    options |= {
-        "boundaries": boundaries,
-        "method": method,
-        "lambda_rec": lambda_rec,
-        "lambda_cls": lambda_cls,
-    }
-    grads, parts = local_gradients(params, batch, **options)
+    weights = {"lambda_rec": lambda_rec, "lambda_cls": lambda_cls}
+    grads, parts = local_gradients(params, batch, boundaries=boundaries, method=method, **weights, **options)
     return _descend(params, grads, learning_rate), {"loss": parts}
 
 
@@ -324,8 +299,9 @@ def activation_memory(config: NetShape, *, boundaries, method, batch, itemsize=4
 
 
 def pipeline_times(costs, boundaries):
-    """(sum of all costs, largest of a module): time a batch end to end, and with every module on a device of
-    its own, each at work on an earlier batch than the one before: nothing waits for a backward pass.
+    """(sum of all costs, largest of a module): time a batch end to end, and with a device for every module.
+
+    Each is at work on an earlier batch than the module before it; nothing waits for a backward pass.
     """
     _check_ends(tuple(boundaries), len(costs))
     starts = (0, *boundaries[:-1])
@@ -372,14 +348,8 @@ def _check_ends(ends, n):
 
 def check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls):
     """Raise ValueError for a bad call of the local loss."""
-    dims(h=(h, "B N C"), labels=(labels, "B"))
-    dims(
-        **{
-            "h": (h, "B N C"),
-            "aux.head.w1": (aux.head.w1, "C hidden"),
-            "aux.head.w2": (aux.head.w2, "hidden K"),
-        }
-    )
+    head = {"aux.head.w1": (aux.head.w1, "C hidden"), "aux.head.w2": (aux.head.w2, "hidden K")}
+    dims(h=(h, "B N C"), labels=(labels, "B"), **head)
     if rec not in ("mse", "bce"):
         raise ValueError(f'rec must be "mse" or "bce", got {rec!r}')
     if cls not in ("cross_entropy", "contrast"):
@@ -396,7 +366,8 @@ def check_split(params, images, labels, boundaries, method, first_target):
         raise ValueError(f'first_target must be "embedding" or "image", got {first_target!r}')
     if params.net.cls_token is not None:
         raise ValueError("params.net must have no class token: features are a grid of patches")
-    dims(images=(images, "B H W C"), labels=(labels, "B"))
+    if dims(images=(images, "B H W C"), labels=(labels, "B"))["B"] < 1:
+        raise ValueError("batch must hold at least one image")
     _check_ends(tuple(boundaries), len(params.net.blocks))
     if method != "e2e" and len(params.aux) != len(boundaries) - 1:
         want = f"{len(boundaries) - 1}, one for each module but the last"

@@ -55,7 +55,7 @@ BAD = {
     "alpha": (lambda: V.channel_scale(A, W, alpha=1.5), r"alpha must be in \[0, 1\]"),
     "mask_alpha": (lambda: V.channel_mask(A, W, alpha=-0.1), r"alpha must be in \[0, 1\]"),
     "act_max": (lambda: V.channel_scale(0 * A, W, alpha=0.5), "act_max must be positive"),
-    "zero_column": (lambda: V.channel_scale(A, W * (np.arange(16) > 0), alpha=0.5), "zeros or NaN: channel 0"),
+    "zero_column": (lambda: V.channel_scale(A, W * (np.arange(16) > 0), alpha=0.5), "or NaN: channel 0"),
     "both": (lambda: V.quantized_linear(X, W, None, scale=A, mask=A), "scale or mask, not both"),
     "width": (lambda: V.quantized_linear(X, W[:, :4], None), r"w\.shape\[1\] = 4"),
     "block": (lambda: V.hadamard_transform(X, block=3), "block must divide the 16 channels"),

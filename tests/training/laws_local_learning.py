@@ -12,6 +12,7 @@ from ref.blocks.auxiliary import (
     image_decoder_vjp,
     init_aux,
     init_image_decoder,
+    mse_reconstruction_vjp,
     supervised_contrastive_vjp,
     upsample_bilinear_vjp,
 )
@@ -133,6 +134,10 @@ def law_local_learning_certain_pixels_cost_a_hundred_nats():
 @given(seeds, kinds, st.booleans())
 def law_local_learning_decoders_of_features(seed, kind, merged):
     rng = np.random.default_rng(seed)
+    guess, target = rng.standard_normal((2, 3, 4))
+    check_slope(
+        lambda z: mse_reconstruction(z, target), guess, mse_reconstruction_vjp(guess, target), rng, h=1e-4
+    )
     p = nudged(init_feature_decoder(rng, 6, 4, kind=kind, hidden=5, merged=merged), rng)
     h = rng.standard_normal((3, 4, 6))
     y = feature_decoder(h, p, kind=kind)
@@ -337,16 +342,8 @@ def law_local_learning_learns_digits_in_two_modules():
     images, labels = digits()
     batch = np.repeat(images[:30, :, :, None] / 16, 3, axis=-1), labels[:30].astype(int)
     for method in ("feature", "infopro", "greedy"):
-        sizes = {
-            "image_size": 8,
-            "patch": 2,
-            "dim": 16,
-            "depth": 2,
-            "num_classes": 10,
-            "hidden": 16,
-            "std": 0.1,
-        }
-        params = init_local(0, boundaries=(1, 2), method=method, **sizes)
+        sizes = {"image_size": 8, "patch": 2, "dim": 16, "depth": 2, "num_classes": 10, "hidden": 16}
+        params = init_local(0, boundaries=(1, 2), method=method, std=0.1, **sizes)
         options = {"boundaries": (1, 2), "method": method, "num_heads": 2, "learning_rate": 0.1}
         history = []
         for _ in range(10):

@@ -24,6 +24,10 @@ BACKWARD = {
     "image_decoder": lambda a, d: dict(
         zip(("h_grid", "params"), auxiliary.image_decoder_vjp(dout=d, **a), strict=True)
     ),
+    "feature_decoder": lambda a, d: dict(
+        zip(("h", "params"), auxiliary.feature_decoder_vjp(dy=d, **a), strict=True)
+    ),
+    "mse_reconstruction": lambda a, d: {"prediction": d * auxiliary.mse_reconstruction_vjp(**a)},
     "bce_reconstruction": lambda a, d: {"prediction": d * auxiliary.bce_reconstruction_vjp(**a)},
     "supervised_contrastive": lambda a, d: {"features": d * auxiliary.supervised_contrastive_vjp(**a)},
     "aux_classifier": lambda a, d: dict(
@@ -59,6 +63,7 @@ L = ref.local_learning
 P = L.init_local(0, image_size=4, patch=2, dim=4, depth=3, num_classes=3, boundaries=(1, 3), hidden=5)
 IMAGES, LABELS = np.full((2, 4, 4, 3), 0.5), np.array([0, 2])
 H, DECODER = np.ones((2, 4, 4)), P.aux[0].decoder
+MAPS, AUX = np.ones((2, 3, 3, 4)), auxiliary.init_aux(np.random.default_rng(0), 4, 3, hidden=5)
 INFO = L.init_local(
     0, image_size=4, patch=2, dim=4, depth=3, num_classes=3, boundaries=(1, 3), method="infopro"
 )
@@ -106,6 +111,18 @@ BAD = {
         "square grid of tokens, got N=5",
     ),
     "size": (lambda: L.upsample_bilinear(IMAGES, size=0), "size must be at least 1"),
+    "no_pixel": (lambda: L.upsample_bilinear(IMAGES[:, :0], size=2), "x must hold a pixel"),
+    "costs": (lambda: L.split_blocks([1, -1], 1), "costs must be finite and not negative"),
+    "nothing": (lambda: L.mse_reconstruction(H[:0], H[:0]), "prediction must not be empty"),
+    "no_pixels": (lambda: L.bce_reconstruction(IMAGES[:0], IMAGES[:0]), "prediction must not be empty"),
+    "no_images": (lambda: step(images=IMAGES[:0], labels=LABELS[:0]), "at least one image"),
+    "no_maps": (lambda: L.aux_classifier(MAPS[:0], AUX), "h_grid must hold at least one example"),
+    "aux_bias": (lambda: L.aux_classifier(MAPS, AUX._replace(b1=np.ones(2))), r"b1\.shape\[0\] = 2"),
+    "decoder_norm": (
+        lambda: L.image_decoder(MAPS, INFO.aux[0].decoder._replace(bn_bias=np.ones(2)), image_size=4),
+        r"bn_bias\.shape\[0\] = 2",
+    ),
+    "module_weights": (lambda: step(lambda_rec=(1.0, 2.0)), "lambda_rec must be one number, or 1,"),
     "temperature": (lambda: L.supervised_contrastive(H[0], np.arange(4), temperature=0), "temperature > 0"),
     "alone": (lambda: L.supervised_contrastive(H[0, :0], np.arange(0)), "at least one sample"),
     "schedule": (lambda: L.lambda_schedule(1, 2, first=1, last=0), "modules - 2"),
