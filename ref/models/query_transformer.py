@@ -1,7 +1,7 @@
 """A query transformer: learned queries look at an image's tokens and come back as a short sequence.
 
 Source: Li et al. 2023 (BLIP-2, arXiv 2301.12597), the Q-Former without its text branch, here with
-cross-attention in every block.
+cross-attention in every block and without dropout.
 """
 
 from typing import NamedTuple

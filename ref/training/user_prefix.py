@@ -71,14 +71,14 @@ def fusion(visual_prefix, user, params: FusionParams, *, num_heads=8, user_mask=
     """The prefix [B, n_p, d]: pre-norm ReLU blocks over [visual_prefix; user; constants], the last part read.
 
     visual_prefix [B, n_q, d], user [B, n_u, d] (n_u may be 0: ClipCap), user_mask bool [B, n_u], True = word.
+    Raises: ValueError naming the argument at fault.
     """
     hidden, _ = _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps)
     return hidden[-1][:, -len(params.constants) :]
 
 
-def fusion_backward(
-    visual_prefix, user, params: FusionParams, dprefix, *, num_heads=8, user_mask=None, eps=1e-5
-):
+def fusion_backward(visual_prefix, user, params: FusionParams, dprefix, *, num_heads=8, user_mask=None,
+                    eps=1e-5):  # fmt: skip
     """(dvisual_prefix, duser, FusionParams of gradients) of `fusion` for dprefix [B, n_p, d]."""
     hidden, mask = _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps)
     dx, blocks = np.zeros_like(hidden[-1]), []
@@ -133,7 +133,7 @@ def beam_search(step_fn, prefix, *, beam, max_len, stop_id=None):
 
     step_fn(prefix, tokens [b, t]) -> logits [b, V] of the next token. A finished list stays a candidate at
     its own score. Not every list of V^t is seen: a wider beam may end with a worse best.
-    Raises: ValueError for beam or max_len below 1.
+    Raises: ValueError for beam or max_len below 1, or logits of which none is finite.
     """
     if beam < 1 or max_len < 1:
         raise ValueError(f"beam and max_len must be at least 1, got {beam=} and {max_len=}")
@@ -149,6 +149,8 @@ def beam_search(step_fn, prefix, *, beam, max_len, stop_id=None):
         mean = (total / length[:, None]).ravel()
         best = np.argsort(-mean, kind="stable")[:beam]
         best = best[np.isfinite(mean[best])]
+        if not best.size:
+            raise ValueError("step_fn must return at least one logit that is finite")
         row, token = np.divmod(best, logits.shape[1])
         tokens, score = np.concatenate([tokens[row], token[:, None]], axis=1), total.ravel()[best]
         length, done = length[row], done[row] | (token == stop_id)
@@ -165,6 +167,8 @@ def generate_caption(prefix, lm_params: GPTParams, *, num_heads, beam=5, max_len
         raise ValueError(
             f"prefix of {n['n_p']} and max_len={max_len} exceed the {n['P']} positions of lm_params"
         )
+    if not np.isfinite(prefix).all():
+        raise ValueError("prefix must be finite")
 
     def step(prefix, tokens):
         many, mask = np.broadcast_to(prefix, (len(tokens), *prefix.shape)), np.ones(tokens.shape, bool)
@@ -235,8 +239,12 @@ def user_words(weights, vocab, k):
 def user_context(words, encode, wte, k):
     """(embeddings [k, d], mask [k]) of a user's words: the mean of the frozen embeddings of each word's ids.
 
-    encode: word -> ids of the language model. Missing words are zeros and masked.
+    encode: word -> ids of the language model, at least one. Missing words are zeros and masked.
     """
+    if k < 0 or any(len(encode(word)) < 1 for word in words[:k]):
+        raise ValueError(
+            f"k must not be negative, and encode give every word an id, got {k=} and {words[:k]}"
+        )
     rows, mask = np.zeros((k, wte.shape[1])), np.zeros(k, bool)
     for i, word in enumerate(words[:k]):
         rows[i], mask[i] = float64(wte)[np.asarray(encode(word))].mean(axis=0), True
@@ -252,6 +260,10 @@ def train_captioner(model: CaptionModel, data, *, steps, seed, batch=32, lr=1e-3
     visual, users, tokens, mask = data
     if steps < 1 or batch < 1 or not len(visual) == len(users) == len(tokens) == len(mask) > 0:
         raise ValueError(f"need steps and batch >= 1 and data of equal length, got {steps=}, {batch=}")
+    if unknown := set(users) - set(model.users):
+        raise ValueError(
+            f"users must be among the model's {len(model.users)}, got {sorted(unknown, key=str)}"
+        )
     rng, trained = np.random.default_rng(seed), (model.mapping, model.fusion)
     state, history = adam_init(trained), []
     h_map, h_fuse, h_lm = model.heads
@@ -311,11 +323,10 @@ def trainable_count(config: CaptionSize):
 
 def _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps):
     """-> ([sequence before each block, and after the last], mask of keys or None)."""
-    n = dims(
-        visual_prefix=(visual_prefix, "B n_q d"),
-        user=(user, "B n_u d"),
-        constants=(params.constants, "n_p d"),
-    )
+    n = dims(visual_prefix=(visual_prefix, "B n_q d"), user=(user, "B n_u d"),
+             constants=(params.constants, "n_p d"))  # fmt: skip
+    if n["n_p"] < 1:
+        raise ValueError("params.constants must hold at least one, at whose place the prefix is read")
     if num_heads < 1 or n["d"] % num_heads:
         raise ValueError(f"num_heads must divide d={n['d']}, got {num_heads}")
     constants, mask = np.broadcast_to(params.constants, (n["B"], n["n_p"], n["d"])), None
@@ -363,9 +374,8 @@ def example(seed=0):
     rng = np.random.default_rng(seed)
     visual = patchify(digits()[0][:2, ..., None] / 8 - 1, 4)
     mapping = init_mapping(rng, queries=3, dim=8, visual_dim=16, depth=1, out=16, std=0.3)
-    fuse, lm = init_fusion(rng, prefix=2, dim=16, depth=1, std=0.3), init_gpt(
-        rng, vocab=12, context=8, dim=16, depth=1, std=0.3
-    )  # fmt: skip
+    fuse = init_fusion(rng, prefix=2, dim=16, depth=1, std=0.3)
+    lm = init_gpt(rng, vocab=12, context=8, dim=16, depth=1, std=0.3)
     user, user_mask = lm.wte[rng.integers(0, 12, (2, 3))], np.array([[True] * 3, [True, True, False]])
     tokens, mask = rng.integers(0, 12, (2, 4)), np.array([[True] * 4, [True] * 3 + [False]])
     seen = mapping_network(visual, mapping, num_heads=2)

@@ -66,11 +66,7 @@ def law_user_prefix_mapping_reads_a_set_and_its_gradient(seed):
 @given(seeds, st.integers(0, 3))
 def law_user_prefix_fusion_ignores_padding_and_the_order_of_words(seed, n_u):
     rng, _, p, _ = world(seed)
-    v, u, cot = (
-        rng.standard_normal((2, 3, D)),
-        rng.standard_normal((2, n_u, D)),
-        rng.standard_normal((2, 2, D)),
-    )
+    v, u, cot = (rng.standard_normal((2, rows, D)) for rows in (3, n_u, 2))
     y = fusion(v, u, p, num_heads=2)
     turned = rng.permutation(n_u)
     np.testing.assert_allclose(fusion(v, u[:, turned], p, num_heads=2), y, rtol=0, atol=1e-11)

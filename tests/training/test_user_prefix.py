@@ -5,6 +5,7 @@ import pytest
 
 import ref
 from ref.blocks.transformer import BlockParams
+from ref.models.gpt import GPTParams
 from tests.golden_runner import cases, golden, run
 from tests.language.backward import check_backward
 from tests.laws import law_tests
@@ -14,14 +15,17 @@ globals().update(law_tests(laws_user_prefix))
 U = ref.user_prefix
 
 
-def fused(raw):
-    """Stored fusion blocks have no biases of q, k and v, or hold None."""
-    blocks = tuple(BlockParams(*(b.get(n) for n in BlockParams._fields)) for b in raw["blocks"])
-    return U.FusionParams(raw["constants"], blocks)
+def network(cls, block):
+    """A stored tree as a network of these blocks; they may lack biases, or hold None."""
+    blocks = lambda raw: tuple(block(*(b.get(n) for n in block._fields)) for b in raw["blocks"])
+    return lambda raw: cls(**{**raw, "blocks": blocks(raw)})
 
 
 def build(case):
-    return {"params": fused} if case.meta["fn"] == "fusion" else None
+    params = (
+        (U.FusionParams, BlockParams) if case.meta["fn"] == "fusion" else (U.MappingParams, U.MappingBlock)
+    )
+    return {"params": network(*params), "lm_params": network(GPTParams, BlockParams)}
 
 
 @golden("user_prefix")
@@ -68,6 +72,24 @@ BAD = {
     "stranger": (lambda: U.personalized_caption(X[0], "bob", MODEL), "'bob' is none of the 1 users"),
     "wordless": (lambda: U.personalized_caption(X[0], "ann", MODEL, require_user=True), "'ann' has no word"),
     "nan": (lambda: U.personalized_caption(X[0] * np.nan, "ann", MODEL), "image_tokens must be finite"),
+    "constants": (
+        lambda: U.fusion(PREFIX, W, FUSE._replace(constants=PREFIX[0, :0]), num_heads=2),
+        r"params\.constants must hold at least one",
+    ),
+    "nan_prefix": (
+        lambda: U.generate_caption(PREFIX[0] * np.nan, LM, num_heads=2, max_len=2),
+        "prefix must be finite",
+    ),
+    "no_candidate": (
+        lambda: U.beam_search(lambda _, t: np.full((1, 3), np.nan), None, beam=2, max_len=2),
+        "at least one logit that is finite",
+    ),
+    "no_ids": (lambda: U.user_context(["a"], lambda w: [], LM.wte, 2), "encode give every word an id"),
+    "words_k": (lambda: U.user_context(["a"], lambda w: [1], LM.wte, -1), "k must not be negative"),
+    "other_user": (
+        lambda: U.train_captioner(MODEL, (X, ["bob"], IDS, MASK), steps=1, seed=0),
+        r"users must be among the model's 1, got \['bob'\]",
+    ),
     "docs": (lambda: U.user_tfidf([]), "at least one document"),
     "norm": (lambda: U.user_tfidf(["a"], norm="l1"), 'norm must be "l2" or None'),
     "words": (lambda: U.user_words(np.ones((1, 3)), ["a", "b"], 1), r"weights\.shape\[1\] = 3"),
