@@ -82,10 +82,16 @@ def transformer_graph(config: TargetConfig, *, cutoff=50) -> Graph:
     """The graph of a ViT or a GPT-2 (its head untied), nodes in forward order.
 
     Edges: a chain, the residual ones, and input to positions in GPT-2. Activations have no node, and a norm's
-    scale and bias share one. Raises: ValueError for another kind.
+    scale and bias share one. Raises: ValueError for another kind, or sizes that do not fit.
     """
     c, d, nodes, extra = config, config.dim, [("input", None, ())], []
+    if min(d, c.num_heads) < 1 or c.depth < 0 or d % c.num_heads:
+        raise ValueError(
+            f"num_heads must divide dim, depth be 0 or more, got {c.num_heads}, dim={d}, {c.depth}"
+        )
     if c.kind == "vit":
+        if c.patch < 1 or c.image_size % c.patch:
+            raise ValueError(f"patch must divide image_size={c.image_size}, got {c.patch}")
         tokens = 1 + (c.image_size // c.patch) ** 2
         nodes += [("conv", (d, c.channels, c.patch, c.patch), ("w_patch",)), ("bias", (d,), ("b_patch",)),
                   ("pos_enc", (1, tokens, d), ("pos_embed",))]  # fmt: skip
@@ -115,7 +121,8 @@ def transformer_graph(config: TargetConfig, *, cutoff=50) -> Graph:
     if c.kind == "vit":
         nodes.append(("bias", (head,), ("b_head",)))
     adj = np.eye(len(nodes), k=1, dtype=np.int64)
-    adj[tuple(np.array(extra).T)] = 1
+    for start, end in extra:
+        adj[start, end] = 1
     op, shapes, names = zip(*nodes, strict=True)
     return Graph(np.array([OPS.index(o) for o in op]), shapes, virtual_edges(adj, cutoff=cutoff), names)
 

@@ -173,8 +173,9 @@ def low_rank_decode_backward(z, params: LowRankParams, dw, *, shape, rank):
 def predict_parameters(graph: Graph, params: GHNParams, config: GHNConfig):
     """{name: array} for every parameter of the graph, in the layout [out, in] of its shapes.
 
-    Tensors larger than the decoder's K rows are tiled; embeddings and positions are not scaled (norm "std"
-    scales all). Raises: ValueError for an unknown operation, and as the functions it calls.
+    Tensors larger than the decoder's K rows are tiled, as is the bias of more classes than the hypernetwork's.
+    Embeddings and positions are not scaled (norm "std" scales all).
+    Raises: ValueError for an unknown operation, and as the functions it calls.
     """
     z = _encode(graph, params, config)[-1]
     depth, found = int(np.sum(graph.op == OPS.index("msa"))), {}
@@ -219,9 +220,11 @@ def train_ghn(params: GHNParams, pool, data, *, steps, seed, config: GHNConfig, 
         raise ValueError(
             f"need steps, meta_batch and batch >= 1 and a pool, got {steps=}, {meta_batch=}, {batch=}"
         )
+    rows = len(data[1]) if isinstance(data, tuple) else len(data)
+    if rows < 1:
+        raise ValueError("data must hold at least one example")
     rng, state, history = np.random.default_rng(seed), adam_init(params), []
     graphs = [transformer_graph(c) for c in pool]
-    rows = len(data[1]) if isinstance(data, tuple) else len(data)
     for step in range(steps):
         pick, at = rng.integers(0, len(pool), meta_batch), rng.integers(0, rows, batch)
         part = tuple(x[at] for x in data) if isinstance(data, tuple) else data[at]
@@ -349,7 +352,7 @@ def _raw(z, params, config, name, row, shape):
         return tile_params(w, shape=shape[-2:] if len(shape) == 3 else shape).reshape(shape)
     p, (_, halves) = params.vectors, _vector(z, params.vectors)
     if name == "b_head":
-        return linear(relu(halves[1]), p.w_class, p.b_class)
+        return tile_params(linear(relu(halves[1]), p.w_class, p.b_class), shape=shape)
     return tile_params(halves[row], shape=shape)
 
 
@@ -367,7 +370,8 @@ def _raw_backward(z, params, config, name, row, shape, draw, decoder, vectors):
         return dz[0]
     p, (hidden, halves), d = params.vectors, _vector(z, params.vectors), np.zeros((2, len(z) // 2))
     if name == "b_head":
-        dhalf, dw, db = linear_vjp(relu(halves[1:]), p.w_class, draw[None])
+        dclass = tile_params_backward(p.b_class, draw, shape=shape)
+        dhalf, dw, db = linear_vjp(relu(halves[1:]), p.w_class, dclass[None])
         d[1] = dhalf[0] * (halves[1] > 0)
         vectors.w_class[...] += dw
         vectors.b_class[...] += db

@@ -45,6 +45,7 @@ EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
 SMALL = GHNConfig(rank=3, dim=8, layers=2, heads=2, num_classes=10, K=48)
 VIT, GPT = TargetConfig("vit", 8, 1, 2), TargetConfig("gpt", 8, 1, 2, vocab=60, context=6)
+FEW, MANY = (TargetConfig("vit", 8, 1, 2, num_classes=n) for n in (3, 25))  # the hypernetwork has 10
 
 
 def ghn(seed=0, config=SMALL):
@@ -250,12 +251,14 @@ def law_logah_groups_hold_what_they_stand_for(n):
 
 
 def law_logah_fills_every_parameter_once():
-    for target, extra in ((VIT, 8), (GPT, 0)):
+    for target, extra in ((FEW, 8), (MANY, 8), (VIT, 8), (GPT, 0)):
         for config in (SMALL, GHNConfig(3, 8, 2, 2, 10, 48, vectors=False)):
             graph = transformer_graph(target)
             got = predict_parameters(graph, ghn(config=config), config)
             names = [n for node in graph.names for n in node]
             assert sorted(got) == sorted(names)
+            for node, shape in zip(graph.names, graph.shapes, strict=True):
+                assert all(got[n].shape == shape for n in node)
             assert len(set(names)) == len(names)
             net = as_vit(got, target, np.zeros(8)) if extra else as_gpt(got, target)
             head = 0 if extra else 60 * 8
@@ -270,14 +273,16 @@ def law_logah_fills_every_parameter_once():
     assert vit_forward(np.ones((2, 8, 8, 1)), net, num_heads=2).shape == (2, 10)
 
 
-@given(seeds, st.sampled_from(("fan_in", "gpt2", "std")), st.booleans(), st.sampled_from((VIT, GPT)))
+@given(
+    seeds, st.sampled_from(("fan_in", "gpt2", "std")), st.booleans(), st.sampled_from((VIT, FEW, MANY, GPT))
+)
 def law_logah_gradient_reaches_the_hypernetwork(seed, norm, vectors, target):
     """The loss of the filled network, along one direction of all weights of the hypernetwork."""
     rng = np.random.default_rng(seed)
     config = GHNConfig(3, 8, 1, 2, 10, 48, norm=norm, vectors=vectors)
     params, graph, token = ghn(seed, config), transformer_graph(target), rng.standard_normal(8)
-    images = rng.standard_normal((3, 8, 8, 1)), np.array([0, 7, 2])
-    batch = images if target is VIT else rng.integers(0, 60, (2, 6))
+    images = rng.standard_normal((3, 8, 8, 1)), np.array([0, 7, 2]) % target.num_classes
+    batch = rng.integers(0, 60, (2, 6)) if target is GPT else images
     loss = lambda p: target_loss(predict_parameters(graph, p, config), target, batch, token)
     _, grads = loss(params)
     dp = predict_parameters_backward(graph, params, config, grads)

@@ -69,6 +69,19 @@ BAD = {
     "dim": (lambda: L.init_ghn(RNG, L.GHNConfig(dim=10, heads=2)), "multiple of 4"),
     "dim_heads": (lambda: L.init_ghn(RNG, L.GHNConfig(dim=12, heads=8)), "heads=8"),
     "target": (lambda: L.transformer_graph(L.TargetConfig("mlp", 8, 1, 2)), "kind must be"),
+    "target_heads": (
+        lambda: L.transformer_graph(L.TargetConfig("vit", 8, 1, 3)),
+        "num_heads must divide dim",
+    ),
+    "target_depth": (lambda: L.transformer_graph(L.TargetConfig("gpt", 8, -1, 2)), "depth be 0 or more"),
+    "patch": (
+        lambda: L.transformer_graph(L.TargetConfig("vit", 8, 1, 2, image_size=9)),
+        "patch must divide image_size=9",
+    ),
+    "no_data": (
+        lambda: L.train_ghn(GHN, [VIT], (X[:0], X[:0]), steps=1, seed=0, config=CONFIG),
+        "at least one example",
+    ),
     "op": (
         lambda: L.predict_parameters(replace(GRAPH, op=GRAPH.op + 15), GHN, CONFIG),
         r"operations 0\.\.14",
@@ -85,8 +98,10 @@ def test_logah_rejects_bad_input(name):
 
 
 def test_logah_edges():
-    """A graph of one node, a fully masked graph and an empty batch are what the formula says."""
+    """A graph of one node or without blocks, a fully masked one, and an empty batch are as the formula says."""
     assert L.virtual_edges(np.zeros((1, 1), int)).tolist() == [[0]]
+    bare = L.transformer_graph(replace(VIT, depth=0))
+    np.testing.assert_array_equal(bare.edges == 1, np.eye(len(bare.op), k=1, dtype=bool))
     padded = L.graphormer(X, E, ~M, GHN.encoder, num_heads=2)
     # all start at 0 and attend alike; the rows of a product may round apart
     np.testing.assert_allclose(padded[0, 0], padded[0, 2], rtol=0, atol=1e-14)
