@@ -173,7 +173,7 @@ def low_rank_decode_backward(z, params: LowRankParams, dw, *, shape, rank):
 def predict_parameters(graph: Graph, params: GHNParams, config: GHNConfig):
     """{name: array} for every parameter of the graph, in the layout [out, in] of its shapes.
 
-    Tensors larger than the decoder's K rows are tiled, as is the bias of more classes than the hypernetwork's.
+    Tensors larger than the decoder's K rows are tiled, as is a bias of more classes than the hypernetwork's.
     Embeddings and positions are not scaled (norm "std" scales all).
     Raises: ValueError for an unknown operation, and as the functions it calls.
     """

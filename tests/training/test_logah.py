@@ -98,7 +98,7 @@ def test_logah_rejects_bad_input(name):
 
 
 def test_logah_edges():
-    """A graph of one node or without blocks, a fully masked one, and an empty batch are as the formula says."""
+    """A graph of one node or without blocks, one fully masked, and an empty batch: as the formula says."""
     assert L.virtual_edges(np.zeros((1, 1), int)).tolist() == [[0]]
     bare = L.transformer_graph(replace(VIT, depth=0))
     np.testing.assert_array_equal(bare.edges == 1, np.eye(len(bare.op), k=1, dtype=bool))
