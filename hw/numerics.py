@@ -186,7 +186,6 @@ _ELEMENTWISE = {
     "shift_right_arithmetic": _shift(_right_arithmetic),
     "is_finite": np.isfinite,
     "square": lambda x: x * x,
-    "one_minus_square": lambda x: (1 + x) * (1 - x),
     "div": _div,
     "rem": _rem,
     "reciprocal": lambda x: np.ones((), x.dtype) / x,

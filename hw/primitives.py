@@ -76,7 +76,6 @@ KNOWN = (
     | DMA
     | {
         "integer_pow",
-        "one_minus_square",
         "sort",
         "top_k",
         "dot_general",
@@ -102,8 +101,6 @@ def rule(prim, ins, outs, attrs):
         return "elementwise", ElementwiseDims(size, max(y - 1, 0).bit_length(), cls)
     if prim in ONE_OP:
         return "elementwise", ElementwiseDims(size, 1, cls)
-    if prim == "one_minus_square":
-        return "elementwise", ElementwiseDims(size, 3, cls)  # (1 + x) (1 - x)
     if prim in INDEX_ONLY:
         return "elementwise", ElementwiseDims(size, 0, "index")
     if prim in ("dot_general", "ragged_dot_general"):

@@ -56,8 +56,8 @@ def systolic_cycles(m, n, k, *, rows, cols, dataflow="os", drain=False) -> Systo
 def dram_words(m, n, k, *, rows, cols, dataflow="os", sram_words=None) -> tuple[int, int, int]:
     """Words of a, b and the result that cross the chip's border, folds taken in the better of both orders.
 
-    An operand that fits into its memory of sram_words (None: no limit) comes once; of one that does not, the
-    panel of the outer loop's fold stays and the other operand comes again for every fold of it.
+    An operand that fits into its memory of sram_words (None: no limit) comes once. With outputs that stay, so
+    does one whose panel of the outer loop's fold fits; the other comes again for every fold unless it fits.
     Partial sums of ws and is leave and return for every fold of k but the first where they do not fit.
     """
     _check(m, n, k, rows, cols, dataflow)
@@ -66,7 +66,7 @@ def dram_words(m, n, k, *, rows, cols, dataflow="os", sram_words=None) -> tuple[
     a = 1 if fits(m * k) else count.a_reads // (m * k)
     b = 1 if fits(n * k) else count.b_reads // (n * k)
     panel_a, panel_b = fits(min(rows, m) * k), fits(k * min(cols, n))  # os: a panel is all of k
-    if dataflow == "os" and a > 1 and b > 1 and (panel_a or panel_b):
+    if dataflow == "os" and (panel_a or panel_b):
         orders = [(1, b)] * panel_a + [(a, 1)] * panel_b
         a, b = min(orders, key=lambda x: x[0] * m + x[1] * n)
     out = m * n

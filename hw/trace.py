@@ -7,6 +7,7 @@ output are removed.
 
 import dataclasses
 import inspect
+from functools import partial, reduce
 from math import prod
 
 import jax
@@ -48,6 +49,13 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "composite": "jaxpr",
     "run_state": "jaxpr",
+}
+# Primitives that stand for others: written out here, so that nothing behind the tracer needs to know them.
+_COMPOSITES = {
+    "one_minus_square": lambda x: (1 + x) * (1 - x),
+    "polynomial": lambda x, *c, unroll=None: reduce(
+        lambda total, a: jax.lax.add(jax.lax.mul(total, x), a), c[-2::-1], c[-1]
+    ),
 }
 _EFFECTS = ("pure_callback", "io_callback", "debug_callback", "debug_print", "infeed", "outfeed")
 _FOLDS = ("transpose", "reshape", "squeeze", "expand_dims")  # of weights: done once, before the program runs
@@ -248,6 +256,11 @@ class _Tracer:
             outs = self.run(jaxpr, env, below, ops, again)
             self.at = before
             return outs
+        if name in _COMPOSITES:
+            meant = partial(_COMPOSITES[name], **params)
+            inner = jax.make_jaxpr(meant)(*(v.aval for v in eqn.invars))
+            env = dict(zip(inner.jaxpr.invars, args, strict=True))
+            return self.run(inner.jaxpr, env, here, ops, recompute)
         structured = {
             "scan": self.scan,
             "while": self.while_loop,

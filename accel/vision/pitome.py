@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from accel.blocks.attention import attention_dense, join_heads
+from accel.blocks.backend import choose_impl
 from accel.blocks.merging import (
     MODES,
     MergePlan,
@@ -240,17 +241,8 @@ def _forward(img, params, groups, cfg, method, ratio, r, impl, interpret):
 
 def _choose(impl, interpret):
     """The implementation of the energy: auto is xla, since similarities of T <= 577 tokens fit a cache."""
-    if impl not in ("auto", "xla", "hopper", "triton", "tpu"):
-        raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
-    if impl == "hopper":
-        raise NotImplementedError(
-            'no impl="hopper": tiles of 64 x 64 do not feed its tensor cores; use "triton"'
-        )
-    if impl == "triton" and not interpret and jax.default_backend() != "gpu":
-        raise NotImplementedError(f'impl="triton" needs a GPU, and JAX runs on {jax.default_backend()}')
-    if impl == "tpu" and not interpret and jax.default_backend() != "tpu":
-        raise NotImplementedError(f'impl="tpu" needs a TPU, and JAX runs on {jax.default_backend()}')
-    return "xla" if impl == "auto" else impl
+    why = 'does not exist: tiles of 64 x 64 do not feed its tensor cores; use "triton"'
+    return choose_impl(impl, interpret=interpret, obstacles={"hopper": why})
 
 
 def _energy(metric, margin, alpha, paper_form, impl, interpret, block_t=None):

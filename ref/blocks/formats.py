@@ -62,7 +62,7 @@ def dequantize(raw, *, kind):
     weights, size = block_of(kind)
     raw = np.asarray(raw)
     check_raw(raw, kind)
-    blocks = raw.reshape(*raw.shape[:-1], -1, size)
+    blocks = raw.reshape(*raw.shape[:-1], raw.shape[-1] // size, size)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite or NaN: so are its weights
         values = _DECODE[kind](blocks)
     return values.reshape(*raw.shape[:-1], raw.shape[-1] // size * weights)
@@ -90,11 +90,11 @@ def quantize(w, *, kind):
     w = np.asarray(w, np.float32)
     if not w.ndim:
         raise ValueError("w must have at least one axis")
-    row_bytes(w.shape[-1], kind)
+    size = row_bytes(w.shape[-1], kind)
     if not np.isfinite(w).all():
         raise ValueError("w must be finite")
-    blocks = w.reshape(*w.shape[:-1], -1, BLOCKS[kind][0])
-    return np.ascontiguousarray(_ENCODE[kind](blocks)).reshape(*w.shape[:-1], -1)
+    blocks = w.reshape(*w.shape[:-1], w.shape[-1] // BLOCKS[kind][0], BLOCKS[kind][0])
+    return np.ascontiguousarray(_ENCODE[kind](blocks)).reshape(*w.shape[:-1], size)
 
 
 # Decoders: blocks uint8 [..., blocks, bytes] -> float32 [..., blocks, weights].

@@ -130,7 +130,7 @@ def quantized_matvec(raw, x, *, kind):
     dims(x=(x, f"... {blocks * weights}"))
     x = float64(x)
     y = np.zeros((*x.shape[:-1], len(raw)))
-    for b in range(blocks if len(raw) else 0):  # a matrix without rows has no block to decode
+    for b in range(blocks):
         w = dequantize(raw[:, b * size : (b + 1) * size], kind=kind)  # [R, weights of a block]
         y = y + x[..., b * weights : (b + 1) * weights] @ float64(w).T
     return y

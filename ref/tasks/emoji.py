@@ -42,14 +42,3 @@ def load_emoji(folder) -> Emoji:
     subgroups = tuple(sorted({e["subcategory"] for e in index}))
     at = lambda names, key: np.array([names.index(e[key]) for e in index])
     return Emoji(images, at(groups, "category"), at(subgroups, "subcategory"), groups, subgroups)
-
-
-def resize_bilinear(images, side):
-    """Images [..., H, H, C] -> [..., side, side, C] float64; pixel centres at (i + 1/2) H / side - 1/2."""
-    n = images.shape[-3]
-    at = np.clip((np.arange(side) + 0.5) * n / side - 0.5, 0, n - 1)
-    low = np.minimum(at.astype(int), max(n - 2, 0))
-    w = np.zeros((side, n))
-    w[np.arange(side), low] = 1 - (at - low)
-    w[np.arange(side), np.minimum(low + 1, n - 1)] += at - low
-    return np.einsum("yh,...hwc,xw->...yxc", w, images, w, optimize=True)

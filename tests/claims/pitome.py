@@ -52,6 +52,7 @@ FILES = (
     "accel/blocks/merging.py",
     "ref/models/dinov2.py",
     "ref/models/minilm.py",
+    "ref/blocks/resize.py",
     "ref/tasks/emoji.py",
     "ref/metrics.py",
     "tests/claims/pitome.py",
@@ -237,9 +238,10 @@ def spectra(keys, ratios):
 
 def vision(per_group, side, ratios, batch, spectral_images):
     """Every method on emoji: accuracy, recall, cosine with no merging, multiply-accumulates, and spectra."""
+    from ref.blocks.resize import resize_bilinear
     from ref.fetch import fetch
     from ref.models.dinov2 import load_dinov2, normalize_images
-    from ref.tasks.emoji import load_emoji, resize_bilinear
+    from ref.tasks.emoji import load_emoji
 
     emoji = load_emoji(fetch("emoji"))
     params = jax.tree.map(jnp.asarray, load_dinov2(fetch("dinov2"), image_size=side))

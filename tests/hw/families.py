@@ -241,5 +241,3 @@ CALLS = {
         )
     ],
 }
-if hasattr(lax, "one_minus_square"):  # JAX 0.12 on: the slope of tanh
-    CALLS["one_minus_square"] = [(lax.one_minus_square, (F,))]

@@ -112,7 +112,7 @@ def _room(op, args, want, eps):
     if op.prim in SUMS:
         terms, n = _terms(op, args, want)
         return n * eps * terms + eps * np.abs(want)  # 2 n 2^-24 = n eps in float32
-    ulps = 4 if op.prim in TRANSCENDENTAL or op.prim in ("integer_pow", "rem", "one_minus_square") else 1
+    ulps = 4 if op.prim in TRANSCENDENTAL or op.prim in ("integer_pow", "rem") else 1
     if op.prim == "erfc":
         # From |x| = 1 on it is exp(-x^2) (1/x) p(1/x^2): the ulps of any exponential, x^2 2^-24 for the
         # rounded x^2, and half an ulp each for 1/x, p's last step and two products. Below: 1 - erf(x).

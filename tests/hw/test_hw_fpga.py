@@ -1,7 +1,6 @@
 """The FPGA target: stored cross-checks, arithmetic bit for bit, prices, refusals, designs searched."""
 
 import json
-import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -400,10 +399,8 @@ def test_hw_fpga_presets_by_name(tmp_path):
 
 # Emitted hardware
 
-needs_iverilog = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed")
 
-
-@needs_iverilog
+@pytest.mark.tools
 @pytest.mark.parametrize(
     ("m", "n", "k", "rows", "cols", "drain"), [(5, 7, 3, 2, 3, False), (4, 3, 9, 4, 4, True)]
 )
@@ -422,7 +419,7 @@ def test_hw_fpga_emitted_array_runs_in_as_many_cycles(m, n, k, rows, cols, drain
     np.testing.assert_array_equal(got, executed)
 
 
-@needs_iverilog
+@pytest.mark.tools
 @pytest.mark.parametrize(("n", "d", "lanes"), [(9, 16, 4), (5, 8, 1)])
 def test_hw_fpga_emitted_attention_is_bit_for_bit(n, d, lanes):
     """Result, maximum and reciprocal sum; cycles of both passes; one key a step and each query once."""
@@ -435,7 +432,7 @@ def test_hw_fpga_emitted_attention_is_bit_for_bit(n, d, lanes):
     assert (keys, queries) == (hw.attention_steps(n, n, parallel=lanes), n)
 
 
-@needs_iverilog
+@pytest.mark.tools
 @pytest.mark.parametrize("flags", ["", "gelu", "gelu, queue, score"])
 def test_hw_fpga_emitted_linear_unit_is_bit_for_bit(flags):
     x, w, b, options, want = claims.layer(np.random.default_rng(4), 5, 6, 7, flags)

@@ -12,7 +12,7 @@ from ref.blocks import int8_ops as ops
 from ref.blocks.integer import quantize_multiplier, requantize
 
 CC = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(CC is None, reason="an optional extra: needs a C compiler")
+pytestmark = pytest.mark.tools
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from ref.blocks.resize import resize_bilinear
 from ref.fetch import fetch
 from ref.models.minilm import load_minilm, load_minilm_int8, load_tokenizer, sentence_vector
-from ref.tasks.emoji import load_emoji, resize_bilinear
+from ref.tasks.emoji import load_emoji
 from ref.tasks.similarity import load_lee, load_wordsim
 
 

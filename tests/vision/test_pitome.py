@@ -325,7 +325,7 @@ def test_pitome_host_functions_reject_bad_input():
 def test_pitome_impl_asked_by_name_runs_or_says_why_not():
     for impl, error, message in (
         ("cuda", ValueError, "impl must be"),
-        ("hopper", NotImplementedError, 'no impl="hopper"'),
+        ("hopper", NotImplementedError, "does not exist"),
         ("tpu", NotImplementedError, "needs a TPU"),
         ("triton", NotImplementedError, "needs a GPU"),
     ):
