@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hw.cli import _claims_table, _spec, main
+from hw.cli import main
+from hw.commands.price import spec
+from hw.commands.run import claims_table
 from ref.catalog import CATALOG
 
 ROOT = Path(__file__).parent.parent
@@ -157,15 +159,15 @@ def test_cli_refusals_are_one_clear_line(capsys, mine):
 
 
 def test_cli_shapes():
-    assert _spec("1x128x64:bfloat16") == ("bfloat16", (1, 128, 64))
-    assert _spec("7") == ("float32", (7,))
-    assert _spec(":int32") == ("int32", ())
+    assert spec("1x128x64:bfloat16") == ("bfloat16", (1, 128, 64))
+    assert spec("7") == ("float32", (7,))
+    assert spec(":int32") == ("int32", ())
 
 
 def test_cli_reads_the_claims_table_of_a_chapter():
     text = "# T\n\n## Claims\n\n| a | b |\n|---|---|\n| **one** | $2$ |\n\n## Next\n\n| x |\n|---|\n| y |\n"
-    assert _claims_table(text) == [["one", "2"]]
-    assert _claims_table("# no claims") == []
+    assert claims_table(text) == [["one", "2"]]
+    assert claims_table("# no claims") == []
 
 
 def test_cli_runs_as_a_module():
@@ -198,7 +200,7 @@ def test_cli_fetches(capsys, monkeypatch, tmp_path):
 
 def test_cli_new_writes_files_that_work(capsys, monkeypatch, tmp_path):
     """Templates compile, their example runs in both layers, and a second call overwrites nothing."""
-    monkeypatch.setattr("hw.cli.ROOT", tmp_path)
+    monkeypatch.setattr("hw.commands.new.ROOT", tmp_path)
     assert "no checkout" in refused(capsys, "new", "fresh_idea", "--part", "memory")
     (tmp_path / "tests").mkdir()
     (tmp_path / "ref").mkdir()
@@ -225,7 +227,7 @@ def test_cli_new_writes_files_that_work(capsys, monkeypatch, tmp_path):
 
 def test_cli_claims_without_a_checkout_say_where_to_look(capsys, monkeypatch, tmp_path):
     """The wheel has no docs: one line instead of a table."""
-    monkeypatch.setattr("hw.cli.ROOT", tmp_path)
+    monkeypatch.setattr("hw.commands.run.ROOT", tmp_path)
     _, out, _ = call(capsys, "run", "flash", *TARGETS)
     assert "docs/attention/flash.md" in plain(out)
     assert "40.3 GB" not in out
