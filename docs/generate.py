@@ -24,7 +24,9 @@ PLAN = {
     "language": "smollm2 verbatim_memory grokking mtm long_text_hack masked_multidomain",
     "devices": "pim_gpt edge_moe mcuformer melt",
 }
+START = ("notation", "attention", "numerics", "kernels", "costs", "agreement", "which", "paths", "recipes")
 HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "accelerators")
+REFERENCE = ("glossary", "claims", "sources")
 
 
 def chapter(t):
@@ -46,13 +48,17 @@ def table():
 
 
 def nav():
-    """The navigation: the parts and chapters in the catalogue's order, then the hardware chapters."""
-    lines = ["nav:", "  - Start: index.md"]
+    """The navigation: what to read first, the parts in the catalogue's order, the hardware, what to look up."""
+    there = lambda folder, names: [
+        f"      - {folder}/{n}.md" for n in names if (ROOT / "docs" / folder / f"{n}.md").exists()
+    ]
+    lines = ["nav:", "  - Start:", "      - index.md", *there("start", START)]
     for part in PARTS:
         if here := [t.slug for t in CATALOG if t.part == part and chapter(t).exists()]:
             lines += [f"  - {part.capitalize()}:", *(f"      - {part}/{slug}.md" for slug in here)]
-    if pages := [p for p in HARDWARE if (ROOT / "docs" / "hw" / f"{p}.md").exists()]:
-        lines += ["  - Hardware:", *(f"      - hw/{p}.md" for p in pages)]
+    for title, folder, names in (("Hardware", "hw", HARDWARE), ("Reference", "start", REFERENCE)):
+        if pages := there(folder, names):
+            lines += [f"  - {title}:", *pages]
     return "\n".join(lines)
 
 

@@ -1,0 +1,84 @@
+"""What the opening pages of the book compute and draw; their fences import it from here.
+
+Everything follows from the catalogue, from the sources of `ref` and from the chapters, so that the pages cannot lag
+behind them.
+"""
+
+import re
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_SPEC = re.compile(r'\(\s*[\w.\[\]]+,\s*f?"((?:\.\.\. )?[A-Za-z0-9_ ]+)"\s*\)')
+
+
+# Axis letters of the shape strings, one meaning each outside the chapters that say otherwise.
+LETTERS = {
+    "B": "batch: independent examples",
+    "H": "heads of the queries",
+    "Hkv": "heads of keys and values; $H$ is a multiple of it",
+    "L": "queries, or tokens of a sequence",
+    "S": "keys and values",
+    "D": "head size, or width of a layer",
+    "Dv": "head size of the values",
+    "C": "chunk of tokens; channels of a map",
+    "N": "state size of a recurrence; tokens of an image",
+    "T": "steps in time",
+    "V": "vocabulary",
+    "F": "hidden width of an MLP",
+    "E": "experts; width of an embedding",
+    "M": "landmarks, slots or kept tokens",
+    "K": "inner axis of a product",
+    "...": "any leading axes, equal in all arrays that have them",
+}
+
+
+class Figure:
+    """A drawing in the text's own colour, so that it serves a light and a dark page: print(Figure(..))."""
+
+    def __init__(self, width, height, title, caption, size=14):
+        self.head = width, height, title, caption, size
+        self.parts = []
+
+    def line(self, x1, y1, x2, y2, **style):
+        return self._add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, **style})
+
+    def path(self, points, **style):
+        style = {"stroke_width": 2, **style}
+        return self._add("polyline", {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), **style})
+
+    def box(self, x, y, width, height, shade=0.0, **style):
+        style = {"fill": "currentColor" if shade else "none", "fill_opacity": shade or None, **style}
+        return self._add("rect", {"x": x, "y": y, "width": width, "height": height, **style})
+
+    def dot(self, x, y, r=4, **style):
+        return self._add("circle", {"cx": x, "cy": y, "r": r, "fill": "currentColor", **style})
+
+    def text(self, x, y, words, anchor="start", **style):
+        style = {"fill": "currentColor", "stroke": "none", "text_anchor": anchor, **style}
+        return self._add("text", {"x": x, "y": y, **style}, escape(str(words)))
+
+    def _add(self, tag, attributes, inside=""):
+        show = lambda v: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) and abs(v) >= 1 else v
+        pairs = " ".join(f'{k.replace("_", "-")}="{show(v)}"' for k, v in attributes.items() if v is not None)
+        self.parts.append(f"<{tag} {pairs}>{inside}</{tag}>")
+        return self
+
+    def __str__(self):
+        width, height, title, caption, size = self.head
+        name = "fig-" + re.sub(r"\W+", "-", title.lower())[:40].strip("-")
+        return (
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}" fill="none" '
+            f'stroke="currentColor" font-size="{size}" style="width: 100%; max-width: {width}px">'
+            f'<title id="{name}">{escape(title)}</title>{"".join(self.parts)}</svg>'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+
+def axis_letters(folder="ref"):
+    """{axis letter: number of files that bind it in a shape string}, read from the sources."""
+    found = Counter()
+    for path in (ROOT / folder).rglob("*.py"):
+        found.update({axis for spec in _SPEC.findall(path.read_text()) for axis in spec.split()})
+    return found
