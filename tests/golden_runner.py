@@ -1,8 +1,9 @@
 """One runner for every golden file: a case says which function to call, with what, and what must come out.
 
 `@golden("flash")` parametrises a test with the cases of flash.npz; `run(case, ref.flash)` calls the case's
-function in
-that module and compares every output. The folder is $TRIPTYCH_GOLDEN, tests/golden unless set.
+function in that module and compares every output. `@graded` takes the cases that store gradients, and
+`run_backward` compares these with the backward pass that ref writes out. The folder is $TRIPTYCH_GOLDEN,
+tests/golden unless set.
 """
 
 import dataclasses
@@ -66,7 +67,19 @@ def golden(slug, *, needs=None, only=None):
     """Parametrise a test with the cases of a slug; `only` keeps the functions a layer has (accel: the core
     ones).
     """
-    chosen = [c for c in cases(slug, needs=needs) if only is None or c.meta["fn"] in only]
+    return _parametrize(slug, [c for c in cases(slug, needs=needs) if only is None or c.meta["fn"] in only])
+
+
+def graded(slug, *, only=None, always=()):
+    """Parametrise a test with the cases that store gradients, of the functions in `only` if given.
+
+    Every case of a function in `always` counts, so that the test fails if one stores none.
+    """
+    kept = lambda meta: meta["fn"] in always or (meta.get("grads") and (only is None or meta["fn"] in only))
+    return _parametrize(slug, [c for c in cases(slug) if kept(c.meta)])
+
+
+def _parametrize(slug, chosen):
     return pytest.mark.parametrize("case", chosen, ids=[f"{slug}-{c.name}-{c.meta['fn']}" for c in chosen])
 
 
@@ -107,6 +120,61 @@ def run(case, module, *, build=None, outs=None):
     compare(case, outs(case, result) if outs else result)
 
 
+def backward(case, module, *, build=None, **options):
+    """{argument: gradient} of a case, by the hand-written backward pass of its function in a ref module.
+
+    That is `<fn>_backward`, `<fn>_vjp` or `<fn>_bwd`. Its parameters that the forward pass does not know are
+    the cotangents, in the order of the outputs: what is not given weighs 0, and an output without a parameter
+    must have no weight. It returns the gradients of the float arguments in their order, or by name. options:
+    more for the backward pass alone.
+    """
+    name = case.meta["fn"]
+    ends = [end for end in ("_backward", "_vjp", "_bwd") if hasattr(module, name + end)]
+    assert ends, f"{name} has no backward pass"
+    back = getattr(module, name + ends[0])
+    forward, known = (inspect.signature(f).parameters for f in (getattr(module, name), back))
+    args = call_args(case, getattr(module, name), build)
+    given = {n: args.get(n) for n, p in known.items() if n in args or (n in forward and p.default is p.empty)}
+    outs = case.meta["outs"]
+    outs = list(outs.values() if isinstance(outs, dict) else outs)
+    weights = case.meta["cotangents"]
+    taken = [n for n in known if n not in forward and n not in options][: len(weights)]
+    assert not any(weights[len(taken) :]), f"{name}: an output with a cotangent has no way back"
+    arrays = [
+        case[key] if key is not None else None if out is None else np.zeros(case[out].shape)
+        for key, out in zip(weights, outs, strict=True)
+    ]
+    cotangents = dict(zip(taken, arrays, strict=False))
+    grads = back(**given, **cotangents, **options)
+    if isinstance(grads, dict):
+        return grads
+    floats = [n for n in known if n in given and _floats_in(given[n])]
+    if not isinstance(grads, tuple) or (len(floats) == 1 and hasattr(grads, "_fields")):
+        grads = (grads,)
+    return grads._asdict() if hasattr(grads, "_fields") else dict(zip(floats, grads, strict=False))
+
+
+def compare_gradients(case, grads, *, but=(), at=None):
+    """Compare {argument: gradient} with the gradients that the case stores, but those at the paths `but`.
+
+    at: a function from (grads, names of the path) to the array in the golden's layout, where looking the
+    names up does not do.
+    """
+    for path, key in case.meta["grads"].items():
+        if path not in but:
+            _check(case, key, (at or look_up)(grads, path.split(".")))
+
+
+def run_backward(case, module, *, build=None, outs=None, **options):
+    """Compare the gradients that the case stores with those of `backward`.
+
+    outs: {argument: function from its gradient to the golden's layout}, where the house layout differs.
+    """
+    grads = backward(case, module, build=build, **options)
+    shown = {name: show(grads[name]) for name, show in (outs or {}).items() if name in grads}
+    compare_gradients(case, {**grads, **shown})
+
+
 def run_accel(case, module, *, build=None, outs=None, x64=False, options=None, slack=1.0):
     """The same in accel, with gradients: float32, or float64 under x64.
 
@@ -143,7 +211,7 @@ def run_accel(case, module, *, build=None, outs=None, x64=False, options=None, s
             (_, result), grads = both(leaves)
             compare(case, result, least=tol)
             for path, key in case.meta["grads"].items():
-                _check(case, key, _at(grads, path.split(".")), least=tol)
+                _check(case, key, look_up(grads, path.split(".")), least=tol)
 
 
 def compare(case, result, *, least=None):
@@ -252,7 +320,8 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _at(tree, path):
+def look_up(tree, path):
+    """What stands in a tree at a path of field names, keys and numbers."""
     for part in path:
         if isinstance(tree, dict):
             tree = tree[part]
@@ -265,6 +334,15 @@ def _plain(x):
     if hasattr(x, "tolist"):
         return x.tolist()
     return [_plain(v) for v in x] if isinstance(x, tuple | list) else x
+
+
+def _floats_in(tree):
+    """Whether a tree holds an array of floats; numbers are options, not something to differentiate."""
+    if isinstance(tree, dict | tuple):
+        return any(map(_floats_in, tree.values() if isinstance(tree, dict) else tree))
+    if dataclasses.is_dataclass(tree):
+        return any(_floats_in(getattr(tree, f.name)) for f in dataclasses.fields(tree))
+    return _is_float(tree)
 
 
 def _is_array(x):

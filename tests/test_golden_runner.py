@@ -1,11 +1,12 @@
 """The golden runner builds parameter trees of the annotated classes."""
 
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import numpy as np
 import pytest
 
-from tests.golden_runner import Case, call_args
+from tests.golden_runner import Case, call_args, run_backward
 
 
 class Branch(NamedTuple):
@@ -54,3 +55,39 @@ def test_golden_runner_builds_pairs_stages_and_none():
 def test_golden_runner_refuses_a_tree_without_a_class():
     with pytest.raises(TypeError, match="no class to build"):
         built({"blocks": [], "branches": {"w": "w"}})
+
+
+def scaled(x, scale):
+    return scale * x, scale
+
+
+def scaled_bwd(do, x, scale):
+    return do * scale, np.sum(do * x)
+
+
+def scaled_vjp(x, scale, do, dscale):
+    return do * scale, np.sum(do * x) + dscale
+
+
+def gradient_case(grad, cotangents):
+    meta = {"fn": "scaled", "args": {"x": "x", "scale": "scale"}, "kwargs": {}, "dtype": "float64"}
+    meta |= {"outs": ["x", "scale"], "cotangents": cotangents, "grads": {"scale": "g"}, "tol": {"g": "exact"}}
+    arrays = {"x": np.ones(2), "scale": np.array(3.0), "do": np.array([2.0, 4.0]), "g": np.array(grad)}
+    return Case("case0", meta, arrays)
+
+
+@pytest.mark.parametrize("backward", [{"scaled_vjp": scaled_vjp}, {"scaled_bwd": scaled_bwd}])
+def test_golden_runner_finds_cotangents_by_name(backward):
+    module = SimpleNamespace(scaled=scaled, **backward)
+    run_backward(gradient_case(6.0, ["do", None]), module)
+    with pytest.raises(AssertionError, match="scaled: g"):
+        run_backward(gradient_case(7.0, ["do", None]), module)
+
+
+def test_golden_runner_refuses_a_cotangent_without_a_way_back():
+    with pytest.raises(AssertionError, match="no way back"):
+        run_backward(
+            gradient_case(6.0, ["do", "scale"]), SimpleNamespace(scaled=scaled, scaled_bwd=scaled_bwd)
+        )
+    with pytest.raises(AssertionError, match="no backward pass"):
+        run_backward(gradient_case(6.0, ["do", None]), SimpleNamespace(scaled=scaled))

@@ -7,7 +7,7 @@ import ref
 from ref.blocks.transformer import QKVParams
 from tests.attention import laws_attention_pruning
 from tests.attention.house import to_golden, to_house
-from tests.golden_runner import call_args, cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_attention_pruning))
@@ -19,22 +19,10 @@ def test_attention_pruning_golden_ref(case):
     run(case, ref.attention_pruning, build=BUILD)
 
 
-LAYERS = [c for c in cases("attention_pruning") if c.meta["fn"] == "pruned_self_attention"]
-LAYERS = [c for c in LAYERS if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", LAYERS, ids=[f"attention_pruning-{c.name}" for c in LAYERS])
+@graded("attention_pruning", only=("pruned_self_attention",))
 def test_attention_pruning_golden_layer_gradients(case):
     """The stored gradients of x and the maps against the hand-written backward pass."""
-    args = call_args(case, ref.attention_pruning.pruned_self_attention, BUILD)
-    args.pop("return_probs", None)
-    do = case[case.meta["cotangents"][0]]
-    x, params, keep = (args.pop(n) for n in ("x", "params", "keep_mask"))
-    dx, dparams = ref.attention_pruning.pruned_self_attention_vjp(x, params, keep, do, **args)
-    got = {"x": dx, **{f"params.{n}": g for n, g in to_golden(dparams).items()}}
-    for path, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[path], case[key], rtol=rtol, atol=atol, err_msg=path)
+    run_backward(case, ref.attention_pruning, build=BUILD, outs={"params": to_golden})
 
 
 M = ref.attention_pruning

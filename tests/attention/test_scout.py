@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import ref
-from ref.blocks.optim import tree_map
 from tests.attention import laws_scout
-from tests.golden_runner import golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_scout))
@@ -38,39 +37,23 @@ def test_scout_golden_ref(case):
 
 
 def stored(grads):
-    """{dotted name: gradient} of a ScoutBlock, in the layout of the file."""
+    """A ScoutBlock of gradients, in the layout of the file."""
     out = {}
     for field, value in grads._asdict().items():
         if isinstance(value, np.ndarray):
             out[field] = value
         elif isinstance(value, S.MambaParams):
             names = "in_w conv_w conv_b x_w dt_w dt_b a_log d out_w".split()
-            out |= {f"{field}.{n}": g if n == "a_log" else g.T for n, g in zip(names, value, strict=True)}
+            out[field] = {n: g if n == "a_log" else g.T for n, g in zip(names, value, strict=True)}
         else:
-            names = [
-                f"{n}_w" for n in ("qkvo" if isinstance(value, S.AttentionParams) else ("gate", "up", "down"))
-            ]
-            out |= {f"{field}.{n}": g.T for n, g in zip(names, value, strict=False)}
-    return {f"params.{n}": g for n, g in out.items()}
+            names = "qkvo" if isinstance(value, S.AttentionParams) else ("gate", "up", "down")
+            out[field] = {f"{n}_w": g.T for n, g in zip(names, value, strict=False)}
+    return out
 
 
-@golden("scout", only=("scout_block", "checkpoint_attention"))
+@graded("scout", only=("scout_block", "checkpoint_attention"))
 def test_scout_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward passes."""
-    if not case.meta.get("grads"):
-        return
-    options, dy = case.meta["kwargs"], case[case.meta["cotangents"][0]]
-    if case.meta["fn"] == "checkpoint_attention":
-        grads = S.checkpoint_attention_bwd(dy, *(case[case.meta["args"][n]] for n in "qkv"), **options)
-        got = dict(zip("qkv", grads, strict=True))
-    else:
-        raw = tree_map(lambda key: case[key], case.meta["args"]["params"])
-        options = {**options, "config": BUILD["config"](options["config"])}
-        dx, grads = S.scout_block_vjp(case[case.meta["args"]["x"]], block(raw), dy, **options)
-        got = {"x": dx, **stored(grads)}
-    for name, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
+    run_backward(case, S, build=BUILD, outs={"params": stored})
 
 
 CONFIG = S.ScoutConfig(8, 2, 1, 6, segment=3, window=4, state_size=3, dt_rank=1, vocab_size=7)

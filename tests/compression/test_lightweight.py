@@ -7,7 +7,7 @@ import ref
 from ref.blocks.conv import BN, ConvBN
 from ref.blocks.transformer import BlockParams
 from tests.compression import laws_lightweight
-from tests.golden_runner import call_args, cases, golden, run
+from tests.golden_runner import backward, compare_gradients, golden, graded, look_up, run
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_lightweight))
@@ -45,27 +45,20 @@ def test_lightweight_golden_ref(case):
     run(case, W, build={"params": house})
 
 
-TRAINED = [c for c in cases("lightweight") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", TRAINED, ids=[f"lightweight-{c.name}-{c.meta['fn']}" for c in TRAINED])
+@graded("lightweight")
 def test_lightweight_golden_backward(case):
     """The stored gradients of the forward cases against the backward passes written by hand."""
-    args = call_args(case, getattr(W, case.meta["fn"]), {"params": house})
-    x, params, (cotangent,) = args.pop("x"), args.pop("params"), case.meta["cotangents"]
-    dx, dparams = getattr(W, f"{case.meta['fn']}_vjp")(x, params, case[cotangent], **args)
-    grads = {"x": dx, "params": dparams}
+    grads = backward(case, W, build={"params": house})
+    compare_gradients(case, grads, at=lambda grads, names: field(case, grads, names))
+
+
+def field(case, grads, names):
+    """One gradient in the layout of the file, which stores a 1x1 kernel as a matrix."""
     renamed = {"scale": "gamma", "bias": "beta"}
-    for path, key in case.meta["grads"].items():
-        first, *rest = path.split(".")
-        got = grads[first]
-        for part in rest:
-            got = got[int(part)] if part.isdecimal() else getattr(got, renamed.get(part, part))
-        if rest and rest[-1].startswith("w_"):
-            got = got.T
-        got = got[:, :, 0, 0] if got.ndim == case[key].ndim + 2 else got  # a 1x1 kernel stored as a map
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
+    got = look_up(grads, [names[0], *(renamed.get(n, n) for n in names[1:])])
+    got = got.T if names[-1].startswith("w_") else got
+    stored = case[case.meta["grads"][".".join(names)]]
+    return got[:, :, 0, 0] if got.ndim == stored.ndim + 2 else got
 
 
 RNG = np.random.default_rng(0)

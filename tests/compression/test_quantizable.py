@@ -7,7 +7,7 @@ import ref
 from ref.blocks.quantize import RangeState
 from ref.blocks.transformer import init_block
 from tests.compression import laws_quantizable
-from tests.golden_runner import call_args, cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_quantizable))
@@ -29,21 +29,15 @@ def test_quantizable_golden_ref(case):
     run(case, Z, build={"params": parameters})
 
 
-LAYERS = [c for c in cases("quantizable") if c.meta["fn"] == "gated_self_attention"]
+def stored(d):
+    """GatedAttentionParams of gradients in the golden's layout."""
+    return {n: g.T if n.startswith("w") else g for n, g in d._asdict().items()}
 
 
-@pytest.mark.parametrize("case", LAYERS, ids=[f"quantizable-{c.name}" for c in LAYERS])
+@graded("quantizable", always=("gated_self_attention",))
 def test_quantizable_golden_layer_gradients(case):
     """The stored gradients of x, the maps and the gate against the hand-written backward pass."""
-    args = call_args(case, Z.gated_self_attention, {"params": parameters})
-    x, params = args.pop("x"), args.pop("params")
-    dx, d = Z.gated_self_attention_vjp(x, params, case[case.meta["cotangents"][0]], **args)
-    maps = {n: g.T if n.startswith("w") else g for n, g in d._asdict().items() if n != "gate"}
-    got = {"x": dx, **{f"params.{n}": g for n, g in maps.items()}}
-    got |= {f"params.gate.{n}": g for n, g in d.gate._asdict().items()}
-    for path, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[path], case[key], rtol=rtol, atol=atol, err_msg=path)
+    run_backward(case, Z, build={"params": parameters}, outs={"params": stored})
 
 
 RNG = np.random.default_rng(0)

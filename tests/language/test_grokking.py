@@ -7,9 +7,8 @@ import ref
 from ref.blocks.optim import adam_init
 from ref.blocks.transformer import BlockParams
 from ref.models.gpt import GPTParams
-from tests.golden_runner import cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.language import laws_grokking
-from tests.language.backward import check_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_grokking))
@@ -28,12 +27,9 @@ def test_grokking_golden_ref(case):
     run(case, G, build={"params": parameters})
 
 
-GRADS = [c for c in cases("grokking") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"grokking-{c.name}" for c in GRADS])
+@graded("grokking")
 def test_grokking_golden_gradients_ref(case):
-    check_backward(case, G, build={"params": parameters})
+    run_backward(case, G, build={"params": parameters})
 
 
 P, IDS, LABELS = laws_grokking.network(0)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.language import laws_masked_multidomain
-from tests.language.backward import check_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_masked_multidomain))
@@ -19,12 +18,9 @@ def test_masked_multidomain_golden_ref(case):
     run(case, M)
 
 
-GRADS = [c for c in cases("masked_multidomain") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"masked_multidomain-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("masked_multidomain")
 def test_masked_multidomain_golden_gradients_ref(case):
-    check_backward(case, M)
+    run_backward(case, M)
 
 
 PARAMS, IDS, MASK = laws_masked_multidomain.network(0)

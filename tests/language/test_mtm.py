@@ -6,9 +6,8 @@ import pytest
 import ref
 from ref.blocks.optim import adam_init
 from ref.tasks.quotes import quote_corpus
-from tests.golden_runner import cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.language import laws_mtm
-from tests.language.backward import check_backward
 from tests.laws import law_tests
 
 globals().update(law_tests(laws_mtm))
@@ -21,12 +20,9 @@ def test_mtm_golden_ref(case):
     run(case, M)
 
 
-GRADS = [c for c in cases("mtm") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"mtm-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("mtm")
 def test_mtm_golden_gradients_ref(case):
-    check_backward(case, M)
+    run_backward(case, M)
 
 
 RNG = np.random.default_rng(0)

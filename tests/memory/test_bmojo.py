@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_bmojo
 
@@ -16,19 +16,9 @@ def test_bmojo_golden_ref(case):
     run(case, ref.bmojo)
 
 
-@golden("bmojo")
+@graded("bmojo")
 def test_bmojo_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward pass."""
-    if not case.meta.get("grads"):
-        return
-    names = ("q", "k", "v", "q_fading", "k_fading", "v_fading")
-    args = [case[case.meta["args"][n]] for n in names]
-    options = {n: v for n, v in case.meta["kwargs"].items() if n != "return_lse"}
-    grads = ref.bmojo.bmojo_fading_attention_vjp(*args, case[case.meta["cotangents"][0]], **options)
-    got = dict(zip(names, grads, strict=True))
-    for name, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
+    run_backward(case, ref.bmojo)
 
 
 M = ref.bmojo

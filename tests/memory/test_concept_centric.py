@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import call_args, golden, resolve, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_concept_centric
 
@@ -18,32 +18,10 @@ def test_concept_centric_golden_ref(case):
     run(case, S)
 
 
-@golden("concept_centric")
+@graded("concept_centric", always=("concept_slot_attention", "concept_bo_qsa"))
 def test_concept_centric_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward passes."""
-    fn, grads = case.meta["fn"], case.meta.get("grads")
-    if not grads:
-        assert fn not in ("concept_slot_attention", "concept_bo_qsa")
-        return
-    args = call_args(case, resolve(S, fn))
-    cotangents = [None if key is None else case[key] for key in case.meta["cotangents"]]
-    options = {n: args.pop(n) for n in case.meta["kwargs"]}
-    if fn == "concept_cross_attention":
-        cotangents = dict(zip(("dlogits", "dattn"), cotangents, strict=True))
-        *inputs, dparams = S.concept_cross_attention_vjp(**args, **cotangents, **options)
-        names = ("tokens", "concepts")
-    elif fn.endswith("_loss"):
-        inputs, dparams = [getattr(S, f"{fn}_vjp")(**args, dloss=cotangents[0], **options)], None
-        names = ("attn",)
-    else:
-        assert all(c is None for c in cotangents[1:])  # attention of slots has no way back
-        *inputs, dparams = getattr(S, f"{fn}_vjp")(**args, dslots=cotangents[0], **options)
-        names = ("x", "noise" if "noise" in args else "slots0")
-    got = dict(zip(names, inputs, strict=True))
-    for name, key in grads.items():
-        rtol, atol = case.meta["tol"][key]
-        value = getattr(dparams, name.removeprefix("params.")) if name.startswith("params.") else got[name]
-        np.testing.assert_allclose(value, case[key], rtol=rtol, atol=atol, err_msg=key)
+    """The stored gradients, by ref's own backward passes; attention of slots has no way back."""
+    run_backward(case, S)
 
 
 X, START, P = laws_concept_centric.slot_inputs(0)

@@ -7,7 +7,7 @@ import ref
 from ref.blocks.relative import RelativeParams
 from ref.memory.gtrxl import GateParams, GTrXLBlockParams, GTrXLParams
 from ref.tasks.environments import MemoryLength
-from tests.golden_runner import call_args, cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_gtrxl
 
@@ -37,7 +37,6 @@ BUILD = {
         )
     },
 }
-GRADED = [c for c in cases("gtrxl") if c.meta["fn"] == "gate" and c.meta.get("grads")]
 
 
 @golden("gtrxl")
@@ -45,15 +44,9 @@ def test_gtrxl_golden_ref(case):
     run(case, ref.gtrxl, build=BUILD.get(case.meta["fn"]))
 
 
-@pytest.mark.parametrize("case", GRADED, ids=[f"gtrxl-{c.name}" for c in GRADED])
+@graded("gtrxl", only=("gate",))
 def test_gtrxl_golden_gradients(case):
-    args = call_args(case, ref.gtrxl.gate)
-    dx, dy, dparams = ref.gtrxl.gate_vjp(dout=case[case.meta["cotangents"][0]], **args)
-    for path, key in case.meta["grads"].items():
-        got = {"x": dx, "y": dy}.get(path)
-        got = getattr(dparams, path.removeprefix("params.")) if got is None else got
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
+    run_backward(case, ref.gtrxl)
 
 
 G = ref.gtrxl

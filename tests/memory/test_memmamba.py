@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_memmamba
 
@@ -16,25 +16,9 @@ def test_memmamba_golden_ref(case):
     run(case, ref.memmamba)
 
 
-@golden("memmamba", only=("selective_scan", "mamba_block"))
+@graded("memmamba", only=("selective_scan", "mamba_block"))
 def test_memmamba_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward passes."""
-    if not case.meta.get("grads"):
-        return
-    load = lambda key: None if key is None else case[key]
-    args = {n: load(k) for n, k in case.meta["args"].items() if not isinstance(k, dict)}
-    dy, dstate = (load(w) for w in (*case.meta["cotangents"], None)[:2])
-    if case.meta["fn"] == "mamba_block":
-        params = M.MambaParams(**{n: case[k] for n, k in case.meta["args"]["params"].items()})
-        dx, dparams = M.mamba_block_vjp(args["x"], params, dy)
-        got = {"x": dx, **{f"params.{n}": g for n, g in dparams._asdict().items()}}
-    else:
-        options = {n: v for n, v in case.meta["kwargs"].items() if n != "return_state"}
-        order = [args.pop(n, None) for n in ("u", "delta", "a", "b", "c", "d", "z")]
-        got = M.selective_scan_vjp(*order, dy, dstate=dstate, chunk=4, **args, **options)._asdict()
-    for name, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
+    run_backward(case, ref.memmamba, **({"chunk": 4} if case.meta["fn"] == "selective_scan" else {}))
 
 
 M = ref.memmamba

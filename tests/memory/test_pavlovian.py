@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import call_args, cases, golden, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_pavlovian
 
@@ -16,18 +16,9 @@ def test_pavlovian_golden_ref(case):
     run(case, ref.pavlovian)
 
 
-GRADED = [c for c in cases("pavlovian") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADED, ids=[f"pavlovian-{c.name}" for c in GRADED])
+@graded("pavlovian")
 def test_pavlovian_golden_gradients(case):
-    """The gradients of the cases that hold some, by the backward pass written out."""
-    args = call_args(case, ref.pavlovian.condition)
-    options = {n: x for n, x in args.items() if n not in ("chunk", "return_state", "normalize", "eps")}
-    grads = ref.pavlovian.condition_vjp(cotangent=case[case.meta["cotangents"][0]], **options)
-    for name, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(grads[name], case[key], rtol=rtol, atol=atol, err_msg=name)
+    run_backward(case, ref.pavlovian)
 
 
 P = ref.pavlovian

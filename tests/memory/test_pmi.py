@@ -5,8 +5,7 @@ import pytest
 
 import ref
 from ref.blocks.optim import tree_leaves
-from tests.golden_runner import cases, golden, run
-from tests.language.backward import check_backward
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.memory import laws_pmi
 
@@ -19,12 +18,9 @@ def test_pmi_golden_ref(case):
     run(case, P)
 
 
-GRADS = [c for c in cases("pmi") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"pmi-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("pmi")
 def test_pmi_golden_gradients_ref(case):
-    check_backward(case, P)
+    run_backward(case, P)
 
 
 _, X, WM, LTM, ALL = laws_pmi.case(0)

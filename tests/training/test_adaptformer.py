@@ -6,8 +6,7 @@ import pytest
 import ref
 from ref.blocks.optim import tree_map
 from ref.blocks.transformer import BlockParams
-from tests.golden_runner import cases, golden, run
-from tests.language.backward import check_backward
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.training import laws_adaptformer
 
@@ -40,12 +39,9 @@ def test_adaptformer_golden_ref(case):
     run(case, A, build=build(case))
 
 
-GRADS = [c for c in cases("adaptformer") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"adaptformer-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("adaptformer")
 def test_adaptformer_golden_gradients_ref(case):
-    check_backward(case, A, build=build(case))
+    run_backward(case, A, build=build(case))
 
 
 RNG = np.random.default_rng(0)

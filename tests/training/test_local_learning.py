@@ -6,7 +6,8 @@ import pytest
 import ref
 from ref.blocks import auxiliary
 from ref.blocks.losses import cross_entropy
-from tests.golden_runner import call_args, cases, golden, run
+from ref.blocks.optim import tree_map
+from tests.golden_runner import call_args, compare_gradients, golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.training import laws_local_learning
 
@@ -18,45 +19,32 @@ def test_local_learning_golden_ref(case):
     run(case, ref.local_learning)
 
 
-# the gradients of a case by its function's own backward pass: (arguments, cotangent) -> {argument: gradient}
-BACKWARD = {
-    "upsample_bilinear": lambda a, d: {"x": auxiliary.upsample_bilinear_vjp(a["x"], d)},
-    "image_decoder": lambda a, d: dict(
-        zip(("h_grid", "params"), auxiliary.image_decoder_vjp(dout=d, **a), strict=True)
-    ),
-    "feature_decoder": lambda a, d: dict(
-        zip(("h", "params"), auxiliary.feature_decoder_vjp(dy=d, **a), strict=True)
-    ),
-    "mse_reconstruction": lambda a, d: {"prediction": d * auxiliary.mse_reconstruction_vjp(**a)},
-    "bce_reconstruction": lambda a, d: {"prediction": d * auxiliary.bce_reconstruction_vjp(**a)},
-    "supervised_contrastive": lambda a, d: {"features": d * auxiliary.supervised_contrastive_vjp(**a)},
-    "aux_classifier": lambda a, d: dict(
-        zip(("h_grid", "params"), auxiliary.aux_classifier_vjp(dlogits=d, **a), strict=True)
-    ),
-    "aux_classifier_loss": lambda a, d: dict(
-        zip(
-            ("h_grid", "params"),
-            auxiliary.aux_classifier_vjp(a["h_grid"], a["params"], d * from_logits(a)),
-            strict=True,
-        )
-    ),
+def classifier_loss(a):
+    """Gradients of `aux_classifier_loss`, through the logits."""
+    d = cross_entropy(auxiliary.aux_classifier(a["h_grid"], a["params"]), a["labels"])[1]
+    return dict(
+        zip(("h_grid", "params"), auxiliary.aux_classifier_vjp(a["h_grid"], a["params"], d), strict=True)
+    )
+
+
+# losses whose backward pass knows no cotangent: arguments -> {argument: gradient}
+LOSSES = {
+    "mse_reconstruction": lambda a: {"prediction": auxiliary.mse_reconstruction_vjp(**a)},
+    "bce_reconstruction": lambda a: {"prediction": auxiliary.bce_reconstruction_vjp(**a)},
+    "supervised_contrastive": lambda a: {"features": auxiliary.supervised_contrastive_vjp(**a)},
+    "aux_classifier_loss": classifier_loss,
 }
-GRADED = [c for c in cases("local_learning") if c.meta.get("grads")]
 
 
-def from_logits(a):
-    return cross_entropy(ref.local_learning.aux_classifier(a["h_grid"], a["params"]), a["labels"])[1]
-
-
-@pytest.mark.parametrize("case", GRADED, ids=[f"local_learning-{c.name}" for c in GRADED])
+@graded("local_learning")
 def test_local_learning_golden_gradients(case):
-    args = call_args(case, getattr(ref.local_learning, case.meta["fn"]))
-    grads = BACKWARD[case.meta["fn"]](args, case[case.meta["cotangents"][0]])
-    for path, key in case.meta["grads"].items():
-        name, _, field = path.partition(".")
-        got = getattr(grads[name], field) if field else grads[name]
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
+    fn = case.meta["fn"]
+    if fn not in LOSSES:
+        run_backward(case, auxiliary)
+    else:
+        weight = case[case.meta["cotangents"][0]]
+        grads = LOSSES[fn](call_args(case, getattr(auxiliary, fn)))
+        compare_gradients(case, tree_map(lambda g: weight * g, grads))
 
 
 L = ref.local_learning

@@ -8,8 +8,7 @@ import pytest
 import ref
 from ref.blocks.optim import tree_leaves
 from ref.blocks.transformer import BlockParams
-from tests.golden_runner import cases, golden, run
-from tests.language.backward import check_backward
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.training import laws_logah
 
@@ -32,12 +31,9 @@ def test_logah_golden_ref(case):
     run(case, L, build=build(case))
 
 
-GRADS = [c for c in cases("logah") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"logah-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("logah")
 def test_logah_golden_gradients_ref(case):
-    check_backward(case, L, build=build(case))
+    run_backward(case, L, build=build(case))
 
 
 RNG = np.random.default_rng(0)

@@ -6,8 +6,7 @@ import pytest
 import ref
 from ref.blocks.transformer import BlockParams
 from ref.models.gpt import GPTParams
-from tests.golden_runner import cases, golden, run
-from tests.language.backward import check_backward
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.training import laws_user_prefix
 
@@ -34,12 +33,9 @@ def test_user_prefix_golden_ref(case):
     run(case, U, build=build(case), outs=one if case.meta["fn"] == "generate_caption" else None)
 
 
-GRADS = [c for c in cases("user_prefix") if c.meta.get("grads")]
-
-
-@pytest.mark.parametrize("case", GRADS, ids=[f"user_prefix-{c.name}-{c.meta['fn']}" for c in GRADS])
+@graded("user_prefix")
 def test_user_prefix_golden_gradients_ref(case):
-    check_backward(case, U, build=build(case))
+    run_backward(case, U, build=build(case))
 
 
 RNG, MAP, FUSE, LM = laws_user_prefix.world(0)

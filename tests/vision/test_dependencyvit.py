@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ref
-from tests.golden_runner import call_args, golden, resolve, run
+from tests.golden_runner import golden, graded, run, run_backward
 from tests.laws import law_tests
 from tests.vision import laws_dependencyvit
 
@@ -59,21 +59,9 @@ def test_dependencyvit_golden_ref(case):
     run(case, S, build=BUILD, outs=shown)
 
 
-@golden("dependencyvit")
+@graded("dependencyvit", always=("reversed_attention_layer",))
 def test_dependencyvit_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward pass."""
-    if not case.meta.get("grads"):
-        assert case.meta["fn"] != "reversed_attention_layer"
-        return
-    out, message, mask = case.meta["cotangents"]
-    assert mask is None
-    args = call_args(case, resolve(S, case.meta["fn"]), BUILD)
-    dmessage = np.zeros_like(args["message_in"]) if message is None else case[message]
-    dx, dmessage, d = S.reversed_attention_layer_backward(case[out], dmessage, **args)
-    got = {"x": dx, "message_in": dmessage, **{f"params.{n}": g for n, g in stored(d).items()}}
-    for name, key in case.meta["grads"].items():
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got[name], case[key], rtol=rtol, atol=atol, err_msg=key)
+    run_backward(case, S, build=BUILD, outs={"params": stored})
 
 
 Q, K, V, P, M = laws_dependencyvit.heads(0)

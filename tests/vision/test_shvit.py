@@ -1,7 +1,6 @@
 """SHViT: laws on ref, golden vectors, bad inputs."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 import ref
 from ref.vision.shvit import SHViTConfig, SHViTParams
-from tests.golden_runner import call_args, golden, run
+from tests.golden_runner import golden, run, run_backward
 from tests.laws import law_tests
 from tests.vision import laws_shvit
 
@@ -33,18 +32,9 @@ def test_shvit_golden_ref(case):
     run(case, SimpleNamespace(**{**vars(V), "shvit_forward": released}), build={"cfg": config})
 
 
-@golden("shvit", only={"single_head_attention"})
+@golden("shvit", only=("single_head_attention",))
 def test_shvit_golden_gradients_ref(case):
-    """The stored gradients, by ref's own backward pass."""
-    args, (cotangent,) = call_args(case, V.single_head_attention), case.meta["cotangents"]
-    dx, dparams = V.single_head_attention_backward(case[cotangent], **args)
-    for path, key in case.meta["grads"].items():
-        got = {"x": dx, "params": dparams}
-        for part in path.split("."):
-            by_name = got.__getitem__ if isinstance(got, dict) else partial(getattr, got)
-            got = got[int(part)] if part.isdecimal() else by_name(part)
-        rtol, atol = case.meta["tol"][key]
-        np.testing.assert_allclose(got, case[key], rtol=rtol, atol=atol, err_msg=path)
+    run_backward(case, V)
 
 
 X, MIXER = laws_shvit.attention(np.random.default_rng(0), (3, 3))
