@@ -1,12 +1,11 @@
 """Landmark attention: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.attention import laws_landmark
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_landmark))
 
@@ -77,9 +76,4 @@ BAD = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_landmark_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_landmark_rejects_bad_input = rejects(BAD)

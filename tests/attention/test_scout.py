@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 import ref
 from tests.attention import laws_scout
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_scout))
 
@@ -105,9 +104,4 @@ BAD = {
     "kind": (lambda: S.cache_bytes(CONFIG, 8, kind="rwkv"), "kind must be one of scout, full, swa, mamba"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_scout_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_scout_rejects_bad_input = rejects(BAD)

@@ -1,13 +1,12 @@
 """Subsampled attention: laws on ref, bad inputs; golden vectors if there are any (no code was released)."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.models.gpt import init_gpt
 from tests.attention import laws_subsampled
 from tests.golden_runner import folder, golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_subsampled))
 
@@ -80,9 +79,4 @@ BAD = {
     "cost_reduction": (lambda: cost(reduction=0.5), "reduction >= 1"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_subsampled_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_subsampled_rejects_bad_input = rejects(BAD)

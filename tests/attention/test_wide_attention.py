@@ -8,7 +8,7 @@ from ref.blocks.transformer import AttentionParams
 from tests.attention import laws_wide_attention
 from tests.attention.house import to_golden, to_house
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_wide_attention))
 
@@ -83,12 +83,7 @@ BAD = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_wide_attention_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_wide_attention_rejects_bad_input = rejects(BAD)
 
 
 @pytest.mark.parametrize("kind", ["performer", "sinkhorn", "synthesizer"])

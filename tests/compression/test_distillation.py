@@ -1,13 +1,12 @@
 """Distillation: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.models.gpt import init_gpt
 from tests.compression import laws_distillation
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_distillation))
 
@@ -59,9 +58,4 @@ BAD = {
     "encoder": (lambda: D.encoder_cost(1, 10, 4, 3, tokens=1), "heads must divide"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_distillation_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_distillation_rejects_bad_input = rejects(BAD)

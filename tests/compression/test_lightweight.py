@@ -8,7 +8,7 @@ from ref.blocks.conv import BN, ConvBN
 from ref.blocks.transformer import BlockParams
 from tests.compression import laws_lightweight
 from tests.golden_runner import backward, compare_gradients, golden, graded, look_up, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_lightweight))
 W = ref.lightweight
@@ -107,12 +107,7 @@ BAD = {
     "transform": (lambda: W.block_cost("fnet", shape=(4, 6), hidden=8, transform="dct"), "transform must be"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_lightweight_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_lightweight_rejects_bad_input = rejects(BAD)
 
 
 def test_lightweight_cost_takes_its_own_sizes_only():

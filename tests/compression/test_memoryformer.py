@@ -1,12 +1,11 @@
 """MemoryFormer: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_memoryformer
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_memoryformer))
 
@@ -57,9 +56,4 @@ BAD = {
     "cost": (lambda: M.memory_complexity(6, 3, tau=4), "tau must divide d_in"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_memoryformer_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_memoryformer_rejects_bad_input = rejects(BAD)

@@ -1,12 +1,11 @@
 """Architecture search: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_nas
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_nas))
 
@@ -44,12 +43,7 @@ BAD = {
     "tau": (lambda: N.kendall_tau(np.ones(3), np.arange(3)), "must not be constant"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_nas_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_nas_rejects_bad_input = rejects(BAD)
 
 
 def test_nas_dead_input_has_no_covariance_score():

@@ -1,13 +1,12 @@
 """Pruning: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.transformer import init_block
 from tests.compression import laws_pruning
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_pruning))
 
@@ -45,9 +44,4 @@ BAD = {
     "kind": (lambda: P.sparse_bytes((4, 8), kind="zip", sparsity=0.5, itemsize=2), "kind must be"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_pruning_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_pruning_rejects_bad_input = rejects(BAD)

@@ -1,14 +1,13 @@
 """Clipped softmax and gated attention: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.quantize import RangeState
 from ref.blocks.transformer import init_block
 from tests.compression import laws_quantizable
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_quantizable))
 
@@ -87,9 +86,4 @@ BAD = {
     "macs_kind": (lambda: Z.gate_macs(1, 2, 3, kind="tanh"), "kind must be one of"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_quantizable_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_quantizable_rejects_bad_input = rejects(BAD)

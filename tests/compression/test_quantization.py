@@ -1,12 +1,11 @@
 """Quantisation: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_quantization
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_quantization))
 
@@ -58,9 +57,4 @@ BAD = {
     "group": (lambda: Q.quantized_bytes((4, 10), bits=4, group=4), "group must divide"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_quantization_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_quantization_rejects_bad_input = rejects(BAD)

@@ -1,12 +1,11 @@
 """SpecKV: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_spec_kv
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_spec_kv))
 
@@ -52,8 +51,4 @@ def test_spec_kv_empty_batch_keeps_its_shapes():
         assert S.attend_kept(q[:, :, :1], cache).shape == (0, 4, 1, 6)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_spec_kv_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_spec_kv_rejects_bad_input = rejects(BAD)

@@ -1,13 +1,12 @@
 """SpecPC: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.language.smollm2 import SmolLM2Config, tiny_smollm2
 from tests.compression import laws_spec_pc
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_spec_pc))
 
@@ -54,9 +53,4 @@ BAD = {
     "never": (lambda: P.break_even_length(100, draft=SIZES, target=SIZES), "saves nothing up to"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_spec_pc_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_spec_pc_rejects_bad_input = rejects(BAD)

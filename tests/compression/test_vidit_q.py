@@ -1,12 +1,11 @@
 """ViDiT-Q: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_vidit_q
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_vidit_q))
 V = ref.vidit_q
@@ -76,12 +75,7 @@ BAD = {
     "dim": (lambda: V.rotation_for(0, 0), "dim must be at least 1"),
 }  # fmt: skip
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_vidit_q_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_vidit_q_rejects_bad_input = rejects(BAD)
 
 
 def test_vidit_q_edges():

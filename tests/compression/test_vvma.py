@@ -1,12 +1,11 @@
 """VVMA: laws on ref, golden vectors where there are some, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.compression import laws_vvma
 from tests.golden_runner import folder, golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_vvma))
 
@@ -40,12 +39,7 @@ BAD = {
     "cell": (lambda: V.vvma_lstm_cell(np.ones(9), (np.ones(8), np.ones(8)), LSTM), r"in_features must be"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_vvma_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_vvma_rejects_bad_input = rejects(BAD)
 
 
 def test_vvma_nan_stays_in_its_token():

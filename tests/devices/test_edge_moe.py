@@ -13,7 +13,7 @@ from tests.claims import record
 from tests.devices import laws_edge_moe
 from tests.golden_runner import call_args, golden, run, run_accel
 from tests.hw_record import Cost, size
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_edge_moe))
 
@@ -201,19 +201,9 @@ ACCEL_BAD = {
     "task": (lambda: A.m3vit_forward(np.ones((8, 8, 3)), None, task=1, cfg=CFG), r"task must be in 0\.\.0"),
 }
 
+test_edge_moe_accel_rejects_bad_input = rejects(ACCEL_BAD)
 
-@pytest.mark.parametrize("name", ACCEL_BAD)
-def test_edge_moe_accel_rejects_bad_input(name):
-    call, message = ACCEL_BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_edge_moe_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_edge_moe_rejects_bad_input = rejects(BAD)
 
 
 def test_edge_moe_overflow_wraps_and_a_check_raises():

@@ -10,7 +10,7 @@ import ref
 from tests.devices import laws_melt
 from tests.devices.laws_melt import GREEDY, PHONE, TINY, WEIGHTS, Clock, FakeBackend
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_melt))
 
@@ -122,9 +122,4 @@ BAD = {
     "times": (lambda: M.steadiness(T[::-1], ONES), "must not fall"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_melt_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_melt_rejects_bad_input = rejects(BAD)

@@ -1,7 +1,6 @@
 """Grokking: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.optim import adam_init
@@ -9,7 +8,7 @@ from ref.blocks.transformer import BlockParams
 from ref.models.gpt import GPTParams
 from tests.golden_runner import golden, graded, run, run_backward
 from tests.language import laws_grokking
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_grokking))
 
@@ -96,9 +95,4 @@ BAD = {
     "steps": (lambda: G.train(G.GrokConfig(), DATA, steps=0, seed=0, eval_every=1), "steps and eval_every"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_grokking_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_grokking_rejects_bad_input = rejects(BAD)

@@ -8,7 +8,7 @@ from ref.fetch import cached
 from ref.models.text_classifier import TextConfig, train_texts
 from tests.golden_runner import golden, run
 from tests.language import laws_long_text_hack, laws_masked_multidomain
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_long_text_hack))
 
@@ -81,12 +81,7 @@ BAD = {
     "mask": (lambda: L.encoder_classifier(IDS, MASK + 0, PARAMS, num_heads=2), "mask must be boolean"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_long_text_hack_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_long_text_hack_rejects_bad_input = rejects(BAD)
 
 
 def test_long_text_hack_rejects_foreign_files(tmp_path):

@@ -1,12 +1,11 @@
 """The masked classifier: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, graded, run, run_backward
 from tests.language import laws_masked_multidomain
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_masked_multidomain))
 
@@ -73,9 +72,4 @@ BAD = {
     "length": (lambda: M.server_memory(M.BertConfig(), SPEC, length=513), r"length in 1\.\.512"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_masked_multidomain_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_masked_multidomain_rejects_bad_input = rejects(BAD)

@@ -6,7 +6,7 @@ import pytest
 import ref
 from tests.golden_runner import golden, run
 from tests.language import laws_verbatim_memory
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 
 globals().update(law_tests(laws_verbatim_memory))
 
@@ -99,9 +99,4 @@ BAD = {
     "names": (lambda: V.synthetic_language(0, 1, nouns=10_000), r"count must be in 1\.\.4900"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_verbatim_memory_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_verbatim_memory_rejects_bad_input = rejects(BAD)

@@ -1,11 +1,10 @@
 """ATLAS: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_atlas
 
 globals().update(law_tests(laws_atlas))
@@ -76,9 +75,4 @@ BAD = {
     "width": (lambda: A.atlas_layer(np.ones((1, 5, 3)), P, heads=2), "w_q"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_atlas_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_atlas_rejects_bad_input = rejects(BAD)

@@ -1,11 +1,10 @@
 """B'MOJO: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_bmojo
 
 globals().update(law_tests(laws_bmojo))
@@ -78,9 +77,4 @@ BAD = {
     "keys": (lambda: M.bmojo_keys(3, window=0, capacity=1), "window must be at least 1"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_bmojo_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_bmojo_rejects_bad_input = rejects(BAD)

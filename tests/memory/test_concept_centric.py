@@ -1,11 +1,10 @@
 """Concept-centric transformer: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_concept_centric
 
 globals().update(law_tests(laws_concept_centric))
@@ -82,12 +81,7 @@ BAD = {
     "patch": (lambda: ref.tasks.concepts.patch_targets(np.ones((1, 4, 4, 2)), 3), "patch must divide"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_concept_centric_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_concept_centric_rejects_bad_input = rejects(BAD)
 
 
 def test_concept_centric_edges():

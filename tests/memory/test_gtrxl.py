@@ -1,14 +1,13 @@
 """GTrXL: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.relative import RelativeParams
 from ref.memory.gtrxl import GateParams, GTrXLBlockParams, GTrXLParams
 from ref.tasks.environments import MemoryLength
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_gtrxl
 
 globals().update(law_tests(laws_gtrxl))
@@ -117,9 +116,4 @@ BAD = {
     "steps": (lambda: train(steps=0), "must be at least 1"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_gtrxl_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_gtrxl_rejects_bad_input = rejects(BAD)

@@ -1,11 +1,10 @@
 """MemMamba: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_memmamba
 
 globals().update(law_tests(laws_memmamba))
@@ -76,9 +75,4 @@ BAD = {
     "sizes": (lambda: M.init_memmamba(0, vocab=5, width=0, layers=1), "must be at least 1"),
 }  # fmt: skip
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_memmamba_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_memmamba_rejects_bad_input = rejects(BAD)

@@ -1,11 +1,10 @@
 """Conditioning: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_pavlovian
 
 globals().update(law_tests(laws_pavlovian))
@@ -59,9 +58,4 @@ BAD = {
     "hopeless": (lambda: P.heads_needed(1.0, depth=1, width=1, target=0.5), "p < 1"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_pavlovian_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_pavlovian_rejects_bad_input = rejects(BAD)

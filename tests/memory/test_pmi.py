@@ -1,12 +1,11 @@
 """PMI: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.optim import tree_leaves
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.memory import laws_pmi
 
 globals().update(law_tests(laws_pmi))
@@ -74,12 +73,7 @@ BAD = {
     "init_heads": (lambda: P.init_pmi(0, 3, 4, heads=3, slots=2), "multiple of heads"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_pmi_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_pmi_rejects_bad_input = rejects(BAD)
 
 
 def test_pmi_edges():

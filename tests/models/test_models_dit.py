@@ -17,6 +17,7 @@ from ref.models.dit import (
     sample_times,
     time_embedding,
 )
+from tests.laws import rejects
 
 RNG = np.random.default_rng(0)
 IMAGE = DiTConfig(side=4, dim=8, depth=2, classes=3)
@@ -187,9 +188,4 @@ BAD = {
     "steps": (lambda: ddim_sample(None, np.ones(1), steps=0), r"steps must be in 1\.\.1000"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_models_dit_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_models_dit_rejects_bad_input = rejects(BAD)

@@ -1,13 +1,12 @@
 """AdaptFormer: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.optim import tree_map
 from ref.blocks.transformer import BlockParams
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.training import laws_adaptformer
 
 globals().update(law_tests(laws_adaptformer))
@@ -96,12 +95,7 @@ BAD = {
     ),
 }  # fmt: skip
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_adaptformer_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_adaptformer_rejects_bad_input = rejects(BAD)
 
 
 def test_adaptformer_edges():

@@ -1,13 +1,12 @@
 """User-aware prefix-tuning: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from ref.blocks.transformer import BlockParams
 from ref.models.gpt import GPTParams
 from tests.golden_runner import golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.training import laws_user_prefix
 
 globals().update(law_tests(laws_user_prefix))
@@ -96,12 +95,7 @@ BAD = {
     "steps": (lambda: U.train_captioner(MODEL, (X, ["ann"], IDS, MASK), steps=0, seed=0), "need steps"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_user_prefix_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_user_prefix_rejects_bad_input = rejects(BAD)
 
 
 def test_user_prefix_edges():

@@ -1,11 +1,10 @@
 """WTA-CRS: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import golden, run
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.training import laws_wta_crs
 
 globals().update(law_tests(laws_wta_crs))
@@ -50,9 +49,4 @@ BAD = {
     "stored": (lambda: T.stored_bytes(4, 3, k=5), r"k must be in 1\.\.4"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_wta_crs_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_wta_crs_rejects_bad_input = rejects(BAD)

@@ -4,12 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 import ref
 from ref.vision.shvit import SHViTConfig, SHViTParams
 from tests.golden_runner import golden, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.vision import laws_shvit
 
 globals().update(law_tests(laws_shvit))
@@ -72,9 +71,4 @@ BAD = {
     "patch": (lambda: V.stem_cost(0, 3), "patch and stages must be at least 1"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_shvit_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_shvit_rejects_bad_input = rejects(BAD)

@@ -1,11 +1,10 @@
 """SOFT: laws on ref, golden vectors, bad inputs."""
 
 import numpy as np
-import pytest
 
 import ref
 from tests.golden_runner import call_args, compare_gradients, golden, graded, run, run_backward
-from tests.laws import law_tests
+from tests.laws import law_tests, rejects
 from tests.vision import laws_softmax_free
 
 globals().update(law_tests(laws_softmax_free))
@@ -69,12 +68,7 @@ BAD = {
     "image": (lambda: S.soft_forward(np.ones((1, 32, 32, 1)), None, None), "but must be 3"),
 }
 
-
-@pytest.mark.parametrize("name", BAD)
-def test_softmax_free_rejects_bad_input(name):
-    call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+test_softmax_free_rejects_bad_input = rejects(BAD)
 
 
 def test_softmax_free_edges():
