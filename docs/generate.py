@@ -48,7 +48,7 @@ def table():
 
 
 def nav():
-    """The navigation: what to read first, the parts in the catalogue's order, the hardware, what to look up."""
+    """The navigation: first pages, the parts in the order of the catalogue, hardware, what to look up."""
     there = lambda folder, names: [
         f"      - {folder}/{n}.md" for n in names if (ROOT / "docs" / folder / f"{n}.md").exists()
     ]

@@ -1,7 +1,7 @@
 """What the opening pages of the book compute and draw; their fences import it from here.
 
-Everything follows from the catalogue, from the sources of `ref` and from the chapters, so that the pages cannot lag
-behind them.
+Everything follows from the catalogue, from the sources of `ref` and from the chapters, so that the pages
+cannot lag behind them.
 """
 
 import re

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 import opening  # noqa: E402
 
+EPS = np.finfo(np.float64).eps
+
 
 def test_opening_notation_offset():
     assert solutions.visible_keys(100, 3) == [101, 102, 103]
@@ -30,6 +32,28 @@ def test_opening_notation_layout():
     y = solutions.from_jax_layout(x)
     assert y.shape == (2, 3, 5, 4)
     assert y[1, 2, 4, 3] == x[1, 4, 2, 3]
+
+
+def test_opening_attention_equal_keys():
+    got, want = solutions.with_equal_keys()  # weights and mean differ by a few roundings of numbers near 1
+    np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), rtol=0, atol=16 * EPS)
+
+
+def test_opening_attention_shifted_keys():
+    one, other = solutions.with_shifted_keys()  # scores of size ten, rounded, pass on 10 eps each
+    np.testing.assert_allclose(one, other, rtol=0, atol=100 * EPS)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 100])
+def test_opening_attention_scores_of_writing(n):
+    cached, again = solutions.scores_of_writing(n)
+    assert cached == n * (n + 1) // 2
+    assert 3 * again == cached * (n + 2)
+
+
+def test_opening_attention_slope():
+    slope, difference = solutions.slope_of_attention()  # h^2 = 1e-10 times a third derivative of size ten
+    np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
