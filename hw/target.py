@@ -165,6 +165,12 @@ class Context:
 
     def working_set(self, group: Group) -> int:
         """Bytes that all executions of a group visit: a slice that moves on visits the whole array."""
+        key = ("working set", group.id)
+        if key not in self.memo:
+            self.memo[key] = self._visited(group)
+        return self.memo[key]
+
+    def _visited(self, group):
         if group.ops[0].kind == "kernel":
             return group.read_bytes + group.write_bytes
         visited, program = {}, self.program
