@@ -1,9 +1,12 @@
 """Solutions of the exercises in the opening chapters: shown there, run by test_opening.py."""
 
+from itertools import permutations
+
 import numpy as np
 
 from ref.blocks.attention import attention_dense, attention_dense_vjp
 from ref.blocks.masks import visible
+from ref.blocks.softmax import softmax
 from ref.dims import dims
 
 
@@ -70,3 +73,61 @@ def slope_of_attention(h=1e-5, seed=0):
     loss = lambda q: np.sum(do * attention_dense(q, k, v))
     return np.sum(dq * x), (loss(q + h * x) - loss(q - h * x)) / (2 * h)
     # --8<-- [end:slope_of_attention]
+
+
+# --8<-- [start:attention_bound]
+U32 = 2.0**-24  # the largest relative error of one rounding to float32
+
+
+def attention_float32(q, k, v):
+    """softmax(q k^T / sqrt(D)) v with every step in float32."""
+    s = (q @ k.T) * np.float32(1 / np.sqrt(q.shape[-1]))
+    p = np.exp(s - s.max(axis=-1, keepdims=True))
+    return (p @ v) / p.sum(axis=-1, keepdims=True)
+
+
+def attention_bound(q, k, v):
+    """Bound (5) on the error of `attention_float32`."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (S, D), tau = k.shape, 1 / np.sqrt(k.shape[-1])
+    s = tau * q @ k.T
+    delta = (D + 1) * U32 * tau * (np.abs(q) @ np.abs(k).T).max()
+    spread = (s.max(-1) - s.min(-1)).max()
+    return 2 * (delta + (spread + S + 3) * U32) * np.abs(v).max()
+    # --8<-- [end:attention_bound]
+
+
+# --8<-- [start:standstill]
+def standstill():
+    """The first power of two at which adding 1 changes nothing in float32."""
+    n = np.float32(1)
+    while n + np.float32(1) != n:
+        n = n * np.float32(2)
+    return int(n)
+    # --8<-- [end:standstill]
+
+
+# --8<-- [start:mean_error]
+def mean_error(n=1000, seed=0):
+    """(relative error of a sequential float32 mean of positive numbers, its bound n u)."""
+    x = np.random.default_rng(seed).random(n).astype(np.float32)
+    exact = x.astype(np.float64).mean()
+    return abs(np.cumsum(x)[-1] / np.float32(n) - exact) / exact, n * U32
+    # --8<-- [end:mean_error]
+
+
+# --8<-- [start:weight_error]
+def weight_error(error=0.01, n=50, seed=0):
+    """The largest factor by which a weight changes if every score moves by up to `error`."""
+    s = 3 * np.random.default_rng(seed).standard_normal(n)
+    up = np.where(np.arange(n) == 0, error, -error)  # the worst: one up, all others down
+    return (softmax(s + up) / softmax(s))[0]
+    # --8<-- [end:weight_error]
+
+
+# --8<-- [start:orders]
+def sums_in_all_orders(terms=(1e8, 1.0, -1e8)):
+    """Every float32 result of adding the terms one after the other."""
+    add = lambda order: float(np.cumsum(np.array(order, np.float32))[-1])
+    return sorted({add(order) for order in permutations(terms)})
+    # --8<-- [end:orders]

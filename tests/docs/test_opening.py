@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ref.blocks.attention import attention_dense
 from tests.docs import solutions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,40 @@ def test_opening_attention_scores_of_writing(n):
 def test_opening_attention_slope():
     slope, difference = solutions.slope_of_attention()  # h^2 = 1e-10 times a third derivative of size ten
     np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-8)
+
+
+@given(
+    st.sampled_from(((1, 1, 1), (4, 9, 16), (8, 300, 64), (3, 2048, 8))),
+    st.sampled_from((1e-3, 1.0, 5.0)),
+    st.integers(0, 2**32 - 1),
+)
+def test_opening_numerics_attention_stays_within_its_bound(shape, gain, seed):
+    """Bound (5) is of first order; what is left out is its square, below a hundredth of it here."""
+    (L, S, D), rng = shape, np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, D)).astype(np.float32) for n in (L, S, S))
+    q, k = np.float32(gain) * q, np.float32(gain) * k
+    error = np.abs(solutions.attention_float32(q, k, v) - attention_dense(q, k, v)).max()
+    assert error <= 1.01 * solutions.attention_bound(q, k, v)
+
+
+def test_opening_numerics_standstill():
+    assert solutions.standstill() == 2**24
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_opening_numerics_mean_error(seed):
+    error, bound = solutions.mean_error(seed=seed)
+    assert error <= bound
+    assert bound == pytest.approx(6e-5, rel=0.01)
+
+
+def test_opening_numerics_weight_error():
+    assert 1.01 < solutions.weight_error() <= np.exp(0.02)
+
+
+def test_opening_numerics_orders():
+    assert solutions.sums_in_all_orders() == [0.0, 1.0]
+    assert np.spacing(np.float32(1e8)) == 8
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
