@@ -26,6 +26,7 @@ from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import adam, adam_init, tree_leaves, tree_map
 from ref.counting import Tally, count
 from ref.data import text
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -94,12 +95,6 @@ def law_scout_attention_takes_extremes():
     assert checkpoint_attention(q[:0], k[:0], v[:0], segment=3).shape == (0, 2, 9, 4)
     np.testing.assert_array_equal(checkpoint_attention(q[0, 0], k[0, 0], v[0, 0], segment=3),
                                   checkpoint_attention(q, k, v, segment=3)[0, 0])  # fmt: skip
-
-
-def slope_of(f, h=1e-5):
-    """(central difference, its own error: truncation seen by doubling h)."""
-    fine, coarse = ((f(s) - f(-s)) / (2 * s) for s in (h, 2 * h))
-    return fine, abs(fine - coarse)
 
 
 @given(seeds, st.sampled_from(SHAPES), st.sampled_from((None, 0.3)))

@@ -25,11 +25,12 @@ from ref.attention.subsampled import (
 )
 from ref.blocks.attention import attention_dense, attention_dense_vjp
 from ref.blocks.losses import negative_log_likelihood
-from ref.blocks.optim import adam, adam_init, tree_leaves, tree_map
+from ref.blocks.optim import adam, adam_init
 from ref.counting import Tally, count
 from ref.data import text
 from ref.metrics import spearman
 from ref.models.gpt import gpt_forward, init_gpt
+from tests.slopes import along, drawn_like, moved, slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -289,12 +290,10 @@ def law_subsampled_model_gradients_are_central_differences(seed, block):
     drawn = schedule.sources(rng, 0, 1, n=10, depth=2)[0]
     call = {"config": config, "sources": (drawn, None)}  # one layer dense
     grads = ssa_transformer_loss_vjp(params, ids, **call)
-    d = tree_map(lambda p: rng.standard_normal(p.shape), params)
-    at = lambda t: ssa_transformer_loss(tree_map(lambda p, x: p + t * x, params, d), ids, **call)
-    slopes = [(at(h) - at(-h)) / (2 * h) for h in (1e-5, 2e-5)]
-    got = sum(np.sum(g * x) for g, x in zip(tree_leaves(grads), tree_leaves(d), strict=True))
+    d = drawn_like(params, rng)
+    slope, change = slope_of(lambda h: ssa_transformer_loss(moved(params, d, h), ids, **call))
     # the coarser step's change measures h^2 f'''; rounding is eps f / h
-    np.testing.assert_allclose(got, slopes[0], rtol=0, atol=2 * abs(slopes[0] - slopes[1]) + 1e-9)
+    np.testing.assert_allclose(along(grads, d), slope, rtol=0, atol=2 * change + 1e-9)
     dense = ssa_transformer(params, ids[:, :-1], config=config, sources=None)
     np.testing.assert_array_equal(dense, gpt_forward(ids[:, :-1], params, num_heads=2))
 

@@ -31,6 +31,7 @@ from ref.compression.memoryformer import (
     memoryformer_lm_vjp,
 )
 from ref.counting import Tally, count
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -136,10 +137,10 @@ def law_memoryformer_layer_backward_is_the_slope(seed, tau, score, temperature):
         moved = (a + h * d for a, d in zip((x, tables, bias), directions, strict=True))
         return np.sum(g * memory_layer(*moved, **options))
 
-    slope, coarse = ((value(h) - value(-h)) / (2 * h) for h in (1e-5, 2e-5))
+    slope, change = slope_of(value)
     got = sum(np.sum(a * d) for a, d in zip((dx, dtables, dbias), directions, strict=True))
     # truncation, seen by doubling the step, and cancellation: 40 terms, each good to 64 eps, over h
-    error = 2 * abs(slope - coarse) + 64 * EPS / 1e-5 * np.abs(g).sum() * (1 + np.abs(tables).max())
+    error = 2 * change + 64 * EPS / 1e-5 * np.abs(g).sum() * (1 + np.abs(tables).max())
     np.testing.assert_allclose(got, slope, rtol=0, atol=error)
     codes, w = hash_chunks(x, tau=tau, **options)
     read = np.zeros((3, 2**tau), bool)
@@ -223,10 +224,10 @@ def check_slope(value, at, grads):
     assert [a.shape for a in leaves] == [a.shape for a in tree_leaves(at)]
     length = sum(np.sum(a**2) for a in leaves)
     move = lambda h: value(tree_map(lambda a, d: a + h / np.sqrt(length) * d, at, grads))
-    slope, coarse = ((move(h) - move(-h)) / (2 * h) for h in (1e-7, 2e-7))
+    slope, change = slope_of(move, 1e-7)
     # truncation, seen by doubling the step, and cancellation: sums near 100, good to some 100 eps, over h;
     # an address that flips within the step would show as a jump of 1e5 and more
-    error = 2 * abs(slope - coarse) + 1e4 * EPS / 1e-7
+    error = 2 * change + 1e4 * EPS / 1e-7
     np.testing.assert_allclose(np.sqrt(length), slope, rtol=0, atol=error)
 
 

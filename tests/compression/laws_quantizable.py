@@ -34,6 +34,7 @@ from ref.compression.quantizable import (
     w8a8_forward,
 )
 from ref.counting import Tally, count
+from tests.slopes import along, drawn_like, moved, slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -180,16 +181,11 @@ def law_quantizable_gate_is_the_definition(seed, kind):
     assert ((got > 0) & (got < 1)).all()
 
 
-def slope(f, tree, rng, h=1e-5):
-    """(direction, central difference of f along it, its own error measured by doubling h)."""
-    d = tree_map(lambda p: rng.standard_normal(p.shape), tree)
-    at = lambda t: f(tree_map(lambda p, x: p + t * x, tree, d))
-    fine, coarse = ((at(s) - at(-s)) / (2 * s) for s in (h, 2 * h))
-    return d, fine, 2 * abs(fine - coarse) + 1e-9
-
-
-def along(grads, d):
-    return sum(np.sum(g * x) for g, x in zip(tree_leaves(grads), tree_leaves(d), strict=True))
+def slope(f, tree, rng):
+    """(direction, slope of f along it, its own error measured by doubling the step)."""
+    d = drawn_like(tree, rng)
+    fine, change = slope_of(lambda h: f(moved(tree, d, h)))
+    return d, fine, 2 * change + 1e-9
 
 
 @given(seeds, kinds)

@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ref.blocks.attention import attention_dense
+from ref.blocks.softmax import softmax
+from ref.vision.pitome import energy_score
+from tests.docs import kernel_steps as steps
 from tests.docs import solutions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +94,57 @@ def test_opening_numerics_weight_error():
 def test_opening_numerics_orders():
     assert solutions.sums_in_all_orders() == [0.0, 1.0]
     assert np.spacing(np.float32(1e8)) == 8
+
+
+@given(st.integers(1, 40), st.sampled_from((1, 2, 3, 8, 16)), st.integers(0, 2**32 - 1))
+def test_opening_kernels_every_step_gives_the_same(tokens, block, seed):
+    """Means of at most 40 terms of size at most 1, each with some eight roundings."""
+    x = np.random.default_rng(seed).standard_normal((tokens, 8))
+    want = energy_score(x, margin=steps.MARGIN, alpha=steps.ALPHA)
+    got = [steps.energy_dense(x), steps.energy_ragged(x, block)]
+    if tokens % block == 0:
+        got += [steps.energy_by_programs(x, block), steps.energy_by_tiles(x, block)]
+    for y in got:
+        np.testing.assert_allclose(y, want, rtol=0, atol=64 * EPS)
+
+
+def test_opening_kernels_last_step_is_the_kernel():
+    """float32: a cosine of width 8 has some twelve roundings, a mean of 37 terms of size 1 some 40 more."""
+    from accel.kernels.pitome_triton import energy
+
+    x = np.random.default_rng(0).standard_normal((37, 8)).astype(np.float32)
+    got = energy(x, margin=steps.MARGIN, alpha=steps.ALPHA, paper_form=False, block=16, interpret=True)
+    np.testing.assert_allclose(got, steps.energy_ragged(x.astype(np.float64), 16), rtol=0, atol=64 * 2.0**-24)
+
+
+def test_opening_kernels_unmasked():
+    x = np.random.default_rng(0).standard_normal((13, 8))
+    found, predicted = steps.error_without_mask(x, 4)
+    np.testing.assert_allclose(found, predicted, rtol=0, atol=64 * EPS)
+    assert predicted < 0
+
+
+def test_opening_kernels_wasted():
+    programs, walk, share = steps.wasted(197, 32)
+    assert (programs, walk) == (7, 7)
+    assert round(share, 2) == 0.23
+
+
+@given(st.integers(1, 20), st.sampled_from((1, 4, 7)), st.integers(0, 2**32 - 1))
+def test_opening_kernels_running(columns, block, seed):
+    s = 10 * np.random.default_rng(seed).standard_normal((3, columns))
+    np.testing.assert_allclose(steps.row_softmax_by_tiles(s, block), softmax(s), rtol=0, atol=256 * EPS)
+
+
+def test_opening_kernels_makespan():
+    assert steps.makespan(range(1, 9), 3) == 15
+    assert steps.makespan(range(8, 0, -1), 3) == 13
+
+
+def test_opening_kernels_are_all_listed():
+    names = {name for name, *_ in opening.kernels()}
+    assert names == {p.name for p in (ROOT / "accel/kernels").glob("*.py")} - {"__init__.py", "rum_step.py"}
+    assert "def _forward_kernel" in opening.source("accel/kernels/flash_triton.py", "_forward_kernel")
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)

@@ -30,7 +30,7 @@ from ref.language.grokking import (
     train,
     train_steps,
 )
-from tests.language.slopes import check_slope
+from tests.slopes import check_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)

@@ -35,7 +35,7 @@ from ref.language.long_text_hack import (
     word_encoder,
 )
 from ref.models.text_classifier import BagParams, bag_classifier, bag_classifier_backward, train_texts
-from tests.language.slopes import check_slope
+from tests.slopes import check_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)

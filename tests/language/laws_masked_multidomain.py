@@ -31,7 +31,7 @@ from ref.language.masked_multidomain import (
     risk_coverage,
     server_memory,
 )
-from tests.language.slopes import check_slope
+from tests.slopes import check_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)

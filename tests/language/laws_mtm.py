@@ -40,7 +40,7 @@ from ref.language.mtm import (
     update_memory,
 )
 from ref.tasks.quotes import quote_corpus, split_sentences
-from tests.language.slopes import check_slope
+from tests.slopes import check_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)

@@ -27,6 +27,7 @@ from ref.memory.atlas import (
     poly_features_vjp,
     titans_memory,
 )
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 COEFS = (3.4445, -4.775, 2.0315)
@@ -211,11 +212,11 @@ def law_atlas_scan_gradients_are_those_of_central_differences(seed, chunk, optio
         return sum(np.sum(o * c) for o, c in zip(outs, w, strict=True))
 
     h = 1e-6
-    slope, coarse = ((moved(s) - moved(-s)) / (2 * s) for s in (h, 2 * h))
+    slope, change = slope_of(moved, h)
     got = sum(np.sum(getattr(grads, n) * way[n]) for n in fixed)
     size = sum(np.abs(getattr(grads, n) * way[n]).sum() for n in fixed)
     # what doubling h changes bounds the quotient's truncation; eps |f| / h its rounding, times Muon's slope
-    atol = 2 * abs(slope - coarse) + 485 * EPS * (1 + size) / h
+    atol = 2 * change + 485 * EPS * (1 + size) / h
     np.testing.assert_allclose(got, slope, rtol=0, atol=atol)
 
 
@@ -238,9 +239,9 @@ def law_atlas_newton_schulz_maps_singular_values(seed, shape):
         assert ((out > 0.679) & (out < 1.21)).all()
     dx, way, h = rng.standard_normal(g.shape), rng.standard_normal(g.shape), 1e-6
     at = lambda h: np.sum(newton_schulz(g + h * way) * dx)
-    slope, coarse = (at(h) - at(-h)) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
+    slope, change = slope_of(at, h)
     got = np.sum(newton_schulz_vjp(g, dx) * way)
-    np.testing.assert_allclose(got, slope, rtol=0, atol=2 * abs(slope - coarse) + 1e5 * EPS / h)
+    np.testing.assert_allclose(got, slope, rtol=0, atol=2 * change + 1e5 * EPS / h)
 
 
 def law_atlas_newton_schulz_has_a_floor():
@@ -271,10 +272,10 @@ def law_atlas_features_are_the_kernel(seed, d, degree, learned):
         out = poly_features(x, **options)
         w, way, h = rng.standard_normal(out.shape), rng.standard_normal(x.shape), 1e-5
         at = lambda h, w=w, way=way, o=options: np.sum(poly_features(x + h * way, **o) * w)
-        slope, coarse = (at(h) - at(-h)) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
+        slope, change = slope_of(at, h)
         got = np.sum(poly_features_vjp(x, w, **options) * way)
         size = 1 + np.abs(out * w).sum()
-        np.testing.assert_allclose(got, slope, rtol=0, atol=2 * abs(slope - coarse) + 64 * EPS * size / h)
+        np.testing.assert_allclose(got, slope, rtol=0, atol=2 * change + 64 * EPS * size / h)
     np.testing.assert_array_equal(poly_features(x, mode="identity"), x)
     powers = [x[..., 0] ** i for i in range(1, degree + 1)]
     np.testing.assert_allclose(
@@ -470,10 +471,10 @@ def law_atlas_layer_gradients_are_those_of_central_differences(seed, carried):
         return np.sum(w * atlas_layer(moved[0], type(params)(*moved[1:]), state=state, **options)[0])
 
     h = 1e-6
-    slope, coarse = (at(h) - at(-h)) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
+    slope, change = slope_of(at, h)
     got = sum(np.sum(a * b) for a, b in zip((grads[0], *grads[1]), way, strict=True))
     # doubling h bounds truncation; eps |f| / h is rounding, which Muon and the norm of a small read magnify
-    atol = 2 * abs(slope - coarse) + 485 * EPS * (1 + np.abs(w).sum()) / h
+    atol = 2 * change + 485 * EPS * (1 + np.abs(w).sum()) / h
     np.testing.assert_allclose(got, slope, rtol=0, atol=atol)
 
 

@@ -26,6 +26,7 @@ from ref.memory.bmojo import (
     innovation_scores,
     mqar_task,
 )
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -160,12 +161,6 @@ def law_bmojo_attention_takes_extremes():
     none = [a[:, :, :0] for a in (q, k, v, q_f, k_f, v_f)]
     assert bmojo_fading_attention(*none, window=2).shape == (1, 2, 0, 4)
     assert bmojo_fading_attention(*(a[:0] for a in (q, k, v, q_f, k_f, v_f)), window=2).shape == (0, 2, 9, 4)
-
-
-def slope_of(f, h=1e-5):
-    """(central difference, its own error: truncation seen by doubling h)."""
-    fine, coarse = ((f(s) - f(-s)) / (2 * s) for s in (h, 2 * h))
-    return fine, abs(fine - coarse)
 
 
 @given(seeds, st.sampled_from(SHAPES), st.booleans())

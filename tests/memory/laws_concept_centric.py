@@ -36,6 +36,7 @@ from ref.memory.concept_centric import (
 )
 from ref.models.vit import patchify
 from ref.tasks.concepts import CONCEPTS, patch_targets, shape_mask
+from tests.slopes import agrees
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -54,16 +55,6 @@ def cross_inputs(seed, B=2, N=4, C=3, d=6, classes=5):
     w = lambda *shape: rng.standard_normal(shape) / math.sqrt(shape[0])
     params = CrossParams(w(d, d), w(d, 2 * d), w(d, classes), rng.standard_normal(classes))
     return rng.standard_normal((B, N, d)), rng.standard_normal((B, C, d)), params
-
-
-def agrees(gradient, f, at, rng, h=1e-5):
-    """<gradient, direction> against central differences, within their change under doubling the step."""
-    direction = rng.standard_normal(at.shape)
-    slope, coarse = ((f(at + s * direction) - f(at - s * direction)) / (2 * s) for s in (h, 2 * h))
-    size = abs(f(at)) + np.abs(gradient * direction).sum()
-    # rounding of f over the step; the step's own error is quartered when it is halved
-    atol = 2 * abs(slope - coarse) + 256 * EPS * size / h
-    np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=0, atol=atol)
 
 
 def by_definition(x, slots, p, steps, eps, kind):
@@ -350,13 +341,9 @@ def law_concept_centric_classifier_gradient(seed, variant, inputs):
     shifts = tree_map(lambda g: rng.standard_normal(g.shape), dparams)
     moved = lambda s: type(params)(*(_shifted(p, d, s) for p, d in zip(params, shifts, strict=True)))
     slope = sum(np.sum(g * d) for g, d in zip(tree_leaves(dparams), tree_leaves(shifts), strict=True))
-    agrees(np.array(slope), lambda s: f(cls, patches, moved(float(s))), np.array(0.0), _Unit)
-
-
-class _Unit:
-    """A direction of length 1, for a gradient that is already a slope."""
-
-    standard_normal = staticmethod(lambda shape: np.ones(shape))
+    agrees(
+        np.array(slope), lambda s: f(cls, patches, moved(float(s))), np.array(0.0), direction=np.array(1.0)
+    )
 
 
 def _shifted(tree, shift, s):

@@ -33,6 +33,7 @@ from ref.memory.gtrxl import (
     vmpo_loss_vjp,
 )
 from ref.tasks.environments import MemoryLength, env_reset
+from tests.slopes import along, drawn_like, kinked_slope, moved
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -49,30 +50,6 @@ def network(seed, kind="gru", layers=2, M=3, B=2, bias=None):
     )
     params = tree_map(lambda w: w + 0.2 * rng.standard_normal(w.shape), params)
     return params, GTrXLMemory(rng.standard_normal((B, layers, M, 6)), rng.random((B, M)) < 0.7), rng
-
-
-def slope_of(f, x, way, h=1e-5):
-    """(derivative along way, bound on its error).
-
-    Doubling h bounds truncation; eps |f| / h is rounding; where a relu turns within h, the slopes to either
-    side differ by twice the error.
-    """
-    at = {s: f(x, s * h) for s in (-2, -1, 0, 1, 2)}
-    near, far = (at[1] - at[-1]) / (2 * h), (at[2] - at[-2]) / (4 * h)
-    turn = abs(at[1] - 2 * at[0] + at[-1]) / h
-    return near, 2 * abs(near - far) + turn + 256 * EPS * (1 + abs(at[0])) / h
-
-
-def along(tree, way):
-    return sum(np.sum(a * b) for a, b in zip(tree_leaves(tree), tree_leaves(way), strict=True))
-
-
-def drawn(rng, tree):
-    return tree_map(lambda w: rng.standard_normal(np.shape(w)), tree)
-
-
-def moved(tree, way, h):
-    return tree_map(lambda w, d: w + h * d, tree, way)
 
 
 @given(seeds, kinds)
@@ -102,9 +79,8 @@ def law_gtrxl_gates_are_their_formulas(seed, kind):
     w = rng.standard_normal(x.shape)
     grads = gate_vjp(x, y, p, w, kind=kind)
     inputs = (x, y, p)
-    way = drawn(rng, inputs)
-    f = lambda z, h: np.sum(w * gate(*moved(z, way, h), kind=kind))
-    slope, atol = slope_of(f, inputs, way)
+    way = drawn_like(inputs, rng)
+    slope, atol = kinked_slope(lambda h: np.sum(w * gate(*moved(inputs, way, h), kind=kind)))
     np.testing.assert_allclose(along(grads, way), slope, rtol=0, atol=atol)
 
 
@@ -174,15 +150,15 @@ def law_gtrxl_relative_attention_gradients(seed, biased, other_query, masked):
     mask = rng.random((1, 4, 7)) < 0.6 if masked else None
     inputs = (x, memory, p, u, v_bias, query)
     grads = relative_attention_vjp(x, memory, p, w, heads=2, u=u, v_bias=v_bias, query=query, mask=mask)
-    way = drawn(rng, inputs)
+    way = drawn_like(inputs, rng)
 
-    def f(z, h):
-        x, memory, p, u, v_bias, query = moved(z, way, h)
+    def f(h):
+        x, memory, p, u, v_bias, query = moved(inputs, way, h)
         return np.sum(
             w * relative_attention(x, memory, p, heads=2, u=u, v_bias=v_bias, query=query, mask=mask)
         )
 
-    slope, atol = slope_of(f, inputs, way)
+    slope, atol = kinked_slope(f)
     np.testing.assert_allclose(along(tuple(grads), way), slope, rtol=0, atol=atol)
 
 
@@ -219,13 +195,13 @@ def law_gtrxl_gradients_are_those_of_central_differences(seed, kind, norm, norma
     x, w, done = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 4, 6)), rng.random((2, 4)) < 0.3
     options = {"heads": 2, "gate": kind, "norm": norm, "normalize_query": normalize_query, "done": done}
     grads = gtrxl_vjp(x, memory, params, w, **options)
-    way = drawn(rng, (x, params))
+    way = drawn_like((x, params), rng)
 
-    def f(z, h):
-        x, params = moved(z, way, h)
-        return np.sum(w * gtrxl(x, memory, params, **options)[0])
+    def f(h):
+        x_h, params_h = moved((x, params), way, h)
+        return np.sum(w * gtrxl(x_h, memory, params_h, **options)[0])
 
-    slope, atol = slope_of(f, (x, params), way, h=1e-6)
+    slope, atol = kinked_slope(f, h=1e-6)
     np.testing.assert_allclose(along(grads, way), slope, rtol=0, atol=atol)
     no_embedding = params._replace(w_embed=None, b_embed=None)
     dx, grads = gtrxl_vjp(w, memory, no_embedding, w, **options)
@@ -381,8 +357,8 @@ def law_gtrxl_vmpo_gradients(seed):
 
     alpha0 = alpha
     at = (logits, values, np.asarray(eta), np.asarray(alpha))
-    way = drawn(rng, at)
-    slope, atol = slope_of(lambda z, h: held(*moved(z, way, h)), at, way)
+    way = drawn_like(at, rng)
+    slope, atol = kinked_slope(lambda h: held(*moved(at, way, h)))
     np.testing.assert_allclose(along(tuple(map(np.asarray, grads)), way), slope, rtol=0, atol=atol)
     np.testing.assert_allclose(grads.alpha, 0.005 - kl, rtol=0, atol=16 * EPS)
     # the slope in eta is eps_eta - KL(psi || uniform): 0 where the weights are as far from uniform as allowed

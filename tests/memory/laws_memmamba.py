@@ -34,6 +34,7 @@ from ref.memory.memmamba import (
     selective_scan,
     token_memory_fidelity,
 )
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -262,12 +263,6 @@ def law_memmamba_empty_batches_and_sequences_pass():
     assert memmamba_lm(np.zeros((2, 0), int), params, every=2).shape == (2, 0, 5)
     assert memmamba_lm(np.zeros((0, 3), int), params, every=2).shape == (0, 3, 5)
     assert memmamba_lm(np.zeros(1, int), params, every=2).shape == (1, 5)
-
-
-def slope_of(f, h):
-    """(central difference, its own error: truncation seen by doubling h)."""
-    fine, coarse = ((f(s) - f(-s)) / (2 * s) for s in (h, 2 * h))
-    return fine, abs(fine - coarse)
 
 
 @given(seeds, policies, st.sampled_from((1, 2)))

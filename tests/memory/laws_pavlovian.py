@@ -18,6 +18,7 @@ from ref.memory.pavlovian import (
     reliability,
     retrieval_fidelity,
 )
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -142,10 +143,10 @@ def law_pavlovian_gradients_are_those_of_central_differences(seed, rule, decay):
             return np.sum(w * condition(**{**given_, name: x + h * way}, rule=rule, scale=0.7))
 
         h = 1e-5
-        slope, coarse = (at(h) - at(-h)) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
+        slope, change = slope_of(at, h)
         got = np.sum(grads[name] * way)
         # the change under doubling h bounds its truncation, eps |f| / h its rounding
-        atol = 2 * abs(slope - coarse) + 64 * EPS * (1 + np.abs(w * condition(**given_, rule=rule)).sum()) / h
+        atol = 2 * change + 64 * EPS * (1 + np.abs(w * condition(**given_, rule=rule)).sum()) / h
         np.testing.assert_allclose(got, slope, rtol=0, atol=atol, err_msg=name)
     bare = condition_vjp(q, k, v, w, rule=rule)
     assert set(bare) == {"q", "k", "v"}

@@ -32,6 +32,7 @@ from ref.memory.pmi import (
     write_weights,
 )
 from ref.tasks.sequences import STORY_WORDS, story_task
+from tests.slopes import along, drawn_like, moved, slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -47,18 +48,11 @@ def case(seed, gate="unit"):
     return rng, rng.standard_normal((B, T, DIN)), wm, ltm + 0.3 * rng.standard_normal(ltm.shape), p
 
 
-def slope(fn, tree, rng):
-    """(directional derivative of fn at tree by central differences, the direction)."""
-    step = tree_map(lambda x: rng.standard_normal(np.shape(x)), tree)
-    at = lambda h: fn(tree_map(lambda x, d: x + h * d, tree, step))
-    return (at(1e-6) - at(-1e-6)) / 2e-6, step
-
-
 def check(fn, tree, grads, rng):
     """Central differences of step 1e-6 along one direction: truncation near 1e-12, rounding near 1e-9."""
-    measured, step = slope(fn, tree, rng)
-    pairs = zip(tree_leaves(grads), tree_leaves(step), strict=True)
-    np.testing.assert_allclose(sum(np.sum(g * d) for g, d in pairs), measured, rtol=1e-5, atol=1e-6)
+    d = drawn_like(tree, rng)
+    measured = slope_of(lambda h: fn(moved(tree, d, h)), 1e-6)[0]
+    np.testing.assert_allclose(along(grads, d), measured, rtol=1e-5, atol=1e-6)
 
 
 def written_out(x, wm, p, heads, k, gate):

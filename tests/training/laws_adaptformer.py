@@ -28,7 +28,7 @@ from ref.training.adaptformer import (
     vit_forward,
     vit_forward_backward,
 )
-from tests.training.slopes import check_slope
+from tests.slopes import check_kinked_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -81,7 +81,7 @@ def law_adaptformer_branch_is_the_formula_and_its_gradient(seed, layernorm, lear
             # sums of at most d + r terms; a norm may divide them by a small deviation
             np.testing.assert_allclose(got[b, t], want, rtol=1e-9, atol=1e-12)
     dx, dp = adapter_backward(x, p, cot, **options)
-    check_slope(lambda t: (cot * adapter(t[0], t[1], **options)).sum(), (x, p), (dx, dp), rng)
+    check_kinked_slope(lambda t: (cot * adapter(t[0], t[1], **options)).sum(), (x, p), (dx, dp), rng)
     order = rng.permutation(5)
     again = adapter(x[:, order], p, **{**options, "dropout_mask": None if mask is None else mask[:, order]})
     np.testing.assert_allclose(again, got[:, order], rtol=1e-9, atol=1e-12)  # every token for itself
@@ -96,7 +96,7 @@ def law_adaptformer_block_gradients_agree_with_differences(seed, option, layerno
     dx, none, dp = adapted_block_backward(x, net.blocks[0], p, cot, **options)
     assert none is None
     run = lambda t: (cot * adapted_block(t[0], net.blocks[0], t[1], **options)).sum()
-    check_slope(run, (x, p), (dx, dp), rng)
+    check_kinked_slope(run, (x, p), (dx, dp), rng)
 
 
 @given(seeds, st.booleans(), st.booleans(), st.booleans())
@@ -111,7 +111,7 @@ def law_adaptformer_network_gradients_agree_with_differences(seed, clips, head_n
     fixed = {"bn_mean": net.bn_mean, "bn_var": net.bn_var}
     trained = net._replace(bn_mean=None, bn_var=None)
     run = lambda t: (cot * vit_forward(t[0], t[1]._replace(**fixed), **options)).sum()
-    check_slope(run, (x, trained), (dx, grads), rng)
+    check_kinked_slope(run, (x, trained), (dx, grads), rng)
 
 
 @given(seeds, st.sampled_from(("parallel", "sequential")))

@@ -45,6 +45,7 @@ from ref.training.local_learning import (
     upsample_bilinear,
     vit_shape,
 )
+from tests.slopes import check_kinked_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -52,31 +53,8 @@ kinds = st.sampled_from(("mlp", "conv", "transformer"))
 SIZES = {"image_size": 4, "patch": 2, "dim": 4, "depth": 3, "num_classes": 3, "hidden": 5, "std": 0.4}
 
 
-def slope_of(f, h=1e-5):
-    """(slope of f(h) at 0, bound on its error).
-
-    Doubling h bounds truncation; eps |f| / h is rounding; where a relu turns within h, the slopes to either
-    side differ by twice the error.
-    """
-    at = {s: f(s * h) for s in (-2, -1, 0, 1, 2)}
-    near, far = (at[1] - at[-1]) / (2 * h), (at[2] - at[-2]) / (4 * h)
-    turn = abs(at[1] - 2 * at[0] + at[-1]) / h
-    return near, 2 * abs(near - far) + turn + 256 * EPS * (1 + abs(at[0])) / h
-
-
-def along(a, b):
-    return sum(np.sum(x * y) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True))
-
-
 def nudged(tree, rng, size=0.2):
     return tree_map(lambda w: w + size * rng.standard_normal(np.shape(w)), tree)
-
-
-def check_slope(f, tree, grads, rng, h=1e-5):
-    """The gradients of f at a tree, along a random direction."""
-    way = tree_map(lambda w: rng.standard_normal(np.shape(w)), tree)
-    slope, atol = slope_of(lambda h: f(tree_map(lambda w, d: w + h * d, tree, way)), h)
-    np.testing.assert_allclose(along(grads, way), slope, rtol=0, atol=atol)
 
 
 def training(seed, boundaries=(1, 3), **options):
@@ -111,15 +89,15 @@ def law_local_learning_infopro_parts_have_the_right_gradients(seed):
     p, a = nudged(init_image_decoder(rng, 4, hidden=5), rng), nudged(init_aux(rng, 4, 5, hidden=6), rng)
     w = rng.standard_normal((3, 5, 5, 3))
     grads = image_decoder_vjp(h, p, w, image_size=5)
-    check_slope(lambda z: np.sum(w * image_decoder(*z, image_size=5)), (h, p), grads, rng, h=1e-6)
+    check_kinked_slope(lambda z: np.sum(w * image_decoder(*z, image_size=5)), (h, p), grads, rng, h=1e-6)
     loss, dlogits = cross_entropy(aux_classifier(h, a), labels)
     assert loss > 0
     grads = aux_classifier_vjp(h, a, dlogits)
-    check_slope(lambda z: cross_entropy(aux_classifier(*z), labels)[0], (h, a), grads, rng, h=1e-6)
+    check_kinked_slope(lambda z: cross_entropy(aux_classifier(*z), labels)[0], (h, a), grads, rng, h=1e-6)
     guess, image = image_decoder(h, p, image_size=5), rng.random((3, 5, 5, 3))
     want = -np.mean(image * np.log(guess) + (1 - image) * np.log(1 - guess))
     np.testing.assert_allclose(bce_reconstruction(guess, image), want, rtol=64 * EPS)
-    check_slope(
+    check_kinked_slope(
         lambda z: bce_reconstruction(z, image), guess, bce_reconstruction_vjp(guess, image), rng, h=1e-8
     )
 
@@ -135,7 +113,7 @@ def law_local_learning_certain_pixels_cost_a_hundred_nats():
 def law_local_learning_decoders_of_features(seed, kind, merged):
     rng = np.random.default_rng(seed)
     guess, target = rng.standard_normal((2, 3, 4))
-    check_slope(
+    check_kinked_slope(
         lambda z: mse_reconstruction(z, target), guess, mse_reconstruction_vjp(guess, target), rng, h=1e-4
     )
     p = nudged(init_feature_decoder(rng, 6, 4, kind=kind, hidden=5, merged=merged), rng)
@@ -143,7 +121,7 @@ def law_local_learning_decoders_of_features(seed, kind, merged):
     y = feature_decoder(h, p, kind=kind)
     assert y.shape == (3, 16 if merged else 4, 4)
     w = rng.standard_normal(y.shape)
-    check_slope(
+    check_kinked_slope(
         lambda z: np.sum(w * feature_decoder(*z, kind=kind)),
         (h, p),
         feature_decoder_vjp(h, p, w, kind=kind),
@@ -180,7 +158,7 @@ def law_local_learning_contrast_is_its_double_sum(seed, B, classes):
     np.testing.assert_allclose(again, got, rtol=0, atol=256 * EPS * (1 + want))
     assert supervised_contrastive(f, np.arange(B)) == 0  # nobody has company
     grads = supervised_contrastive_vjp(f, labels, temperature=0.3)
-    check_slope(lambda x: supervised_contrastive(x, labels, temperature=0.3), f, grads, rng)
+    check_kinked_slope(lambda x: supervised_contrastive(x, labels, temperature=0.3), f, grads, rng, h=1e-5)
 
 
 @given(seeds, kinds, st.sampled_from(("mse", "bce")), st.sampled_from(("cross_entropy", "contrast")))
@@ -198,7 +176,9 @@ def law_local_learning_loss_of_a_module(seed, kind, rec, cls):
     assert parts.rec == want
     np.testing.assert_allclose(loss, 0.7 * parts.rec + 1.3 * parts.cls, rtol=4 * EPS)
     grads = local_loss_vjp(h, target, labels, aux, **weights)
-    check_slope(lambda z: local_loss(z[0], target, labels, z[1], **weights)[0], (h, aux), grads, rng, h=1e-6)
+    check_kinked_slope(
+        lambda z: local_loss(z[0], target, labels, z[1], **weights)[0], (h, aux), grads, rng, h=1e-6
+    )
     assert local_loss(h, target, labels, aux, **{**weights, "lambda_rec": 0.0})[1].rec == 0
 
 
@@ -245,7 +225,7 @@ def law_local_learning_modules_do_not_hear_of_each_other(seed, method, kind):
     put = lambda z: params.net._replace(
         w_patch=z[0], b_patch=z[1], pos_embed=z[2], blocks=(z[3], *params.net.blocks[1:])
     )
-    check_slope(lambda z: first(put(z)), module(params.net), module(base.net), rng, h=1e-6)
+    check_kinked_slope(lambda z: first(put(z)), module(params.net), module(base.net), rng, h=1e-6)
 
 
 @given(seeds)

@@ -39,7 +39,7 @@ from ref.training.logah import (
     transformer_graph,
     virtual_edges,
 )
-from tests.training.slopes import check_slope
+from tests.slopes import check_kinked_slope
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -107,7 +107,7 @@ def law_logah_decoder_is_the_formula_and_its_gradient(seed, shape):
         np.testing.assert_allclose(w[b], np.reshape(want, shape), rtol=1e-10, atol=1e-12)
     dz, dp = low_rank_decode_backward(z, p, cot, shape=shape, rank=3)
     run = lambda t: (cot * low_rank_decode(t[0], t[1], shape=shape, rank=3)).sum()
-    check_slope(run, (z, p), (dz, dp), rng)
+    check_kinked_slope(run, (z, p), (dz, dp), rng)
 
 
 @given(seeds)
@@ -136,13 +136,13 @@ def law_logah_encoder_gradients_agree_with_differences(seed, final_norm):
     cot = rng.standard_normal((2, n, 8))
     dx, dp = graphormer_backward(x, edges, mask, p, cot, num_heads=2)
     run = lambda t: (cot * graphormer(t[0], edges, mask, t[1], num_heads=2)).sum()
-    check_slope(run, (x, p), (dx, dp), rng)
+    check_kinked_slope(run, (x, p), (dx, dp), rng)
     weights = rng.standard_normal((2, 2, n, n))
     bias = p._replace(
         in_degree=None, out_degree=None, input_distance=None, blocks=(), ln_scale=None, ln_bias=None
     )
     run = lambda t: (weights * edge_bias(edges, t)).sum()
-    check_slope(run, bias, edge_bias_backward(edges, p, weights), rng)
+    check_kinked_slope(run, bias, edge_bias_backward(edges, p, weights), rng)
 
 
 def law_logah_shapes_find_their_rows():
@@ -173,7 +173,7 @@ def law_logah_features_are_rows_side_by_side(seed):
         want = x[n] + np.array([*p.channel[a], *p.channel[b], *p.spatial[c], *p.spatial[d]])
         np.testing.assert_array_equal(y[n], want)
     run = lambda t: (cot * shape_features(t[0], index, t[1])).sum()
-    check_slope(run, (x, p), shape_features_backward(x, index, p, cot), rng)
+    check_kinked_slope(run, (x, p), shape_features_backward(x, index, p, cot), rng)
 
 
 TILES = (
@@ -229,7 +229,7 @@ def law_logah_normalisation_and_its_gradient(seed, shape, kind, norm):
     else:
         assert ((y > 0) & (y < 2)).all() if kind == "weight" else (np.abs(y) < 1).all()
     run = lambda t: (cot * normalize_params(t, **options)).sum()
-    check_slope(run, w, normalize_params_backward(w, cot, **options), rng)
+    check_kinked_slope(run, w, normalize_params_backward(w, cot, **options), rng)
 
 
 def law_logah_normalised_matrices_keep_the_variance():
@@ -286,7 +286,7 @@ def law_logah_gradient_reaches_the_hypernetwork(seed, norm, vectors, target):
     loss = lambda p: target_loss(predict_parameters(graph, p, config), target, batch, token)
     _, grads = loss(params)
     dp = predict_parameters_backward(graph, params, config, grads)
-    check_slope(lambda p: loss(p)[0], params, dp, rng)
+    check_kinked_slope(lambda p: loss(p)[0], params, dp, rng)
 
 
 def law_logah_counts():

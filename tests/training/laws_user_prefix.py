@@ -36,7 +36,7 @@ from ref.training.user_prefix import (
     user_tfidf,
     user_words,
 )
-from tests.training.slopes import check_slope
+from tests.slopes import check_kinked_slope
 
 seeds = st.integers(0, 2**32 - 1)
 D, V = 8, 6
@@ -60,7 +60,7 @@ def law_user_prefix_mapping_reads_a_set_and_its_gradient(seed):
     moved = p._replace(queries=p.queries[order])
     np.testing.assert_allclose(mapping_network(x, moved, num_heads=2), y[:, order], rtol=0, atol=1e-11)
     run = lambda t: (cot * mapping_network(*t, num_heads=2)).sum()
-    check_slope(run, (x, p), mapping_network_backward(x, p, cot, num_heads=2), rng)
+    check_kinked_slope(run, (x, p), mapping_network_backward(x, p, cot, num_heads=2), rng)
 
 
 @given(seeds, st.integers(0, 3))
@@ -80,7 +80,7 @@ def law_user_prefix_fusion_ignores_padding_and_the_order_of_words(seed, n_u):
     run = lambda t: (cot * fusion(t[0], t[1], t[2], num_heads=2, user_mask=mask)).sum()
     dv, du, dp = fusion_backward(v, other, p, cot, num_heads=2, user_mask=mask)
     assert not du[:, n_u:].any()
-    check_slope(run, (v, other, p), (dv, du, dp), rng)
+    check_kinked_slope(run, (v, other, p), (dv, du, dp), rng)
     if n_u:  # another user, another prefix
         assert np.abs(fusion(v, rng.standard_normal(u.shape), p, num_heads=2) - y).max() > 1e-6
 
@@ -116,7 +116,7 @@ def law_user_prefix_loss_is_the_definition_and_causal(seed, j):
     assert prefix_lm_loss(prefix, hidden, mask, lm, num_heads=2) == loss
     dprefix, none = prefix_lm_loss_backward(prefix, c, mask, lm, 1.0, num_heads=2)
     assert none is None
-    check_slope(lambda p: prefix_lm_loss(p, c, mask, lm, num_heads=2), prefix, dprefix, rng)
+    check_kinked_slope(lambda p: prefix_lm_loss(p, c, mask, lm, num_heads=2), prefix, dprefix, rng)
 
 
 @given(seeds)

@@ -29,6 +29,7 @@ from ref.vision.dependencyvit import (
     subtree_sizes,
     tree_depth,
 )
+from tests.slopes import agrees
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -45,16 +46,6 @@ def layer(seed, C=12, H=3, bias=True):
     w = lambda *shape: 0.5 * rng.standard_normal(shape)
     maps = w(C, C), w(C, C), w(C, C), w(C, C), w(C), w(C, H), w(C, C // 2), w(C // 2, 1)
     return DependencyAttentionParams(*maps, *((w(C // 2), w(1), w(C), w(C), w(C)) if bias else ()))
-
-
-def agrees(gradient, f, at, rng, h=1e-5):
-    """<gradient, direction> against central differences, within their change under doubling the step."""
-    direction = rng.standard_normal(at.shape)
-    slope, coarse = ((f(at + s * direction) - f(at - s * direction)) / (2 * s) for s in (h, 2 * h))
-    size = abs(f(at)) + np.abs(gradient * direction).sum()
-    # rounding of f over the step; the step's own error is quartered when it is halved
-    atol = 2 * abs(slope - coarse) + 256 * EPS * size / h
-    np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=0, atol=atol)
 
 
 @given(seeds, st.booleans(), st.booleans())

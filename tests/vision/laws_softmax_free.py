@@ -27,6 +27,7 @@ from ref.vision.softmax_free import (
     soft_layer,
     soft_layer_backward,
 )
+from tests.slopes import agrees
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -44,16 +45,6 @@ def layer(seed, C=8, heads=2, r=2, c=3):
     d, w = C // heads, lambda *shape: rng.standard_normal(shape) / math.sqrt(shape[-1])
     return SoftParams(
         w(C, C), w(C), w(C, C), w(C), w(d, d, r, r), 1 + 0.3 * w(d), w(d), w(heads, 1, c, c), w(C, C), w(C)
-    )
-
-
-def agrees(gradient, f, at, direction, h=1e-5):
-    """<gradient, direction> against central differences, within their change under doubling the step."""
-    slope, coarse = ((f(at + s * direction) - f(at - s * direction)) / (2 * s) for s in (h, 2 * h))
-    size = abs(f(at)) + np.abs(gradient * direction).sum()
-    # rounding of f, divided by the step; the step's own error is quartered when it is halved
-    np.testing.assert_allclose(
-        np.sum(gradient * direction), slope, rtol=0, atol=2 * abs(slope - coarse) + 256 * EPS * size / h
     )
 
 
@@ -254,9 +245,9 @@ def law_softmax_free_attention_gradient(seed, normalize):
     options = {"normalize": normalize, "ridge": 0.3, "iters": 30}
     f = lambda q, t, v: np.sum(dy * soft_attention(q, t, v, **options))
     dq, dt, dv = soft_attention_vjp(q, t, v, dy, **options)
-    agrees(dq, lambda z: f(z, t, v), q, rng.standard_normal(q.shape))
-    agrees(dt, lambda z: f(q, z, v), t, rng.standard_normal(t.shape))
-    agrees(dv, lambda z: f(q, t, z), v, rng.standard_normal(v.shape))
+    agrees(dq, lambda z: f(z, t, v), q, rng)
+    agrees(dt, lambda z: f(q, z, v), t, rng)
+    agrees(dv, lambda z: f(q, t, z), v, rng)
 
 
 @given(seeds)
@@ -268,7 +259,7 @@ def law_softmax_free_closed_form_is_the_gradient_through_all_steps(seed):
     direction = rng.standard_normal(A.shape)
     direction = direction + np.swapaxes(direction, -1, -2)
     dA = newton_inverse_vjp(newton_inverse(A, ridge=0.3), g)
-    agrees(dA, lambda A: np.sum(g * newton_inverse(A, ridge=0.3)), A, direction)
+    agrees(dA, lambda A: np.sum(g * newton_inverse(A, ridge=0.3)), A, direction=direction)
     far = np.sum(newton_inverse_vjp(newton_inverse(A, ridge=0.3, iters=3), g) * direction)
     short = lambda A: np.sum(g * newton_inverse(A, ridge=0.3, iters=3))
     step = (short(A + 1e-5 * direction) - short(A - 1e-5 * direction)) / 2e-5
@@ -286,14 +277,14 @@ def law_softmax_free_layer_gradient(seed, shape, normalize):
     options |= {"normalize": normalize, "ridge": 0.3, "iters": 30}
     dx, dp = soft_layer_backward(dout, x, p, **options)
     f = lambda x, p: np.sum(dout * soft_layer(x, p, **options))
-    agrees(dx, lambda z: f(z, p), x, rng.standard_normal(x.shape))
+    agrees(dx, lambda z: f(z, p), x, rng)
     unread = {"w_landmark", "ln_w", "ln_b"} if r == 1 else set()
     for name, g in dp._asdict().items():
         if name in unread:
             assert g is None
             continue
         at = getattr(p, name)
-        agrees(g, lambda z, name=name: f(x, p._replace(**{name: z})), at, rng.standard_normal(at.shape))
+        agrees(g, lambda z, name=name: f(x, p._replace(**{name: z})), at, rng)
 
 
 def law_softmax_free_costs_are_counted():
