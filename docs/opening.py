@@ -4,6 +4,7 @@ Everything follows from the catalogue, from the sources of `ref` and from the ch
 cannot lag behind them.
 """
 
+import ast
 import re
 from collections import Counter
 from html import escape
@@ -82,3 +83,21 @@ def axis_letters(folder="ref"):
     for path in (ROOT / folder).rglob("*.py"):
         found.update({axis for spec in _SPEC.findall(path.read_text()) for axis in spec.split()})
     return found
+
+
+def source(path, name):
+    """The source of a function in a file of the project, as a Markdown code block; nothing is imported."""
+    text = (ROOT / path).read_text()
+    node = next(n for n in ast.parse(text).body if getattr(n, "name", None) == name)
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    return "```python\n" + "\n".join(text.splitlines()[first - 1 : node.end_lineno]) + "\n```"
+
+
+def kernels():
+    """(file, backend, lines, first sentence of its docstring) of every kernel, read from the sources."""
+    for path in sorted((ROOT / "accel" / "kernels").glob("*_*.py")):
+        backend = path.stem.rsplit("_", 1)[1]
+        if backend in ("triton", "tpu", "hopper"):
+            text = path.read_text()
+            words = " ".join(ast.get_docstring(ast.parse(text)).split("\n\n")[0].split())
+            yield path.name, backend, len(text.splitlines()), words.split(": ", 1)[-1].rstrip(".")
