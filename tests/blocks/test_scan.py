@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ref.blocks.mlp import silu, softplus
 from ref.blocks.scan import causal_conv, causal_conv_vjp, selective_scan, selective_scan_vjp
+from tests.slopes import slope_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -105,10 +106,10 @@ def test_scan_gradients_are_central_differences(seed, option, chunk):
     got = selective_scan_vjp(*args, dy, **extra, **flags, dstate=dstate, chunk=chunk)
     for name in given_:
         h = 1e-5 if option != "raw" else 1e-6  # step sizes there must stay positive
-        slope, coarse = ((loss(name, s) - loss(name, -s)) / (2 * s) for s in (h, 2 * h))
+        slope, change = slope_of(lambda s, name=name: loss(name, s), h)
         size = np.abs(getattr(got, name)).max(initial=1)
         # the difference's own error: truncation, seen by doubling h, and cancellation eps / h
-        bound = abs(slope - coarse) + 64 * EPS / h * (size + abs(loss(name, 0)))
+        bound = change + 64 * EPS / h * (size + abs(loss(name, 0)))
         np.testing.assert_allclose(np.sum(getattr(got, name) * directions[name]), slope, rtol=0, atol=bound)
     assert all((getattr(got, n) is None) == (n not in given_) for n in ("d", "z", "delta_bias"))
 
