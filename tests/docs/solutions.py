@@ -131,3 +131,34 @@ def sums_in_all_orders(terms=(1e8, 1.0, -1e8)):
     add = lambda order: float(np.cumsum(np.array(order, np.float32))[-1])
     return sorted({add(order) for order in permutations(terms)})
     # --8<-- [end:orders]
+
+
+# --8<-- [start:rows_to_corner]
+def rows_to_corner(d, corner):
+    """The least number of rows of which a [d, d] product is above the corner, None if there is none."""
+    intensity = lambda n: n * d / (d + 2 * n)
+    if corner >= d / 2:  # what intensity tends to as n grows
+        return None
+    return next(n for n in range(1, d * d) if intensity(n) >= corner)
+    # --8<-- [end:rows_to_corner]
+
+
+# --8<-- [start:amdahl]
+def amdahl(share, faster):
+    """How much faster the whole gets if `share` of its time gets `faster` times faster."""
+    return 1 / (1 - share + share / faster)
+    # --8<-- [end:amdahl]
+
+
+# --8<-- [start:tokens_a_second]
+def tokens_a_second(weights, bits, bytes_a_second):
+    """Tokens a second if every weight is read once for each token and nothing else takes time."""
+    return bytes_a_second / (weights * bits / 8)
+    # --8<-- [end:tokens_a_second]
+
+
+# --8<-- [start:energy_corner]
+def energy_corner(pj_a_byte, pj_an_operation):
+    """Operations a byte at which arithmetic and memory take the same energy."""
+    return pj_a_byte / pj_an_operation
+    # --8<-- [end:energy_corner]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hw.gpu import h200
 from ref.blocks.attention import attention_dense
 from ref.blocks.softmax import softmax
 from ref.vision.pitome import energy_score
@@ -145,6 +146,30 @@ def test_opening_kernels_are_all_listed():
     names = {name for name, *_ in opening.kernels()}
     assert names == {p.name for p in (ROOT / "accel/kernels").glob("*.py")} - {"__init__.py", "rum_step.py"}
     assert "def _forward_kernel" in opening.source("accel/kernels/flash_triton.py", "_forward_kernel")
+
+
+def test_opening_costs_rows_to_corner():
+    corner = h200().ridge("bfloat16")
+    assert round(corner) == 206
+    assert solutions.rows_to_corner(4096, corner) == 230
+    assert solutions.rows_to_corner(412, corner) is None
+
+
+def test_opening_costs_amdahl():
+    assert solutions.amdahl(0.3, 3) == pytest.approx(1.25)
+    assert solutions.amdahl(0.3, 1e12) == pytest.approx(1.43, abs=0.005)
+
+
+def test_opening_costs_tokens_a_second():
+    assert solutions.tokens_a_second(7e9, 4.5, 50e9) == pytest.approx(12.7, abs=0.05)
+
+
+def test_opening_costs_energy_corner():
+    from hw.parts import ENERGY, OP_PJ
+
+    byte, operation = ENERGY.numbers["hbm_pj_per_byte"], OP_PJ["bfloat16"]
+    assert (byte, operation) == (28.7, 0.4)
+    assert round(solutions.energy_corner(byte, operation)) == 72
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
