@@ -22,6 +22,7 @@ from ref.blocks.attention import (
 from ref.blocks.masks import causal_mask
 from ref.blocks.softmax import softmax, weigh
 from ref.blocks.transformer import QKVParams, qkv, qkv_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -115,8 +116,7 @@ def pruning_bounds(avg, *, mode="official"):
     (column) when there is no padding after it.
     """
     avg = _check_avg(avg)
-    if mode not in BOUNDS:
-        raise ValueError(f"mode must be one of {', '.join(BOUNDS)}, got {mode!r}")
+    one_of("mode", mode, BOUNDS)
     some = (avg != 0).any(axis=(0, 1))
     ends = [int(np.flatnonzero(x)[-1]) + 1 if x.any() else 0 for x in (some.any(axis=1), some.any(axis=0))]
     if mode == "official":
@@ -137,8 +137,7 @@ def pruning_threshold(
     avg = _check_avg(avg)
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
-    if per not in PER:
-        raise ValueError(f"per must be one of {', '.join(PER)}, got {per!r}")
+    one_of("per", per, PER)
     if visible is not None or not count_masked:
         _check_visible(visible, avg.shape[-2:])
 
@@ -173,8 +172,7 @@ def pruning_mask(
     empty_rows: "keep_max" keeps the largest visible cell of every row (the first of equals); "official" and
       "zero" leave the mask as thresholded, for `pruned_attention` to say what an empty row gives.
     """
-    if empty_rows not in EMPTY_ROWS:
-        raise ValueError(f"empty_rows must be one of {', '.join(EMPTY_ROWS)}, got {empty_rows!r}")
+    one_of("empty_rows", empty_rows, EMPTY_ROWS)
     options = {"bounds": bounds, "count_masked": count_masked, "visible": visible, "per": per}
     tau = pruning_threshold(avg, fraction, **options)
     avg = float64(avg)
@@ -240,8 +238,7 @@ def pruned_self_attention_vjp(
 def _heads(x, params, num_heads):
     """q, k, v [B, H, N, D] of x."""
     width = dims(x=(x, "B N C"), w_q=(params.w_q, "C width"))["width"]
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide the width {width} of w_q, got {num_heads}")
+    check_num_heads(width, num_heads)
     return qkv(float64(x), params, num_heads=num_heads)
 
 
@@ -252,8 +249,7 @@ def to_block_mask(keep_mask, avg, *, block_q, block_k, rule="any", fraction=None
       rule: "any" visits a tile that keeps a cell (the cells are pruned inside it); "mean" prunes the
       floor(fraction tiles + 1/2) tiles of smallest mean average, over all heads, the first of equals first.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    one_of("rule", rule, RULES)
     if min(block_q, block_k) < 1:
         raise ValueError(f"block_q and block_k must be at least 1, got {block_q=}, {block_k=}")
     given = keep_mask if rule == "any" else avg

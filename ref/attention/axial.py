@@ -20,6 +20,7 @@ from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.optim import tree_map
 from ref.blocks.softmax import logsumexp, softmax
 from ref.blocks.transformer import AttentionParams, BlockParams
+from ref.checks import check_ids, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -92,8 +93,7 @@ class AxialConfig:
 
     def __post_init__(self):
         """Refuse what cannot be built."""
-        if self.emb_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide emb_dim={self.emb_dim}, got {self.num_heads}")
+        check_num_heads(self.emb_dim, self.num_heads)
         if self.num_outer % 2 or (self.channels > 1 and self.num_exterior % 2):
             raise ValueError(
                 f"num_outer and num_exterior must be even (row and column in turn), got {self.num_outer} and "
@@ -124,8 +124,7 @@ def axial_attention(
     if len(params) != len(axes):
         raise ValueError(f"params must hold one entry for each of {len(axes)} axes, got {len(params)}")
     for p in params:
-        if num_heads < 1 or p.w_q.shape[-1] % num_heads:
-            raise ValueError(f"num_heads must divide the width {p.w_q.shape[-1]}, got {num_heads}")
+        check_num_heads(p.w_q.shape[-1], num_heads)
     y, total = float64(x), 0.0
     for axis, p in zip(axes, params, strict=True):
         heads = (linear(y, w).reshape(*y.shape[:-1], num_heads, -1) for w in (p.w_q, p.w_k, p.w_v))
@@ -244,7 +243,7 @@ def axial_video_logits(params: AxialParams, x, *, config: AxialConfig):
     dims(x=(x, f"B T {c.height} {c.width}"))
     if c.channels != 1 or params.exterior is None:
         raise ValueError("video needs channels=1 and num_exterior >= 1")
-    _check_values(x, c)
+    check_ids("x", x, c.num_embs)
     p = params.exterior.pos_h[:, None] + params.exterior.pos_w
     plan = [((3, False), (2, False), (1, True))[n % 3] for n in range(c.num_exterior)]
     past = _stack(float64(params.embs)[x] + p, params.exterior.blocks, plan, c)[-1]
@@ -448,15 +447,7 @@ def _check_image(x, params, config):
     dims(x=(x, f"B {c.height} {c.width}" + (f" {c.channels}" if c.channels > 1 else "")))
     dims(pos_h=(params.pos_h, f"{c.height} {c.emb_dim}"), pos_w=(params.pos_w, f"{c.width} {c.emb_dim}"))
     dims(embs=(params.embs, f"{c.num_embs} {c.emb_dim}"))
-    _check_values(x, c)
-
-
-def _check_values(x, config):
-    x = np.asarray(x)
-    if x.dtype.kind not in "iu" or (x.size and not (0 <= x.min() and x.max() < config.num_embs)):
-        raise ValueError(
-            f"x must be integers in 0..{config.num_embs - 1}, got {x.dtype}, {x.min()}..{x.max()}"
-        )
+    check_ids("x", x, c.num_embs)
 
 
 def example(seed=0):

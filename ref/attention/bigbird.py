@@ -15,6 +15,7 @@ from ref.blocks.masks import bigbird_block_mask, check_rand_blocks
 from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, transformer_block
+from ref.checks import check_num_heads
 from ref.dims import dims
 from ref.example import Example
 from ref.models.bert import BertParams, bert_embed
@@ -125,8 +126,7 @@ def bigbird_self_attention(
 ):
     """`bigbird_attention` of x [..., L, C], heads joined: [..., L, C], before the output map."""
     n = dims(x=(x, "... L C"), w_q=(params.w_q, "C E"))
-    if num_heads < 1 or n["E"] % num_heads:
-        raise ValueError(f"num_heads must divide the width {n['E']}, got {num_heads}")
+    check_num_heads(n["E"], num_heads)
     real = token_rows("token_mask", token_mask, x.shape[:-1])
     heads = qkv(zero_padding(real, x)[0], params, num_heads=num_heads)
     options = {"rand_blocks": rand_blocks, "num_global_tokens": num_global_tokens, "token_mask": token_mask}

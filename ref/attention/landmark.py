@@ -14,6 +14,7 @@ from ref.blocks.attention import join_heads, prepare, split_heads, sum_groups
 from ref.blocks.masks import causal_mask
 from ref.blocks.rope import rope, rope_angles
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax, softmax_state, softmax_vjp, weigh
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -329,8 +330,7 @@ def landmark_stream(
     """
     n = dims(x=(x, "B N C"), is_landmark=(is_landmark, "B N"), **{w: (getattr(params, w), "C C") for w in
              LandmarkParams._fields})  # fmt: skip
-    if n["C"] % num_heads:
-        raise ValueError(f"num_heads must divide C={n['C']}, got {num_heads}")
+    check_num_heads(n["C"], num_heads)
     if min(chunk_lengths, default=0) < 1 or sum(chunk_lengths) != n["N"]:
         raise ValueError(f"chunk_lengths must be positive and sum to N={n['N']}, got {tuple(chunk_lengths)}")
     q, k, v = (split_heads(float64(x) @ w, num_heads) for w in params[:3])
@@ -433,8 +433,7 @@ def _check_block_size(block_size):
 def _check_retrieval(top_k, selection):
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+    one_of("selection", selection, SELECTIONS)
 
 
 def _check_decode(q, k, v, is_landmark, cache, block_size, top_k, cache_blocks, selection):

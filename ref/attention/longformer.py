@@ -18,6 +18,7 @@ from ref.blocks.norms import layer_norm
 from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, qkv_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert import BertParams, bert_embed
@@ -91,8 +92,7 @@ def sliding_window_attention(
     Returns: o [..., H, L, D] float64.
     Raises: ValueError naming the argument at fault.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     if method == "chunks" and (dilation > 1 or causal):
         raise ValueError('method="chunks" needs dilation=1 and causal=False')
     plan = _Plan(q, k, v, window, dilation, global_mask, token_mask, causal, scale)
@@ -363,8 +363,7 @@ def _chunk_values(p, v, half):
 def _project(x, params, num_heads, window, global_mask, token_mask):
     """(plan, x with padding set to 0, local q, k, v, wide q, k, v)."""
     n = dims(x=(x, "... L C"), w_q=(params.local.w_q, "C E"), wide_w_q=(params.wide.w_q, "C E"))
-    if num_heads < 1 or n["E"] % num_heads:
-        raise ValueError(f"num_heads must divide the width {n['E']}, got {num_heads}")
+    check_num_heads(n["E"], num_heads)
     x = zero_padding(token_rows("token_mask", token_mask, x.shape[:-1]), x)[0]
     local = qkv(x, params.local, num_heads=num_heads)
     plan = _Plan(*local, window, 1, global_mask, token_mask, False, None)

@@ -26,6 +26,7 @@ from ref.blocks.rotary_attention import (
 from ref.blocks.scan import selective_scan
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax_state
 from ref.blocks.transformer import AttentionParams
+from ref.checks import check_ids, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.mamba import MambaParams, init_mamba, mamba_block_vjp, mamba_macs, mamba_mixer, mamba_params
@@ -359,10 +360,7 @@ def _feed_vjp(x, norm, mlp, dy, eps):
 
 def _embed(params, ids, config, mixer):
     check_scout(config, mixer)
-    ids, V = np.asarray(ids), len(params.embedding)
-    if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < V):
-        raise ValueError(f"ids must be integers in 0..{V - 1}, got {ids.dtype}")
-    return float64(params.embedding)[ids]
+    return float64(params.embedding)[check_ids("ids", ids, len(params.embedding))]
 
 
 def _logits(params, x, config):
@@ -373,10 +371,8 @@ def _logits(params, x, config):
 def check_scout(config, mixer, kind="scout"):
     """Raise ValueError for a configuration that cannot be, or an unknown mixer or kind."""
     c = config
-    if mixer not in MIXERS:
-        raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("mixer", mixer, MIXERS)
+    one_of("kind", kind, KINDS)
     if c.segment < 1:
         raise ValueError(f"segment must be at least 1, got {c.segment}")
     if "swa" in (mixer, kind):

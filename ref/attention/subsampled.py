@@ -15,6 +15,7 @@ from ref.blocks.attention import attention_dense, attention_dense_vjp, check_mas
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import softmax, softmax_vjp, weigh
 from ref.blocks.transformer import transformer_block, transformer_block_vjp
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import GPTParams, gpt_embed, gpt_embed_vjp, gpt_head, gpt_head_vjp
@@ -342,8 +343,7 @@ def ssa_cost(n, dim, *, num_heads, reduction, kind="unbiased"):
     num_heads n k scores; float32 bytes of the probabilities and of the gathered keys and values, k rows, or
     n in permuted order.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("kind", kind, KINDS)
     if min(n, dim, num_heads) < 1 or reduction < 1 or dim % num_heads:
         raise ValueError(f"need n, dim, num_heads, reduction >= 1, num_heads dividing dim, got {n}, {dim}, "
                          f"{num_heads}, {reduction}")  # fmt: skip

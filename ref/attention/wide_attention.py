@@ -30,6 +30,7 @@ from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.positions import sinusoidal_positions
 from ref.blocks.softmax import softmax
 from ref.blocks.transformer import AttentionParams, BlockParams, init_block, transformer_block
+from ref.checks import check_ids
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.tasks.listops import listops
@@ -176,11 +177,9 @@ def encoder(params: EncoderParams, tokens, *, config: WideConfig):
     Raises: ValueError for an id outside the vocabulary or a text too long.
     """
     c, n = config, dims(tokens=(tokens, "... n"))["n"]
-    tokens = np.asarray(tokens)
+    tokens = check_ids("tokens", tokens, c.vocab)
     if n > c.max_length:
         raise ValueError(f"tokens has n={n}, more than max_length={c.max_length}")
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < c.vocab):
-        raise ValueError(f"tokens must be in 0..{c.vocab - 1}, got {tokens.min()}..{tokens.max()}")
     options, T = _run_options(c), _padded_length(c, n)
     x = np.zeros((*tokens.shape[:-1], T, c.dim))
     real = np.zeros(x.shape[:-1], bool)

@@ -12,6 +12,7 @@ import numpy as np
 from ref.blocks.mlp import linear, linear_vjp, mlp, mlp_vjp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, self_attention, self_attention_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 
 OPTIONS, LAYERNORMS = ("parallel", "sequential"), ("none", "in", "out")
@@ -154,12 +155,9 @@ def _check_adapter(x, p, scale, layernorm):
 
 
 def _check_layernorm(layernorm):
-    if layernorm not in LAYERNORMS:
-        raise ValueError(f"layernorm must be one of {', '.join(LAYERNORMS)}, got {layernorm!r}")
+    one_of("layernorm", layernorm, LAYERNORMS)
 
 
 def _check_block(p, num_heads, option):
-    if option not in OPTIONS:
-        raise ValueError(f"option must be one of {', '.join(OPTIONS)}, got {option!r}")
-    if num_heads < 1 or p.w_q.shape[-1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {p.w_q.shape[-1]}, got {num_heads}")
+    one_of("option", option, OPTIONS)
+    check_num_heads(p.w_q.shape[-1], num_heads)

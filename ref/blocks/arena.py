@@ -7,6 +7,8 @@ Lee 2020, arXiv 2001.03288); the exact search is branch and bound over packings 
 from dataclasses import dataclass, field
 from html import escape
 
+from ref.checks import one_of
+
 STRATEGIES = ("greedy_by_size", "greedy_by_breadth", "best_fit", "exact")
 MOST_EXACT = 12
 
@@ -105,8 +107,7 @@ def overlaps(plan: Plan) -> list:
 
 
 def _check(buffers, strategy, align):
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    one_of("strategy", strategy, STRATEGIES)
     if align < 1:
         raise ValueError(f"align must be at least 1, got {align}")
     if len({b[0] for b in buffers}) != len(buffers):

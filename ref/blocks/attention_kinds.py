@@ -16,6 +16,7 @@ from ref.blocks.mixed_attention import (
     synthesizer_attention,
 )
 from ref.blocks.padding import token_rows
+from ref.checks import one_of
 from ref.dims import dims
 
 # kind -> the options it takes, and the arrays it needs
@@ -124,8 +125,7 @@ def attend_vjp(q, k, v, do, *, kind="dense", mask=None, extras=None, options=Non
 
 def check_kind(kind, options, extras):
     """(options, extras) as dicts, those the kind reads; ValueError for others, or extras that are missing."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("kind", kind, KINDS)
     options, extras = dict(options or {}), dict(extras or {})
     unknown = set(options) - set(KINDS[kind])
     if unknown:

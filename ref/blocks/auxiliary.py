@@ -16,6 +16,7 @@ from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, relu, sigmoid
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.softmax import logsumexp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
+from ref.checks import one_of
 from ref.dims import dims, float64
 
 KINDS = ("mlp", "conv", "transformer")
@@ -369,5 +370,4 @@ def affine(rng, a, b):
 
 
 def _check_kind(kind):
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("kind", kind, KINDS)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.importance import top_indices
+from ref.checks import one_of
 from ref.dims import dims, float64
 
 SELECT = ("topk", "threshold")
@@ -141,7 +142,6 @@ def check_store(window, capacity, select="topk", threshold=None):
         raise ValueError(f"window must be at least 1, got {window}")
     if capacity < 0:
         raise ValueError(f"capacity must not be negative, got {capacity}")
-    if select not in SELECT:
-        raise ValueError(f"select must be one of {', '.join(SELECT)}, got {select!r}")
+    one_of("select", select, SELECT)
     if select == "threshold" and threshold is None:
         raise ValueError('select="threshold" needs a threshold')

@@ -7,6 +7,7 @@ scales are those of He et al. 2015.
 import numpy as np
 
 from ref.blocks.mlp import sigmoid
+from ref.checks import one_of
 from ref.dims import float64
 
 NORMS = ("fan_in", "gpt2", "std")
@@ -88,8 +89,7 @@ def _tile_index(w, shape):
 def _factor(w, kind, norm, layers):
     if kind not in ("weight", "bias"):
         raise ValueError(f'kind must be "weight" or "bias", got {kind!r}')
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    one_of("norm", norm, NORMS)
     shape = np.shape(w)
     if len(shape) < 2 or (len(shape) > 2 and shape[0] == 1 and shape[2] >= 11):
         return 1.0

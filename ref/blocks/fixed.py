@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ref.checks import one_of
+
 QUANT = ("TRN", "RND", "RND_CONV", "TRN_ZERO")
 OVERFLOW = ("WRAP", "SAT", "CHECK")
 
@@ -34,10 +36,8 @@ class Fixed:
                 raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if not 1 <= self.width <= 62:
             raise ValueError(f"width must be in 1..62, got {self.width}")
-        if self.quant not in QUANT:
-            raise ValueError(f"quant must be one of {', '.join(QUANT)}, got {self.quant!r}")
-        if self.overflow not in OVERFLOW:
-            raise ValueError(f"overflow must be one of {', '.join(OVERFLOW)}, got {self.overflow!r}")
+        one_of("quant", self.quant, QUANT)
+        one_of("overflow", self.overflow, OVERFLOW)
 
     @property
     def frac(self) -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ref.blocks.softmax import logsumexp
+from ref.checks import check_ids
 from ref.dims import dims, float64
 
 
@@ -12,9 +13,7 @@ def negative_log_likelihood(logits, labels):
     Raises: ValueError for labels that are not integers in 0..V-1.
     """
     n = dims(logits=(logits, "... V"), labels=(labels, "..."))
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or (labels.size and not (0 <= labels.min() and labels.max() < n["V"])):
-        raise ValueError(f"labels must be integers in 0..{n['V'] - 1}")
+    labels = check_ids("labels", labels, n["V"])
     logits = float64(logits)
     own = np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return logsumexp(logits) - own
@@ -50,8 +49,7 @@ def macro_f1(y, p, *, num_classes):
     if dims(y=(y, "n"), p=(p, "n"))["n"] < 1:
         raise ValueError("y must hold at least one class")
     for name, x in (("y", y), ("p", p)):
-        if x.dtype.kind not in "iu" or not (0 <= x.min() and x.max() < num_classes):
-            raise ValueError(f"{name} must be integers in 0..{num_classes - 1}, got {x.min()}..{x.max()}")
+        check_ids(name, x, num_classes)
     count = lambda x: np.bincount(x, minlength=num_classes)
     hits, total = count(y[y == p]), count(y) + count(p)
     return float(np.mean(2 * hits / np.where(total == 0, 1, total)))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from ref.checks import one_of
 from ref.dims import float64
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has no erf; the C library's is correct to an ulp
@@ -85,8 +86,7 @@ ACTIVATIONS = {
 
 def activation_pair(name):
     """(function, derivative) of an activation. Raises: ValueError listing the names."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    one_of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 

@@ -5,6 +5,7 @@ from math import comb, factorial
 
 import numpy as np
 
+from ref.checks import one_of
 from ref.dims import dims, float64
 
 MODES = ("monomial", "elementwise", "identity")
@@ -67,8 +68,7 @@ def _monomials(d, degree, coefs):
 def _check_features(x, degree, mode, coefs):
     """Check a call, return the coefficients."""
     dims(x=(x, "... d"))
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    one_of("mode", mode, MODES)
     if degree < 1:
         raise ValueError(f"degree must be at least 1, got {degree}")
     if coefs is None:

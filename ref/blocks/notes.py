@@ -11,6 +11,7 @@ import numpy as np
 
 from ref.blocks.mlp import linear_vjp, mlp, mlp_vjp, sigmoid
 from ref.blocks.softmax import softmax, softmax_vjp
+from ref.checks import one_of
 from ref.dims import dims, float64
 
 POLICIES = ("fifo", "priority")
@@ -224,8 +225,7 @@ def check_notes(x, p, capacity=1, policy="fifo", chunk=1, pool0=None):
         raise ValueError(
             f"summaries, capacity and chunk must be at least 1, got Ds={n['Ds']}, {capacity=}, {chunk=}"
         )
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    one_of("policy", policy, POLICIES)
     if pool0 is not None:
         dims(x=(x, "... T C"), summaries=(pool0.summaries, f"... {capacity} {n['Ds']}"),
              priority=(pool0.priority, f"... {capacity}"), age=(pool0.age, f"... {capacity}"))  # fmt: skip

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.checks import one_of
+
 TOKEN = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]")
 MODES = ("head", "head_tail")
 PAD, CLS, SEP, UNKNOWN = range(4)  # ids of `word_encoder`
@@ -47,8 +49,7 @@ def truncate(ids, *, length, mode="head", cls_id, sep_id):
     """
     if length < 3:
         raise ValueError(f"length must be at least 3, CLS and SEP and a piece, got {length}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    one_of("mode", mode, MODES)
     ids, room = list(ids), length - 2
     if len(ids) > room:
         front = room if mode == "head" else 3 * room // 4

@@ -14,6 +14,7 @@ from ref.blocks.mlp import linear, linear_vjp, relu, sigmoid
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.optim import tree_map
 from ref.blocks.softmax import softmax, softmax_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 
 GATES = ("unit", "memory")
@@ -144,8 +145,7 @@ def attend_vjp(queries, states, params: WriteParams, du, *, heads, scale=False):
 
 def gate_size(gate, width):
     """Columns of one gate of a slot: its width ("unit"), or 1 ("memory")."""
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    one_of("gate", gate, GATES)
     return width if gate == "unit" else 1
 
 
@@ -215,8 +215,7 @@ def _heads(queries, states, p, heads, scale):
 
 def _check(x, wm, p, heads, topk=None):
     n = dims(x=(x, "B T Din"), wm=(wm, "B N D"), w_in=(p.w_in, "Din D"), w_q=(p.w_q, "D D"))
-    if heads < 1 or n["D"] % heads:
-        raise ValueError(f"heads must divide the width D={n['D']}, got {heads}")
+    check_num_heads(n["D"], heads, name="heads")
     if n["N"] < 1 or n["T"] < 1:
         raise ValueError(f"need at least one slot in wm and one token in x, got {n['N']} and {n['T']}")
     if topk is not None and not 1 <= topk <= n["T"]:

@@ -13,6 +13,7 @@ import numpy as np
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import logsumexp
 from ref.blocks.transformer import block_parameters
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert_cost import encoder_macs
@@ -213,8 +214,7 @@ def encoder_cost(layers, hidden, ffn, heads, *, vocab=30522, positions=512, toke
 
     Token types and the pooler are not counted here; `encoder_parameters` of ref/models/bert_cost.py has them.
     """
-    if hidden % heads:
-        raise ValueError(f"heads must divide the width {hidden}, got {heads}")
+    check_num_heads(hidden, heads, name="heads")
     params = (vocab + positions + 2) * hidden + layers * block_parameters(hidden, ffn)  # 2: the tables' norm
     return params, encoder_macs(tokens, depth=layers, dim=hidden, hidden=ffn)
 
@@ -229,8 +229,7 @@ def _soft(student, teacher, temperature, reduction):
     n = dims(student_logits=(student, "B K"), teacher_logits=(teacher, "B K"))
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    one_of("reduction", reduction, REDUCTIONS)
     if n["B"] * n["K"] == 0:
         raise ValueError("student_logits must not be empty")
     count = n["B"] * (n["K"] if reduction == "mean_all" else 1)

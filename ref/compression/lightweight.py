@@ -31,6 +31,7 @@ from ref.blocks.transformer import (
     transformer_block,
     transformer_block_vjp,
 )
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.mobilevit import MobileViTParams, init_mobilevit, mobilevit_block, mobilevit_block_vjp
@@ -243,8 +244,7 @@ def block_cost(kind, *, shape, **sizes):
       kernel. "separable_mlp" [H, W, d]: ratio, kernel=3, squeeze=False.
     Raises: ValueError for another kind; TypeError for sizes that are not its own.
     """
-    if kind not in COSTS:
-        raise ValueError(f"kind must be one of {', '.join(COSTS)}, got {kind!r}")
+    one_of("kind", kind, COSTS)
     return Cost(*COSTS[kind](*shape, **sizes))
 
 
@@ -359,8 +359,7 @@ def _even(D):
 
 
 def _check_heads(num_heads, width):
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide the width {width}, got {num_heads}")
+    check_num_heads(width, num_heads)
 
 
 def example(seed=0):

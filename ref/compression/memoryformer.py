@@ -13,6 +13,7 @@ from ref.blocks.mlp import linear_vjp, sigmoid
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.quantize import check_finite
 from ref.blocks.rope import rope, rope_angles
+from ref.checks import check_ids, check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -205,8 +206,7 @@ def init_memoryformer(rng, *, vocab, dim, depth, tau=8, expansion="wider_hash"):
     expansion: how the MLP widens. "wider_hash": to K (tau + 2), read by K tables of tau + 2 bits.
       "extra_table": to 2 dim, read by 2 K tables of tau bits.
     """
-    if expansion not in EXPANSIONS:
-        raise ValueError(f"expansion must be one of {', '.join(EXPANSIONS)}, got {expansion!r}")
+    one_of("expansion", expansion, EXPANSIONS)
     wide, bits = (dim // tau * (tau + 2), tau + 2) if expansion == "wider_hash" else (2 * dim, tau)
     norm = lambda n: (np.ones(n), np.zeros(n))
     blocks = []
@@ -280,8 +280,7 @@ def _chunks(x, tau, score, temperature):
     d = dims(x=(x, "... d"))["d"]
     if not 1 <= tau <= LARGEST_TAU or d % tau:
         raise ValueError(f"tau must be in 1..{LARGEST_TAU} and divide the width of x, got {tau=} for {d}")
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    one_of("score", score, SCORES)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     check_finite("x", x)
@@ -303,8 +302,7 @@ def _qkv(u, p, num_heads, fraction):
     shape = p.q.tables.shape
     if p.k.tables.shape != shape or p.v.tables.shape != shape:
         raise ValueError("tables of q, k and v must have one shape, they share an address")
-    if num_heads < 1 or shape[-1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {shape[-1]}, got {num_heads}")
+    check_num_heads(shape[-1], num_heads)
     codes, score = hash_chunks(u, tau=_tau(p.q.tables, u))
     q, k, v = (split_heads(look_up(codes, score, *layer), num_heads) for layer in (p.q, p.k, p.v))
     return _turn(q, fraction), _turn(k, fraction), v
@@ -321,12 +319,7 @@ def _turn(x, fraction, direction=1):
 
 def _hidden(tokens, params, num_heads):
     """The stream before every block, and after the last."""
-    tokens = np.asarray(tokens)
-    if tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens must be integers, got dtype {tokens.dtype}")
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < len(params.embed)):
-        raise ValueError(f"tokens must be in 0..{len(params.embed) - 1}, got {tokens.min()}..{tokens.max()}")
-    states = [float64(params.embed)[tokens]]
+    states = [float64(params.embed)[check_ids("tokens", tokens, len(params.embed))]]
     for p in params.blocks:
         states.append(memoryformer_block(states[-1], p, num_heads=num_heads))
     return states

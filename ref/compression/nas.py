@@ -25,6 +25,7 @@ from ref.blocks.evolution import (
 from ref.blocks.norms import layer_norm
 from ref.blocks.softmax import logsumexp
 from ref.blocks.transformer import transformer_block
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.metrics import kendall_tau, spearman
@@ -283,8 +284,7 @@ def _check_slice(x, w, b, out_features):
 
 
 def _check_batch(params, x, labels, kind, kinds):
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}")
+    one_of("kind", kind, kinds)
     size = dims(x=(x, "B in"), labels=(labels, "B"), w=(params.w[0], "hidden in"))
     labels, classes = np.asarray(labels), params.w[-1].shape[0]
     if size["B"] == 0 or labels.dtype.kind not in "iu" or not (0 <= labels.min() and labels.max() < classes):

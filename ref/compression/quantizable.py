@@ -26,6 +26,7 @@ from ref.blocks.quantize import (
 )
 from ref.blocks.softmax import softmax, softmax_vjp, weigh
 from ref.blocks.transformer import BlockParams, QKVParams, init_block, qkv, qkv_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -400,8 +401,7 @@ def _check_clip(gamma, zeta):
 
 
 def _check_kind(kind):
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("kind", kind, KINDS)
 
 
 def _check_gate(x_heads, g, kind):
@@ -422,8 +422,7 @@ def _check_gate(x_heads, g, kind):
 
 def _check_heads(x, w, num_heads):
     width = dims(x=(x, "B N C"), w_q=(w, "C C"))["C"]
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide C={width}, got {num_heads}")
+    check_num_heads(width, num_heads)
 
 
 def example(seed=0):

@@ -15,6 +15,7 @@ import numpy as np
 from ref.blocks.bit_plan import LayerSensitivity, allocate_bits, sensitivity
 from ref.blocks.quantize import init_range, update_range
 from ref.blocks.rotation import block_for, hadamard_matrix, hadamard_transform, rotation_for
+from ref.checks import one_of
 from ref.dims import dims
 from ref.example import Example
 from ref.models.dit import (
@@ -373,8 +374,7 @@ def _check_quant(x, bits, granularity, pool_batch):
     x = x.astype(np.result_type(x, np.float32), copy=False)
     if not (2 <= bits <= 16 and bits == int(bits)):
         raise ValueError(f"bits must be in 2..16, got {bits}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    one_of("granularity", granularity, GRANULARITIES)
     axes = tuple(range(x.ndim))
     if granularity == "token":
         dims(x=(x, "B N C"))

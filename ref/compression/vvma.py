@@ -12,6 +12,7 @@ import numpy as np
 
 from ref.blocks.attention import attention_dense, join_heads, split_heads
 from ref.blocks.mlp import relu, sigmoid
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -66,8 +67,7 @@ def vvma_linear(x, m, v, bias=None, *, out_features=None, order="fused"):
     n_out = check_vvma(m, v, x.shape[-1], out_features)
     if bias is not None:
         dims(bias=(bias, str(n_out)))
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    one_of("order", order, ORDERS)
     m, v = float64(m, v)
     scaled = v * _tiles(x, v)[..., None, :, :]  # [..., I, J, k]
     y = scaled.sum(axis=-2) @ m.T if order == "fused" else (scaled @ m.T).sum(axis=-2)
@@ -131,8 +131,7 @@ def vvma_mlp(x, params: VvmaMLPParams):
 def vvma_attention(x, params: VvmaAttentionParams, *, num_heads, mask=None):
     """Multi-head self-attention of x [..., L, D] whose four maps share one M; mask bool, True = visible."""
     D = dims(x=(x, "... L D"), bias=(params.bias, "4 D"))["D"]
-    if num_heads < 1 or D % num_heads:
-        raise ValueError(f"num_heads must divide the width {D}, got {num_heads}")
+    check_num_heads(D, num_heads)
     maps = [
         lambda y, v=v, b=b: vvma_linear(y, params.m, v, b, out_features=D)
         for v, b in zip(params.v, params.bias, strict=True)

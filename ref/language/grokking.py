@@ -13,6 +13,7 @@ import numpy as np
 
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import AdamState, adam_init, adamw_step, global_norm, matrix_mask, tree_map
+from ref.checks import check_ids, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import (
@@ -152,11 +153,9 @@ def token_rank(logits, targets):
     Raises: ValueError for NaN in logits or a target outside the vocabulary.
     """
     V = dims(logits=(logits, "... V"), targets=(targets, "..."))["V"]
-    logits, targets = float64(logits), np.asarray(targets)
+    logits, targets = float64(logits), check_ids("targets", targets, V)
     if np.isnan(logits).any():
         raise ValueError("logits must not hold NaN: it has no rank")
-    if targets.size and not (0 <= targets.min() and targets.max() < V):
-        raise ValueError(f"targets must be in 0..{V - 1}, got {targets.min()}..{targets.max()}")
     own = np.take_along_axis(logits, targets[..., None], axis=-1)
     before = (logits > own) | ((logits == own) & (np.arange(V) < targets[..., None]))
     return before.sum(axis=-1)
@@ -260,8 +259,7 @@ def _hidden(ids, params, num_heads, loops, eps):
     dims(ids=(ids, "B T"))
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}")
-    if params.wte.shape[1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {params.wte.shape[1]}, got {num_heads}")
+    check_num_heads(params.wte.shape[1], num_heads)
     unrolled = params._replace(blocks=tuple(params.blocks) * loops)
     return gpt_blocks(gpt_embed(ids, params), unrolled, num_heads=num_heads, eps=eps)
 

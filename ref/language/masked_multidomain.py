@@ -13,6 +13,7 @@ import numpy as np
 
 from ref.blocks.losses import cross_entropy, macro_f1
 from ref.blocks.softmax import logsumexp, softmax
+from ref.checks import check_ids, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert_cost import BertConfig, encoder_parameters
@@ -62,7 +63,7 @@ class ProblemSpec:
 
     def to_global(self, problem, local):
         """Class among all, of a problem's own class. Raises: ValueError for one that the problem has not."""
-        problem, local = _check_problem(problem, self.sizes), np.asarray(local)
+        problem, local = check_ids("problem", problem, len(self.sizes)), np.asarray(local)
         if (bad := (local < 0) | (local >= np.asarray(self.sizes)[problem])).any():
             local = np.broadcast_to(local, bad.shape)
             raise ValueError(f"local must be a class of its problem, got {local[bad]}")
@@ -70,9 +71,7 @@ class ProblemSpec:
 
     def to_local(self, global_class):
         """(problem, local class). Raises: ValueError for a class outside 0..C-1."""
-        y = np.asarray(global_class)
-        if y.size and not (0 <= y.min() and y.max() < self.offsets[-1]):
-            raise ValueError(f"global_class must be in 0..{self.offsets[-1] - 1}, got {y.min()}..{y.max()}")
+        y = check_ids("global_class", global_class, self.offsets[-1])
         problem = np.searchsorted(self.offsets, y, side="right") - 1
         return problem, y - self.offsets[problem]
 
@@ -268,8 +267,7 @@ def server_memory(config: BertConfig, spec: ProblemSpec, *, mode="single", dtype
     weights, output) and the MLP (input, hidden layer, output) of a block hold at once; one model runs at a
     time (training keeps every block's: `encoder_cost` of long_text_hack).
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    one_of("mode", mode, MODES)
     if min(dtype_bytes, batch, length) < 1 or length > config.positions:
         raise ValueError(
             f"dtype_bytes and batch must be at least 1, length in 1..{config.positions}, got "
@@ -290,7 +288,7 @@ def _own(z, problem, sizes):
     _check_sizes(sizes)
     dims(z=(z, f"B {sum(sizes)}"), problem=(problem, "B"))
     _check_logits(z)
-    problem = _check_problem(problem, sizes)
+    problem = check_ids("problem", problem, len(sizes))
     return np.repeat(np.arange(len(sizes)), sizes) == problem[:, None]
 
 
@@ -317,18 +315,9 @@ def _check_sizes(sizes):
         raise ValueError(f"sizes must be counts of at least 1, got {tuple(sizes)}")
 
 
-def _check_problem(problem, sizes):
-    problem = np.asarray(problem)
-    if problem.dtype.kind not in "iu" or (
-        problem.size and not (0 <= problem.min() and problem.max() < len(sizes))
-    ):
-        raise ValueError(f"problem must be integers in 0..{len(sizes) - 1}, got {problem}")
-    return problem
-
-
 def _check_labels(y, problem, sizes):
     dims(y=(y, "B"), problem=(problem, "B"))
-    y, problem, start = np.asarray(y), _check_problem(problem, sizes), np.cumsum((0, *sizes))
+    y, problem, start = np.asarray(y), check_ids("problem", problem, len(sizes)), np.cumsum((0, *sizes))
     if y.dtype.kind not in "iu" or ((y < start[problem]) | (y >= start[problem + 1])).any():
         raise ValueError(f"y must be global classes of their problems, got {y} for problem {problem}")
     return y

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ref.blocks.losses import negative_log_likelihood
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.tasks.nouns import (
@@ -100,8 +101,7 @@ def novel_pairing(groups, *, seed=12345, method="official"):
     """
     groups = np.asarray(groups)
     n, places = dims(groups=(groups, "n"))["n"], np.arange(len(groups))
-    if method not in PAIRINGS:
-        raise ValueError(f"method must be one of {', '.join(PAIRINGS)}, got {method!r}")
+    one_of("method", method, PAIRINGS)
     out, free = np.zeros(n, int), np.ones(n, bool)
     if method == "distinct":
         rng = np.random.default_rng(seed)
@@ -352,8 +352,7 @@ def _is_punctuation(piece):
 
 
 def _check_build(pools, condition, list_length):
-    if condition not in CONDITIONS:
-        raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {condition!r}")
+    one_of("condition", condition, CONDITIONS)
     shortest, least = min(map(len, pools), default=0), 2 if condition == "permute" else 1
     if not least <= list_length <= shortest:
         raise ValueError(f"list_length must be in {least}..{shortest} to {condition}, got {list_length}")

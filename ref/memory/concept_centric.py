@@ -23,6 +23,7 @@ from ref.blocks.slots import (
     slot_macs,
 )
 from ref.blocks.softmax import softmax, softmax_vjp
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.cct import (
@@ -240,8 +241,7 @@ def _attend(tokens, concepts, params, heads):
         w_proj=(params.w_proj, "d classes"),
     )["d"]  # fmt: skip
     dims(w_kv=(params.w_kv, f"{d} {2 * d}"))
-    if heads < 1 or d % heads:
-        raise ValueError(f"heads must divide the width {d}, got {heads}")
+    check_num_heads(d, heads, name="heads")
     q = split_heads(linear(tokens, params.w_q), heads)
     k, v = (split_heads(y, heads) for y in np.split(linear(concepts, params.w_kv), 2, axis=-1))
     return q, k, v, softmax(q @ np.swapaxes(k, -1, -2) * q.shape[-1] ** -0.5)

@@ -22,6 +22,7 @@ from ref.blocks.relative import (
     relative_attention_vjp,
     relative_shift,
 )
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.agent import Agent, train_agent
@@ -327,8 +328,7 @@ _gate = gate  # the blocks have an argument of this name
 
 def _block(x, memory, params, heads, u, v_bias, gate, norm, normalize_query, mask):
     """(output, what the backward pass needs: x, [memory; x], attention's output, the middle, the MLP's)."""
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    one_of("norm", norm, NORMS)
     dims(x=(x, "B T D"), memory=(memory, "B M D"))
     p, M, x, pre = params, memory.shape[1], float64(x), norm == "identity"
     source = np.concatenate([float64(memory), x], axis=1)
@@ -385,8 +385,7 @@ def _rows(d):
 
 
 def _check_kind(kind):
-    if kind not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(map(str, GATES))}, got {kind!r}")
+    one_of("gate", kind, GATES)
 
 
 def check_gate(x, y, params, kind):

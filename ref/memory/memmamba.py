@@ -37,6 +37,7 @@ from ref.blocks.retention import (
     token_memory_fidelity,
 )
 from ref.blocks.scan import selective_scan, selective_scan_vjp
+from ref.checks import check_ids
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.mamba import (
@@ -266,10 +267,7 @@ def _layers(tokens, params, options):
 
 
 def _embed(tokens, params):
-    tokens, V = np.asarray(tokens), len(params.embedding)
-    if tokens.dtype.kind not in "iu" or (tokens.size and not 0 <= tokens.min() <= tokens.max() < V):
-        raise ValueError(f"tokens must be integers in 0..{V - 1}, got {tokens.dtype}")
-    return float64(params.embedding)[tokens]
+    return float64(params.embedding)[check_ids("tokens", tokens, len(params.embedding))]
 
 
 def _opens(z, p, state_threshold):

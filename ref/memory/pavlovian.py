@@ -10,6 +10,7 @@ from math import comb, erfc, log, sqrt
 
 import numpy as np
 
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -117,8 +118,7 @@ def conditioning_protocol(name, *, beta, trials, rule):
         "generalization", cosine [9] of a cue with A, and the response to it.
     Raises: ValueError for an unknown name or rule, or trials < 1.
     """
-    if name not in PROTOCOLS:
-        raise ValueError(f"name must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    one_of("name", name, PROTOCOLS)
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     A, B = np.eye(2)
@@ -297,8 +297,7 @@ def check_condition(q, k, v, rule, beta, log_decay, state, key_sum, normalize, c
              **({} if beta is None else {"beta": (beta, "... T")}),
              **({} if state is None else {"state": (state, "... dk dv")}),
              **({} if key_sum is None else {"key_sum": (key_sum, "... dk")}))  # fmt: skip
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    one_of("rule", rule, RULES)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if normalize and rule != "hebb":

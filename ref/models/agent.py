@@ -13,6 +13,7 @@ from ref.blocks.mlp import linear, linear_vjp, sigmoid, softplus
 from ref.blocks.optim import adam, adam_init
 from ref.blocks.policy import a2c_loss, discounted_returns, ppo_loss, vmpo_loss_vjp
 from ref.blocks.softmax import softmax
+from ref.checks import one_of
 from ref.tasks.environments import env_reset, env_step
 
 LOSSES = ("vmpo", "a2c", "ppo")
@@ -67,8 +68,7 @@ def train_agent(key, env, agent: Agent, *, steps, loss="vmpo", batch=16, unroll=
       date ("a2c":
       always). options: of the loss. Raises: ValueError naming the argument at fault.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    one_of("loss", loss, LOSSES)
     if min(steps, batch, unroll, refresh) < 1:
         raise ValueError(
             f"steps, batch, unroll and refresh must be at least 1, got {steps}, {batch}, {unroll}, {refresh}"

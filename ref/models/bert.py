@@ -11,6 +11,7 @@ import numpy as np
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
+from ref.checks import check_ids
 from ref.dims import dims, float64
 
 
@@ -122,16 +123,10 @@ def _embedding_sum(ids, params, types, positions=None):
     T = dims(ids=(ids, "... T"))["T"]
     if positions is None and T > len(params.position):
         raise ValueError(f"ids has T={T} tokens, more than the {len(params.position)} positions of the table")
-    _check_range("ids", ids, len(params.word))
+    check_ids("ids", ids, len(params.word))
     types = np.zeros_like(ids) if types is None else types
-    _check_range("types", types, len(params.token_type))
+    check_ids("types", types, len(params.token_type))
     positions = np.arange(T) if positions is None else positions
-    _check_range("positions", positions, len(params.position))
+    check_ids("positions", positions, len(params.position))
     word, position, kind = (np.asarray(i) for i in (ids, positions, types))
     return float64(params.word[word]) + params.position[position] + params.token_type[kind]
-
-
-def _check_range(name, x, size):
-    x = np.asarray(x)
-    if x.size and (x.min() < 0 or x.max() >= size):
-        raise ValueError(f"{name} must be in 0..{size - 1}, got {x.min()}..{x.max()}")

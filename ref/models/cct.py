@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.slots import SlotParams, init_slots
+from ref.checks import one_of
 
 # variant: steps of its slot module, unless told; "ct" has none: the concept transformer's fixed vectors
 ITERATIONS = {"sa": 1, "isa": 3, "qsa": 2, "ct": 0}
@@ -88,5 +89,4 @@ def cct_params(width, *, concepts, classes, variant="sa"):
 
 def check_variant(variant):
     """Raises: ValueError for a variant unknown."""
-    if variant not in ITERATIONS:
-        raise ValueError(f"variant must be one of {', '.join(ITERATIONS)}, got {variant!r}")
+    one_of("variant", variant, ITERATIONS)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.mlp import linear, linear_vjp
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.models.bert import BertParams, bert_encode, bert_encode_vjp, bert_pool, bert_pool_vjp, init_bert
 
@@ -57,5 +58,4 @@ def _check(ids, mask, params, num_heads):
         raise ValueError(f"mask must be boolean (True = real token), got dtype {np.asarray(mask).dtype}")
     if not np.asarray(mask)[:, :1].all() or not np.shape(ids)[1]:
         raise ValueError("mask must show the first token of every text: the class is read there")
-    if params.bert.word.shape[1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {params.bert.word.shape[1]}, got {num_heads}")
+    check_num_heads(params.bert.word.shape[1], num_heads)

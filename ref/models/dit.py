@@ -14,6 +14,7 @@ from ref.blocks.attention import attention_dense, join_heads, split_heads
 from ref.blocks.mlp import gelu, linear, silu
 from ref.blocks.norms import layer_norm
 from ref.blocks.positions import sinusoidal_positions
+from ref.checks import check_ids
 from ref.dims import dims, float64
 from ref.models.vit import patchify
 
@@ -132,9 +133,7 @@ def dit_forward(x, t, y, params: DiTParams, cfg: DiTConfig, *, text=None, projec
     stands for the linear maps of the blocks, names as in `block_with` after "blocks.<i>.".
     Raises: ValueError for images of another size, or y outside 0..classes.
     """
-    y = np.asarray(y)
-    if y.size and not (0 <= y.min() and y.max() <= cfg.classes):
-        raise ValueError(f"y must be in 0..{cfg.classes}, got {y.min()}..{y.max()}")
+    y = check_ids("y", y, cfg.classes + 1)
     p, plain = params, lambda name, h, w, b: linear(h, w, b)
     lead = np.shape(x)[:1]
     if cfg.frames > 1:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
+from ref.checks import check_ids
 from ref.dims import dims, float64
 
 
@@ -42,9 +43,7 @@ def gpt_embed(ids, params, *, position=0):
     Raises: ValueError for an id outside the vocabulary or a text longer than the context.
     """
     T = dims(ids=(ids, "... T"))["T"]
-    ids = np.asarray(ids)
-    if ids.size and (ids.min() < 0 or ids.max() >= len(params.wte)):
-        raise ValueError(f"ids must be in 0..{len(params.wte) - 1}, got {ids.min()}..{ids.max()}")
+    ids = check_ids("ids", ids, len(params.wte))
     if position + T > len(params.wpe):
         raise ValueError(f"position + T = {position + T} exceeds the context of {len(params.wpe)}")
     return float64(params.wte)[ids] + params.wpe[position : position + T]

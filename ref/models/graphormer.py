@@ -13,6 +13,7 @@ from ref.blocks.mlp import linear, linear_vjp, mlp_vjp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import BlockParams, qkv, qkv_vjp, transformer_block
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 
 MASKED = -(2.0**15)  # not -inf: a node that is padding attends to all alike
@@ -132,8 +133,7 @@ def _positions(edges, params):
 def _forward(x, edges, node_mask, params, num_heads, eps):
     """-> ([nodes before each block, and after the last], bias [B, H, N, N], pairs [B, 1, N, N])."""
     n = dims(x=(x, "B N d"), edges=(edges, "B N N"), node_mask=(node_mask, "B N"))
-    if num_heads < 1 or n["d"] % num_heads:
-        raise ValueError(f"num_heads must divide d={n['d']}, got {num_heads}")
+    check_num_heads(n["d"], num_heads)
     mask, edges = np.asarray(node_mask, bool), np.asarray(edges)
     bias, pairs = edge_bias(edges, params), (mask[:, :, None] & mask[:, None, :])[:, None]
     rows = (getattr(params, name)[at] for name, at in _positions(edges, params).items())

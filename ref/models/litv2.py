@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.conv import BN, init_bn
+from ref.checks import one_of
 
 
 class HiLoParams(NamedTuple):
@@ -100,8 +101,7 @@ VARIANTS = {
 
 def litv2_config(name) -> LITv2Config:
     """The published sizes "s", "m" and "b". Raises: ValueError for another name."""
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
+    one_of("name", name, VARIANTS)
     return VARIANTS[name]
 
 

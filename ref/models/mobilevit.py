@@ -11,6 +11,7 @@ from ref.blocks.conv import ConvBN, conv_bn, conv_bn_vjp, init_conv_bn
 from ref.blocks.mlp import linear, linear_vjp, silu, silu_grad
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 
 
@@ -89,8 +90,7 @@ def init_mobilevit(rng, channels, dim, *, hidden=None, depth=2, std=0.02):
 def _forward(x, p, patch, num_heads, eps):
     """Every intermediate that the backward pass needs, by name."""
     conv = lambda x, c: conv_bn(x, c, padding=c.w.shape[-1] // 2, eps=eps)
-    if num_heads < 1 or p.w_in.shape[1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {p.w_in.shape[1]}, got {num_heads}")
+    check_num_heads(p.w_in.shape[1], num_heads)
     a = conv(x, p.local)
     tokens = [unfold_patches(linear(silu(a), p.w_in), patch)]
     for b in p.blocks:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, sigmoid
 from ref.blocks.optim import tree_leaves, tree_map
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.models.bert import BertParams, bert_encode, bert_encode_vjp, bert_pool, bert_pool_vjp, init_bert
 
@@ -299,6 +300,5 @@ def _check_pairs(ids, mask, types, bert, num_heads, spec):
     n = dims(ids=(ids, spec), mask=(mask, spec), types=(types, spec))
     if np.asarray(mask).dtype != bool or not np.asarray(mask)[..., :1].all():
         raise ValueError("mask must be boolean (True = token), with every first token shown")
-    if bert.word.shape[1] % num_heads:
-        raise ValueError(f"num_heads must divide the width {bert.word.shape[1]}, got {num_heads}")
+    check_num_heads(bert.word.shape[1], num_heads)
     return n

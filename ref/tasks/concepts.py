@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ref.checks import one_of
+
 SHAPES, COLOURS = ("disc", "square", "triangle"), ("red", "green", "blue")
 CONCEPTS = SHAPES + COLOURS
 PAIRS = ((0, 1), (0, 2), (1, 2))  # a class is a pair of shapes and a pair of colours: no attribute tells it
@@ -41,8 +43,7 @@ def shapes_concepts(key, n_images):
 
 def shape_mask(shape, centre, radius, *, side=SIDE):
     """Pixels [side, side] bool of a "disc", "square" or "triangle" (point up) around centre (row, column)."""
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    one_of("shape", shape, SHAPES)
     down, right = (axis - c for axis, c in zip(np.indices((side, side)), centre, strict=True))
     if shape == "disc":
         return down**2 + right**2 <= radius**2

@@ -27,6 +27,7 @@ from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm
 from ref.blocks.optim import sgd, sgd_init, tree_leaves, tree_map
 from ref.blocks.transformer import BlockParams, block_parameters
+from ref.checks import one_of
 from ref.dims import float64
 from ref.example import Example
 from ref.models import vit
@@ -231,8 +232,7 @@ def count_trainable(config: ViTSize, tuning, *, bottleneck=64, num_classes):
         "linear": 0,
         "full": backbone,
     }
-    if tuning not in extra:
-        raise ValueError(f"tuning must be one of {', '.join(extra)}, got {tuning!r}")
+    one_of("tuning", tuning, extra)
     if tuning == "vpt" and config.num_prompts < 1:
         raise ValueError('tuning "vpt" needs num_prompts of at least 1')
     return extra[tuning] + (d + 1) * num_classes
@@ -337,8 +337,7 @@ def _trained(params, tuning):
     """Names of the fields that train."""
     sets = {"adapter": ("adapters", *HEAD), "vpt": ("prompts", *HEAD), "linear": HEAD}
     sets["full"] = tuple(n for n in params._fields if n not in STATISTICS)
-    if tuning not in sets:
-        raise ValueError(f"tuning must be one of {', '.join(sets)}, got {tuning!r}")
+    one_of("tuning", tuning, sets)
     needed = {"adapter": "adapters", "vpt": "prompts"}.get(tuning)
     if needed and not any(x.size for x in tree_leaves(getattr(params, needed))):
         raise ValueError(f'tuning "{tuning}" needs {needed} in params, at least one a block')

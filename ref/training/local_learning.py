@@ -40,6 +40,7 @@ from ref.blocks.mlp import linear, linear_vjp, relu
 from ref.blocks.norms import layer_norm
 from ref.blocks.optim import tree_map
 from ref.blocks.transformer import transformer_block, transformer_block_vjp
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.shapes import BlockShape, NetShape, swin_tiny, vit_shape
@@ -276,8 +277,7 @@ def activation_memory(config: NetShape, *, boundaries, method, batch, itemsize=4
     input and output. Decoders: "feature", an MLP with M = C; "infopro", an image decoder of twelve channels
     at full size.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     ends = (len(config.blocks),) if method == "e2e" else tuple(boundaries)
     _check_ends(ends, len(config.blocks))
     out, start = [], 0
@@ -360,8 +360,7 @@ def check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls):
 
 def check_split(params, images, labels, boundaries, method, first_target):
     """Raise ValueError for a bad call of a training step."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     if first_target not in ("embedding", "image"):
         raise ValueError(f'first_target must be "embedding" or "image", got {first_target!r}')
     if params.net.cls_token is not None:

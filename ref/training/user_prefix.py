@@ -24,6 +24,7 @@ from ref.blocks.transformer import (
     transformer_block,
     transformer_block_vjp,
 )
+from ref.checks import check_ids, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import GPTParams, gpt_blocks, gpt_blocks_vjp, gpt_head, gpt_head_vjp, init_gpt
@@ -327,8 +328,7 @@ def _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps):
              constants=(params.constants, "n_p d"))  # fmt: skip
     if n["n_p"] < 1:
         raise ValueError("params.constants must hold at least one, at whose place the prefix is read")
-    if num_heads < 1 or n["d"] % num_heads:
-        raise ValueError(f"num_heads must divide d={n['d']}, got {num_heads}")
+    check_num_heads(n["d"], num_heads)
     constants, mask = np.broadcast_to(params.constants, (n["B"], n["n_p"], n["d"])), None
     if user_mask is not None:
         dims(user=(user, "B n_u d"), user_mask=(user_mask, "B n_u"))
@@ -346,15 +346,14 @@ def _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps):
 def _lm_states(prefix, tokens, mask, lm, num_heads, eps):
     """-> ([hidden states of prefix and caption before each block, and after the last], mask of keys)."""
     n = dims(prefix=(prefix, "B n_p d"), tokens=(tokens, "B n"), mask=(mask, "B n"), wte=(lm.wte, "V d"))
-    tokens, total = np.asarray(tokens), n["n_p"] + n["n"]
+    total = n["n_p"] + n["n"]
     if n["n_p"] < 1:
         raise ValueError("prefix must hold at least one position, from which the first token is told")
     if total > len(lm.wpe):
         raise ValueError(
             f"prefix and tokens have {total} positions, more than the {len(lm.wpe)} of lm_params"
         )
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= n["V"]):
-        raise ValueError(f"tokens must be in 0..{n['V'] - 1}, got {tokens.min()}..{tokens.max()}")
+    tokens = check_ids("tokens", tokens, n["V"])
     x = np.concatenate([float64(prefix), lm.wte[tokens]], axis=1) + lm.wpe[:total]
     seen = np.concatenate([np.ones((n["B"], n["n_p"]), bool), np.asarray(mask, bool)], axis=1)[:, None, None]
     return gpt_blocks(x, lm, num_heads=num_heads, mask=seen, eps=eps), seen

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ref.blocks.formats import round_bf16
+from ref.checks import check_ids, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -133,8 +134,7 @@ def approx_matmul(x, y, uniform, *, k, method="wta"):
     scale): biased.
     """
     M = dims(x=(x, "n M"), y=(y, "M m"), uniform=(uniform, str(k)))["M"]
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     x, y = float64(x, y)
     p = np.full(M, 1 / M) if method == "uniform" else row_probabilities(y, np.linalg.norm(x, axis=0))
     wins = winner_count(p, k=k)  # also checks k
@@ -218,9 +218,7 @@ class GradNormCache:
         ids = np.asarray(ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"ids must be integers [B], got shape {list(ids.shape)} of {ids.dtype}")
-        if ids.size and not (0 <= ids.min() and ids.max() < self.num_samples):
-            raise ValueError(f"ids must be in 0..{self.num_samples - 1}, got {ids.min()}..{ids.max()}")
-        return ids
+        return check_ids("ids", ids, self.num_samples)
 
 
 def stored_bytes(rows, width, *, k, itemsize=4):

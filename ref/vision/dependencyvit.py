@@ -18,6 +18,7 @@ from ref.blocks.norms import layer_norm
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import qkv
 from ref.blocks.trees import cut_tree, spanning_tree, subtree_sizes, tree_depth
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.vit import ViTParams, embed_patches
@@ -316,8 +317,7 @@ def _checked(message):
 
 def _layer(x, message_in, params, num_heads, temperature):
     n = dims(x=(x, "B N C"), message_in=(message_in, "B N"), w_q=(params.w_q, "C C"))
-    if num_heads < 1 or n["C"] % num_heads:
-        raise ValueError(f"num_heads must divide the {n['C']} channels of x, got {num_heads}")
+    check_num_heads(n["C"], num_heads)
     dims(w_select=(params.w_select, f"{n['C']} {num_heads}"))
     if not np.isfinite(x).all():
         raise ValueError("x must be finite")
@@ -331,8 +331,7 @@ def _block(x, message, p, num_heads, temperature, prune_to, score, eps):
     N = dims(x=(x, "B N C"), message=(message, "B N"))["N"]
     if prune_to is not None and not 1 <= prune_to <= N:
         raise ValueError(f"prune_to must be in 1..{N}, got {prune_to}")
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    one_of("score", score, SCORES)
     x = float64(x)
     y = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=eps)
     out, sent, mask = reversed_attention_layer(

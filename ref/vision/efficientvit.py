@@ -25,6 +25,7 @@ from ref.blocks.conv import (
 )
 from ref.blocks.mlp import relu
 from ref.blocks.softmax import softmax, softmax_vjp
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.pyramid import (
@@ -240,8 +241,7 @@ def fold_efficientvit(params):
 
 def efficientvit_config(name):
     """EfficientViTConfig of "m0" .. "m5". Raises: ValueError for another name."""
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
+    one_of("name", name, VARIANTS)
     return EfficientViTConfig(*VARIANTS[name])
 
 
@@ -306,8 +306,7 @@ def _run_heads(x, params, key_dim, kernels, cascade):
 
 
 def _check_heads(C, h, kernels):
-    if h < 1 or C % h:
-        raise ValueError(f"heads must divide the channels, got {h} heads for {C}")
+    check_num_heads(C, h, name="heads")
     if len(kernels) < h or any(k % 2 == 0 for k in kernels):
         raise ValueError(f"kernels must be odd, one for each of {h} heads, got {tuple(kernels)}")
 

@@ -13,6 +13,7 @@ from ref.blocks.attention import attention_dense, attention_dense_vjp, join_head
 from ref.blocks.conv import batch_norm, conv2d, deform_conv2d
 from ref.blocks.mlp import gelu, linear, linear_vjp
 from ref.blocks.norms import layer_norm
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.litv2 import (
@@ -192,8 +193,7 @@ def litv2_macs(cfg: LITv2Config, *, image_size=224):
 
 def check_layer(dim, num_heads, window):
     """Raises: ValueError unless num_heads divides dim and window is at least 1."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
+    check_num_heads(dim, num_heads)
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
 

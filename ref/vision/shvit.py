@@ -25,6 +25,7 @@ from ref.blocks.conv import (
 )
 from ref.blocks.mlp import relu
 from ref.blocks.softmax import softmax, softmax_vjp
+from ref.checks import one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.pyramid import (
@@ -194,8 +195,7 @@ def fold_shvit(params):
 
 def shvit_config(name):
     """SHViTConfig of "s1" .. "s4". Raises: ValueError for another name."""
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
+    one_of("name", name, VARIANTS)
     return SHViTConfig(*VARIANTS[name])
 
 

@@ -18,6 +18,7 @@ from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, mlp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.resize import resize_bilinear
 from ref.blocks.transformer import transformer_block
+from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.soft import SoftConfig, SoftNet, SoftParams, init_soft
@@ -270,8 +271,7 @@ def _iterates(A, iters, ridge, init, normalize, batch_alpha):
         raise ValueError(f"iters must be at least 1, got {iters}")
     if not ridge >= 0:
         raise ValueError(f"ridge must not be negative, got {ridge}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    one_of("init", init, INITS)
     A = float64(A)
     over = lambda x: np.broadcast_to(x.max(), x.shape) if batch_alpha and x.size else x
     P = A + ridge * np.eye(A.shape[-1])
@@ -304,8 +304,7 @@ def _landmark_conv(q, w, height, width, ratio):
 def _queries_values(x, params, height, width, num_heads, ratio, conv_size):
     C = dims(x=(x, "B N C"), w_q=(params.w_q, "C C"), w_v=(params.w_v, "C C"))["C"]
     _check_finite("x", x)
-    if num_heads < 1 or C % num_heads:
-        raise ValueError(f"num_heads must divide the {C} channels of x, got {num_heads}")
+    check_num_heads(C, num_heads)
     if conv_size < 1 or conv_size % 2 == 0:
         raise ValueError(f"conv_size must be odd, got {conv_size}")
     dims(w_local=(params.w_local, f"{num_heads} 1 {conv_size} {conv_size}"))

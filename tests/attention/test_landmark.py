@@ -62,7 +62,7 @@ BAD = {
     ),
     "no_chunk": (lambda: DECODE(Q[:, :, :0], FLAGS[:, :0]), "at least one position"),
     "cache": (lambda: M.init_landmark_cache(1, 2, 4, block_size=3, cache_blocks=0), "cache_blocks must be"),
-    "num_heads": (lambda: STREAM(num_heads=3), "num_heads must divide C=8"),
+    "num_heads": (lambda: STREAM(num_heads=3), "num_heads must divide the width 8"),
     "chunks": (lambda: STREAM(chunk_lengths=(4, 3)), "sum to N=8"),
     "zero_chunk": (lambda: STREAM(chunk_lengths=(8, 0)), "must be positive"),
     "weights": (lambda: STREAM(PARAMS._replace(w_k=WIDE[:7])), r"w_k\.shape\[0\] = 7"),

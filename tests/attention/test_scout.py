@@ -98,7 +98,7 @@ BAD = {
         "window must be at least 1",
     ),
     "no_segment": (lambda: S.scout_logits(PARAMS, IDS, **WITH(segment=0)), "segment must be at least 1"),
-    "ids": (lambda: S.scout_logits(PARAMS, IDS + 7, **WITH()), r"ids must be integers in 0\.\.6"),
+    "ids": (lambda: S.scout_logits(PARAMS, IDS + 7, **WITH()), r"ids must be in 0\.\.6"),
     "float_ids": (lambda: S.scout_logits(PARAMS, IDS + 0.5, **WITH()), "got float64"),
     "state": (lambda: S.mamba_mixer(X, MAMBA, state=STATE), "conv.shape"),
     "kind": (lambda: S.cache_bytes(CONFIG, 8, kind="rwkv"), "kind must be one of scout, full, swa, mamba"),

@@ -29,7 +29,7 @@ BAD = {
     "empty": (lambda: D.soft_kl(Z[:0], Z[:0]), "must not be empty"),
     "classes": (lambda: D.soft_kl(Z, Z[:, :3]), r"teacher_logits\.shape\[1\] = 3"),
     "alpha": (lambda: D.kd_loss(Z, Z, Y, alpha=1.5), r"alpha must be in \[0, 1\]"),
-    "label": (lambda: D.kd_loss(Z, Z, Y + 1), r"labels must be integers in 0\.\.3"),
+    "label": (lambda: D.kd_loss(Z, Z, Y + 1), r"labels must be in 0\.\.3"),
     "label_float": (lambda: D.kd_loss(Z, Z, Y + 0.0), "labels must be integers"),
     "hard": (lambda: D.hard_distillation_loss(Z, Z, Z[:2], Y), "teacher_logits"),
     "width": (lambda: D.hidden_mse(H, H[..., :3]), r"teacher\.shape\[2\] = 3"),

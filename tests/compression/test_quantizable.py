@@ -73,7 +73,7 @@ BAD = {
         lambda: Z.outlier_free_attention_vjp(HEADS, HEADS, HEADS, HEADS[:, :, :3]),
         "axis L is 3 in grad_context",
     ),
-    "heads": (lambda: Z.gated_self_attention(X, MAPS, num_heads=4), "num_heads must divide C=6"),
+    "heads": (lambda: Z.gated_self_attention(X, MAPS, num_heads=4), "num_heads must divide the width 6"),
     "width": (lambda: Z.gated_self_attention(X[..., :5], MAPS, num_heads=2), r"w_q\.shape\[0\] = 6"),
     "sample": (lambda: Z.outlier_metrics(np.ones((3, 1))), "two numbers a sample"),
     "flat": (lambda: Z.outlier_metrics(np.ones(3)), r"acts must be \[S, \.\.\.\]"),
@@ -81,7 +81,7 @@ BAD = {
     "bits": (lambda: Z.w8a8_forward(BLOCK, X, RANGES, num_heads=2, bits=1), "bits must be at least 2"),
     "missing": (lambda: Z.w8a8_forward(BLOCK, X, RANGES, num_heads=2), "ranges must hold 'norm1'"),
     "batches": (lambda: Z.calibrate_ranges(BLOCK, [], num_heads=2), "at least one batch"),
-    "block_heads": (lambda: Z.block_forward(BLOCK, X, num_heads=5), "num_heads must divide C=6"),
+    "block_heads": (lambda: Z.block_forward(BLOCK, X, num_heads=5), "num_heads must divide the width 6"),
     "macs": (lambda: Z.gate_macs(0, 2, 3), "tokens, heads and head_dim"),
     "macs_kind": (lambda: Z.gate_macs(1, 2, 3, kind="tanh"), "kind must be one of"),
 }

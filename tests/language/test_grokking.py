@@ -71,7 +71,7 @@ BAD = {
     "loops": (lambda: G.gpt2_forward(IDS, P, loops=0, **HEADS), "loops must be at least 1"),
     "heads": (lambda: G.gpt2_forward(IDS, P, num_heads=4), "num_heads must divide the width 6"),
     "labels": (lambda: G.gpt2_loss(IDS, LABELS[:, :3], P, **HEADS), r"labels\.shape\[1\] = 3"),
-    "label": (lambda: G.gpt2_loss(IDS, LABELS + 9, P, **HEADS), r"labels must be integers in 0\.\.8"),
+    "label": (lambda: G.gpt2_loss(IDS, LABELS + 9, P, **HEADS), r"labels must be in 0\.\.8"),
     "unscored": (lambda: G.gpt2_loss(IDS, LABELS * 0 - 100, P, **HEADS), "at least one that is scored"),
     "single": (lambda: G.gpt2_loss(IDS[:, :1], LABELS[:, 3:], P, **HEADS), "at least one that is scored"),
     "lr": (lambda: G.adamw_step(P, P, adam_init(P), **{**STEP, "lr": -1}), "lr and weight_decay must not"),

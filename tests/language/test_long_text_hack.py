@@ -57,7 +57,7 @@ BAD = {
     "mode": (lambda: L.truncate([1], length=3, mode="tail", cls_id=0, sep_id=0), "mode must be one of head"),
     "room": (lambda: L.coverage("a", "a", list, 2), "length must be at least 3"),
     "words": (lambda: L.fertility(list, ["..."]), "texts must hold at least one word"),
-    "f1": (lambda: L.macro_f1(np.array([3]), np.array([0]), num_classes=3), r"y must be integers in 0\.\.2"),
+    "f1": (lambda: L.macro_f1(np.array([3]), np.array([0]), num_classes=3), r"y must be in 0\.\.2"),
     "ladder": (lambda: L.dynamic_hpo(len, **{**ONE, "ladders": {"x": ""}}), r"ladders\['x'\] is empty"),
     "rung": (
         lambda: L.dynamic_hpo(len, **{**ONE, "start": {"x": 2}}),

@@ -28,7 +28,7 @@ SPEC = M.ProblemSpec(("a", "b"), (2, 3))
 NET = {"num_heads": 2}
 HIDDEN = MASK & (np.arange(4) > 0)
 BAD = {
-    "problem": (lambda: M.predict(Z, P + 1, **S), r"problem must be integers in 0\.\.1"),
+    "problem": (lambda: M.predict(Z, P + 1, **S), r"problem must be in 0\.\.1"),
     "problem_float": (lambda: M.predict(Z, P + 0.0, **S), "problem must be integers"),
     "size": (lambda: M.predict(Z, P, sizes=(5, 0)), "sizes must be counts of at least 1"),
     "sizes": (lambda: M.predict(Z, P, sizes=()), "sizes must be counts"),
@@ -38,7 +38,7 @@ BAD = {
     "inf": (lambda: M.predict(Z * np.inf, P, **S), r"nor \+inf"),
     "nan_full": (lambda: M.full_loss(Z * np.nan, Y), "z must hold neither NaN"),
     "label": (lambda: M.masked_loss(Z, Y, 1 - P, **S), "y must be global classes of their problems"),
-    "label_full": (lambda: M.full_loss(Z, Y + 4), r"labels must be integers in 0\.\.4"),
+    "label_full": (lambda: M.full_loss(Z, Y + 4), r"labels must be in 0\.\.4"),
     "label_float": (lambda: M.masked_loss(Z, Y + 0.5, P, **S), "y must be global classes"),
     "empty": (lambda: M.full_loss(Z[:0], Y[:0]), "at least one that is scored"),
     "alpha": (lambda: M.mixed_loss(Z, Y, P, alpha=1.5, **S), r"alpha must be in \[0, 1\]"),

@@ -64,7 +64,7 @@ BAD = {
     "codes": (lambda: V.merge_subwords(np.ones(2), np.ones(3), np.ones(2)), r"trial_codes\.shape\[0\] = 3"),
     "tokens": (
         lambda: V.token_surprisal(np.ones((1, 2, 3)), np.array([[0, 3]])),
-        r"labels must be integers in 0\.\.2",
+        r"labels must be in 0\.\.2",
     ),
     "no_token": (
         lambda: V.token_surprisal(np.ones((1, 0, 3)), np.zeros((1, 0), int)),

@@ -59,7 +59,7 @@ BAD = {
     "zero_back": (lambda: S.explanation_loss_vjp(A, 0 * T), "target must have a positive sum"),
     "lambda_e": (lambda: S.cct_loss(LOGITS, Y, A, T, lambda_e=-1), "lambda_e must not be negative, got -1"),
     "lambda_s": (lambda: S.cct_loss(LOGITS, Y, A, T, lambda_s=np.nan), "lambda_s must not be negative"),
-    "labels": (lambda: S.cct_loss(LOGITS, Y + 1, A, T), r"labels must be integers in 0\.\.4"),
+    "labels": (lambda: S.cct_loss(LOGITS, Y + 1, A, T), r"labels must be in 0\.\.4"),
     "lonely": (lambda: S.cct_loss(LOGITS, Y, A, T, spatial_target=T), "spatial_target needs spatial_attn"),
     "no_attention": (lambda: S.cct_loss(LOGITS, Y, None, T), "concept_target needs concept_attn"),
     "variant": (lambda: RUN(variant="mean"), "variant must be one of sa, isa, qsa, ct, got 'mean'"),

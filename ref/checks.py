@@ -1,0 +1,25 @@
+"""Checks of arguments that many functions share, each with one wording."""
+
+import numpy as np
+
+
+def one_of(name, value, allowed):
+    """Raise ValueError unless the value is one of those allowed, a tuple or the keys of a dict."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def check_num_heads(width, num_heads, *, name="num_heads"):
+    """Raise ValueError unless the width splits into that many heads."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{name} must divide the width {width}, got {num_heads}")
+
+
+def check_ids(name, ids, count):
+    """The ids as an array. Raises: ValueError unless they are integers in 0..count-1."""
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers in 0..{count - 1}, got {ids.dtype}")
+    if ids.size and not (0 <= ids.min() and ids.max() < count):
+        raise ValueError(f"{name} must be in 0..{count - 1}, got {ids.min()}..{ids.max()}")
+    return ids
