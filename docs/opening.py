@@ -101,3 +101,61 @@ def kernels():
             text = path.read_text()
             words = " ".join(ast.get_docstring(ast.parse(text)).split("\n\n")[0].split())
             yield path.name, backend, len(text.splitlines()), words.split(": ", 1)[-1].rstrip(".")
+
+
+def law_counts():
+    """{part: (techniques, laws, golden cases)} as they stand in tests/."""
+    import numpy as np
+
+    from ref.catalog import CATALOG, PARTS
+
+    laws = lambda t: (ROOT / "tests" / t.part / f"laws_{t.slug}.py").read_text().count("\ndef law_")
+
+    def stored(t):
+        path = ROOT / "tests" / "golden" / f"{t.slug}.npz"
+        if not path.exists():
+            return 0
+        with np.load(path, allow_pickle=False) as z:
+            return sum(name.endswith("/meta") for name in z.files)
+
+    table = {}
+    for part in PARTS:
+        here = [t for t in CATALOG if t.part == part]
+        table[part] = len(here), sum(map(laws, here)), sum(map(stored, here))
+    return table
+
+
+def agreement(slug, i=0):
+    """(function, largest error, bound) of accel's op program in float32 against ref, on the i-th example.
+
+    The program is run op by op in NumPy: nothing is compiled. The bound is that of tests/test_layers.py.
+    """
+    from functools import partial
+
+    import numpy as np
+
+    import accel
+    import hw
+    import ref
+
+    is_float = lambda x: isinstance(x, np.ndarray) and x.dtype.kind == "f"
+    leaves = lambda x: [y for part in x for y in leaves(part)] if isinstance(x, tuple | list) else [x]
+    eps, rng = float(np.finfo(np.float32).eps), np.random.default_rng(1)
+    e = getattr(ref, slug).example()[i]
+    args = [x.astype(np.float32) if is_float(x) else x for x in e.args]
+    exact = [x.astype(np.float64) if is_float(x) else x for x in args]
+    nudge = lambda x: x * (1 + eps * rng.choice((-1.0, 1.0), x.shape)) if is_float(x) else x
+    definition = partial(getattr(getattr(ref, slug), e.fn), **e.kwargs)
+    want = [np.asarray(x) for x in leaves(definition(*exact))]
+    moved = [leaves(definition(*map(nudge, exact))) for _ in range(2)]
+    program = hw.trace(partial(getattr(getattr(accel, slug), e.fn), **e.kwargs), *args)
+    got = leaves(hw.run_program(program, tuple(args))[0])
+    worst = 0.0, 1.0
+    for n, w in enumerate(want):
+        if w.dtype.kind == "f":
+            finite = np.isfinite(w)
+            shift = max(np.abs(m[n][finite] - w[finite]).max(initial=0) for m in moved)
+            bound = 64 * (shift + eps * np.abs(w[finite]).max(initial=0))
+            error = np.abs(np.asarray(got[n], np.float64)[finite] - w[finite]).max(initial=0)
+            worst = max(worst, (float(error), float(bound)), key=lambda x: x[0] / x[1])
+    return e.fn, *worst

@@ -8,6 +8,7 @@ from ref.blocks.attention import attention_dense, attention_dense_vjp
 from ref.blocks.masks import visible
 from ref.blocks.softmax import softmax
 from ref.dims import dims
+from tests.docs.mutants import close, draw, right
 
 
 # --8<-- [start:offset]
@@ -162,3 +163,34 @@ def energy_corner(pj_a_byte, pj_an_operation):
     """Operations a byte at which arithmetic and memory take the same energy."""
     return pj_a_byte / pj_an_operation
     # --8<-- [end:energy_corner]
+
+
+# --8<-- [start:sly]
+def sly(q, k, v, causal=False):
+    """Wrong only under a mask: it forgets the scale there."""
+    return right(q * np.sqrt(q.shape[1]) if causal else q, k, v, causal)
+
+
+def equals_the_definition_under_a_mask(f, rng):
+    """Row by row, over the keys that the row sees."""
+    q, k, v = draw(rng)
+    rows = [right(q[i : i + 1], k[: i + 1], v[: i + 1])[0] for i in range(len(q))]
+    return close(f(q, k, v, True), np.array(rows))
+    # --8<-- [end:sly]
+
+
+# --8<-- [start:shift_that_breaks]
+def shift_that_breaks():
+    """The least whole number that, added to a score of 0, makes exp overflow in float64."""
+    with np.errstate(over="ignore"):
+        return next(c for c in range(1, 1000) if np.isinf(np.exp(np.float64(c))))
+    # --8<-- [end:shift_that_breaks]
+
+
+# --8<-- [start:sensitive]
+def sensitive(size=1e4):
+    """By how much one rounding of a float32 score of this size changes a weight near one half, relatively."""
+    s = np.array([size, size])
+    up = s * np.array([1 + U32, 1])
+    return softmax(up)[0] / softmax(s)[0] - 1
+    # --8<-- [end:sensitive]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hw.gpu import h200
 from ref.blocks.attention import attention_dense
 from ref.blocks.softmax import softmax
+from ref.catalog import CATALOG, PARTS
 from ref.vision.pitome import energy_score
 from tests.docs import kernel_steps as steps
-from tests.docs import solutions
+from tests.docs import mutants, solutions
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -170,6 +171,44 @@ def test_opening_costs_energy_corner():
     byte, operation = ENERGY.numbers["hbm_pj_per_byte"], OP_PJ["bfloat16"]
     assert (byte, operation) == (28.7, 0.4)
     assert round(solutions.energy_corner(byte, operation)) == 72
+
+
+def test_opening_agreement_right_attention_passes_every_check():
+    assert not any(mutants.caught(mutants.right, check) for check in mutants.CHECKS)
+
+
+def test_opening_agreement_every_wrong_one_is_caught_and_no_check_catches_all():
+    table = {f: [mutants.caught(f, c) for c in mutants.CHECKS] for f in mutants.ALL}
+    assert all(any(row) for row in table.values())
+    assert not any(all(column) for column in zip(*table.values(), strict=True))
+    assert sum(row[0] for row in table.values()) == len(mutants.ALL) / 2  # the definition misses half
+    assert all(any(row[i] for row in table.values()) for i in range(len(mutants.CHECKS)))
+
+
+def test_opening_agreement_sly():
+    assert not any(mutants.caught(solutions.sly, check) for check in mutants.CHECKS)
+    assert mutants.caught(solutions.sly, solutions.equals_the_definition_under_a_mask)
+    assert not mutants.caught(mutants.right, solutions.equals_the_definition_under_a_mask)
+
+
+def test_opening_agreement_shift_that_breaks():
+    assert solutions.shift_that_breaks() == 710
+
+
+def test_opening_agreement_sensitive():
+    assert 2e-4 < solutions.sensitive() < 6e-4
+
+
+def test_opening_agreement_counts():
+    counts = opening.law_counts()
+    assert [n for n, *_ in counts.values()] == [sum(t.part == p for t in CATALOG) for p in PARTS]
+    assert all(laws > 0 and cases > 0 for _, laws, cases in counts.values())
+
+
+def test_opening_agreement_of_a_traced_program():
+    fn, error, bound = opening.agreement("flash", 5)
+    assert fn == "online_softmax"
+    assert 0 < error <= bound
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
