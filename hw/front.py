@@ -9,7 +9,7 @@ from hw.count import kernel_work
 from hw.errors import DoesNotFit, UnknownTripCount, UnsupportedPrimitive
 from hw.interpret import run_program
 from hw.program import Program
-from hw.report import CostReport, OpCost, _si, summarise
+from hw.report import CostReport, OpCost, _si, is_roofline, summarise
 from hw.target import Context, Target
 from hw.traffic import kernel_bytes
 
@@ -31,6 +31,8 @@ def execute(program: Program, args, target: Target):
     formats of the program: worst_abs, worst_rel (of the largest entry) and snr_db, over the float outputs.
     Raises: what `estimate` raises, but UnknownTripCount; ValueError if the arguments do not fit the program.
     """
+    if hasattr(target, "prepared"):  # arithmetic that depends on the program and on values
+        target = target.prepared(program, args)
     outputs, seen = run_program(program, args, policy=target.formats)
     quality = {}
     if target.formats is not None:
@@ -206,6 +208,8 @@ def _report(program, target, taken, quality):
         clock_hz=target.clock_hz,
         warnings=notes,
         quality=quality,
+        program=program,
+        device=target,
     )
 
 
@@ -268,6 +272,9 @@ def _group(group, target, ctx, trips):
     longest = busy.get(bound, 0.0)
     if overhead > longest:
         bound = "overhead"
+    wide = 1.0  # what the group takes if its resources follow one another instead
+    if longest and all(is_roofline(c) for c in parts if c.busy_s):
+        wide = (overhead + sum(s for r, s in busy.items() if r != "power")) / (overhead + longest)
     weight = [c.longest_s for c in parts]
     total = sum(weight)
     out = []
@@ -283,6 +290,7 @@ def _group(group, target, ctx, trips):
                 trips=trips,
                 group=group.id,
                 seconds=(overhead + longest) * share * trips,
+                high=max(c.high, wide),
                 bound_by=bound,
             )
         )

@@ -143,9 +143,13 @@ class _State:
             if op.kind == "loop" and inner is op.dims.body:
                 first = op.dims.consts
                 lent = inner.inputs[first : first + op.dims.carries]
-            state = _State(self.program, inner, self.inner, lent)
+            state = self._within(inner, lent)
             worst = max([worst, state.now, *(state.run(x) for x in inner.ops)])
         return worst
+
+    def _within(self, block, lent):
+        """The state at the start of a body, with the buffers that the loop lends it."""
+        return _State(self.program, block, self.inner, lent)
 
 
 def reorder_for_memory(program: Program) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from html import escape
+from math import isfinite
 from pathlib import Path
 
 from hw.errors import DoesNotFit
@@ -57,8 +58,11 @@ class OpCost:
 class CostReport:
     """Price of a program on a target: totals over all trips, and the ops they come from.
 
-    utilisation: share of `seconds` that each resource is busy. bound_by: the resource (or "overhead") that
-    takes most of the time. basis: what the numbers rest on.
+    seconds_range: (lower, upper). A roofline lets the resources of a kernel overlap and the kernels follow
+    one another; if everything overlapped, the busiest resource would be all (lower), and if nothing did, all
+    would add up (upper). Other targets bound what they do not know themselves. utilisation: share of
+    `seconds` that each resource is busy. bound_by: the resource (or "overhead") that takes most of the time.
+    basis: what the numbers rest on.
     """
 
     target: str
@@ -77,14 +81,16 @@ class CostReport:
     warnings: tuple[str, ...]
     regions: dict[str, tuple[int, int]] = field(default_factory=dict)  # region: (needed, available) bytes
     quality: dict[str, float] = field(default_factory=dict)  # execute: difference from float32
+    program: object = field(default=None, repr=False, compare=False)  # what was priced, for the figures
+    device: object = field(default=None, repr=False, compare=False)  # the target, for the figures
 
     def table(self, *, by: str = "op", top: int = 12) -> str:
         """The report as text: totals, then the dearest ops (by="op"), kinds or scopes."""
         lo, hi = self.seconds_range
-        span = "" if lo == hi else f" ({_si(lo, 's')} to {_si(hi, 's')})"
         head = [
-            f"{self.target}: {_si(self.seconds, 's')}{span}, {self.cycles:,.0f} cycles, "
+            f"{self.target}: {_si(self.seconds, 's')}, {self.cycles:,.0f} cycles, "
             f"{_si(self.energy_j, 'J')}, bound by {self.bound_by}",
+            *([f"  from {_si(lo, 's')} to {_si(hi, 's')}: how far work overlaps is unknown"] * (lo < hi)),
             f"  {self.macs:,} MACs, {self.flops:,} flops, peak memory {self.peak_memory:,} B",
             "  " + ", ".join(f"{k} {v:,.0f} B" for k, v in self.bytes_by_level.items()),
         ]
@@ -110,81 +116,130 @@ class CostReport:
             rows = [(k, s, t, m, max(b, key=b.get)) for k, (s, t, m, b) in sums.items()]
         return sorted(rows, key=lambda r: -r[1])
 
-    def compare(self, other: "CostReport") -> str:
-        """This report beside another one, with the ratio of theirs to ours."""
-        rows = [("", self.target, other.target, "ratio")]
-        levels = dict.fromkeys([*self.bytes_by_level, *other.bytes_by_level])
+    def compare(self, *others: "CostReport") -> str:
+        """This report beside others, with units, each value with its ratio to ours."""
+        reports = (self, *others)
+        levels = dict.fromkeys(k for r in reports for k in r.bytes_by_level)
         pairs = [
-            ("seconds", self.seconds, other.seconds),
-            ("energy_j", self.energy_j, other.energy_j),
-            ("macs", self.macs, other.macs),
-            ("peak_memory", self.peak_memory, other.peak_memory),
-            *((f"{k} bytes", self.bytes_by_level.get(k, 0), other.bytes_by_level.get(k, 0)) for k in levels),
+            ("time", "s", [r.seconds for r in reports]),
+            ("at least", "s", [r.seconds_range[0] for r in reports]),
+            ("at most", "s", [r.seconds_range[1] for r in reports]),
+            ("energy", "J", [r.energy_j for r in reports]),
+            ("products", "MAC", [r.macs for r in reports]),
+            ("peak memory", "B", [r.peak_memory for r in reports]),
+            *((f"{k} traffic", "B", [r.bytes_by_level.get(k, 0) for r in reports]) for k in levels),
         ]
-        for name, a, b in pairs:
-            rows.append((name, f"{a:.4g}", f"{b:.4g}", f"{b / a:.3g}" if a else "-"))
-        rows.append(("bound by", self.bound_by, other.bound_by, ""))
-        width = [max(len(r[i]) for r in rows) for i in range(4)]
+        word = lambda x, unit: _si(x, unit) if x else "-"
+        ratio = lambda x, mine: f" ({x / mine:.3g}x)" if mine and x else ""
+        rows = [("", *(r.target for r in reports))]
+        for name, unit, values in pairs:
+            first = values[0]
+            rows.append((name, *(word(x, unit) + ratio(x, first) * (n > 0) for n, x in enumerate(values))))
+        rows.append(("bound by", *(r.bound_by for r in reports)))
+        width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows)
 
     def to_dict(self) -> dict:
-        """The report as plain values."""
-        return dataclasses.asdict(self)
+        """The report as plain values, units beside them; the program and the device stay out."""
+        kept = (f.name for f in dataclasses.fields(self) if f.name not in ("program", "device", "by_op"))
+        values = {name: _plain(getattr(self, name)) for name in kept}
+        return values | {"by_op": [dataclasses.asdict(c) for c in self.by_op], "units": dict(UNITS)}
 
     def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict())
+        """The report as JSON text (RFC 8259: what is not finite is null)."""
+        return json.dumps(_finite(self.to_dict()), allow_nan=False)
 
-    def plot(self, path) -> None:
-        """Write a page of four static figures: roofline dots, time by op, time by scope, bytes by level.
+    @staticmethod
+    def from_json(text: str) -> "CostReport":
+        """The report that `to_json` wrote, without program and device: it has no figures of memory and banks.
 
-        `path` ends in .html for the page or .svg for the picture alone.
+        Raises: ValueError for other text.
         """
+        try:
+            raw = json.loads(text)
+            raw.pop("units")
+            ops = tuple(OpCost(**c | {"warnings": tuple(c["warnings"])}) for c in raw.pop("by_op"))
+            tuples = {k: tuple(raw.pop(k)) for k in ("seconds_range", "basis", "warnings")}
+            regions = {k: tuple(v) for k, v in raw.pop("regions").items()}
+            quality = {k: float("inf") if v is None else v for k, v in raw.pop("quality").items()}
+            return CostReport(**raw, **tuples, by_op=ops, regions=regions, quality=quality)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as why:
+            raise ValueError(f"not a cost report: {why}") from None
+
+    def svg(self, kind: str = "ops") -> str:
+        """One figure as an SVG element for a page: "roofline", "ops", "memory" or, on a Pim, "banks".
+
+        It takes the text colour of the page. Raises: ValueError if the report has no data for it.
+        """
+        from hw.figures import figure
+
+        return figure(self, kind)
+
+    def plot(self, path, kind: str = "all") -> None:
+        """Write a figure, or all that the report has data for, to a file with its own light, dark and print
+        colours.
+
+        `path` ends in .svg for the figures, .html for a page with the table under them. Raises: ValueError.
+        """
+        from hw.figures import SCHEMES, figures, sheet
+
         path = Path(path)
         if path.suffix not in (".html", ".svg"):
             raise ValueError(f"path must end in .html or .svg, got {path.name!r}")
-        svg = _svg(self)
-        if path.suffix == ".html":
-            svg = (
-                f"<!doctype html><meta charset='utf-8'><title>{escape(self.target)}</title>"
-                f"<style>body{{font:14px sans-serif;max-width:60em;margin:2em auto}}</style>"
-                f"{svg}<pre>{escape(self.table(top=40))}</pre>"
-            )
-        path.write_text(svg)
+        parts = figures(self) if kind == "all" else [self.svg(kind)]
+        title = f"Cost of a program on {self.target}"
+        if path.suffix == ".svg":
+            path.write_text(sheet(parts, title), encoding="utf-8")
+            return
+        path.write_text(
+            "<!doctype html><html lang='en'><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width'>"
+            f"<title>{escape(title)}</title><style>body{{font:15px sans-serif;max-width:40em;margin:2em auto;"
+            f"padding:0 1em}}svg{{width:100%;height:auto;margin:1em 0}}pre{{overflow-x:auto;font-size:12px}}"
+            f"{SCHEMES.format(x='body')}</style><body><h1>{escape(title)}</h1>{''.join(parts)}"
+            f"<pre tabindex='0'>{escape(self.table(top=40))}</pre>",
+            encoding="utf-8",
+        )
+
+    def to_trace(self) -> dict:
+        """The timeline as Chrome trace events (chrome://tracing, ui.perfetto.dev), times in microseconds.
+
+        Ops one after another with all their trips, a track for each resource, the bytes alive as a counter,
+        and on a Pim the commands of one channel.
+        """
+        from hw.chrome import trace_events
+
+        return trace_events(self)
 
     def perfetto(self, path) -> None:
-        """Write a Chrome trace (chrome://tracing, ui.perfetto.dev): ops one after another, loops as one
-        slice.
-
-        One track for the ops, one for each resource that they keep busy; times in microseconds.
-        """
-        events, now = [], 0.0
-        tracks = dict.fromkeys(["ops", *(r for c in self.by_op for r in c.busy_s)])
-        for tid, track in enumerate(tracks):
-            events.append({"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": track}})
-        numbers = {track: tid for tid, track in enumerate(tracks)}
-        for c in self.by_op:
-            info = {"trips": c.trips, "macs": c.macs, "bound_by": c.bound_by, "group": c.group}
-            info |= {f"{k}_bytes": v for k, v in c.bytes_by_level.items()}
-            slices = [("ops", c.seconds), *((r, min(s, c.seconds)) for r, s in c.busy_s.items() if s > 0)]
-            for track, seconds in slices:
-                events.append(
-                    {
-                        "ph": "X",
-                        "pid": 1,
-                        "tid": numbers[track],
-                        "name": c.prim,
-                        "cat": c.kind,
-                        "ts": now * 1e6,
-                        "dur": seconds * 1e6,
-                        "args": info | {"scope": c.scope},
-                    }
-                )
-            now += c.seconds
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
+        """Write `to_trace` as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_trace()), encoding="utf-8")
 
 
-def summarise(target, costs, *, peak_memory, regions, clock_hz, warnings=(), quality=None) -> CostReport:
+UNITS = {
+    "cycles": "cycles", "seconds": "s", "seconds_range": "s", "energy_j": "J", "bytes_by_level": "B",
+    "macs": "multiply-accumulates", "flops": "operations, a multiply-accumulate counted two",
+    "peak_memory": "B", "utilisation": "share of the seconds", "regions": "B needed, B available",
+}  # fmt: skip
+
+
+def _plain(x):
+    if isinstance(x, tuple | list):
+        return [_plain(v) for v in x]
+    return {k: _plain(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _finite(x):
+    if isinstance(x, list | tuple):
+        return [_finite(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    return None if isinstance(x, float) and not isfinite(x) else x
+
+
+def summarise(
+    target, costs, *, peak_memory, regions, clock_hz, warnings=(), quality=None, program=None, device=None
+) -> CostReport:
     """A report from the costs of ops, each for all its trips with its `seconds` set."""
     seconds = sum(c.seconds for c in costs)
     busy, levels, bound = {}, {}, {}
@@ -195,6 +250,8 @@ def summarise(target, costs, *, peak_memory, regions, clock_hz, warnings=(), qua
             levels[k] = levels.get(k, 0) + b
         bound[c.bound_by] = bound.get(c.bound_by, 0.0) + c.seconds
     low, high = (sum(c.seconds * getattr(c, side) for c in costs) for side in ("low", "high"))
+    if costs and all(is_roofline(c) for c in costs if c.seconds):
+        low = min(low, max((s for r, s in busy.items() if r != "power"), default=low))
     return CostReport(
         target=target,
         cycles=seconds * clock_hz,
@@ -212,77 +269,27 @@ def summarise(target, costs, *, peak_memory, regions, clock_hz, warnings=(), qua
         warnings=tuple(dict.fromkeys([*warnings, *(w for c in costs for w in c.warnings)])),
         regions=dict(regions),
         quality=quality or {},
+        program=program,
+        device=device,
     )
 
 
+def is_roofline(cost: OpCost) -> bool:
+    """Does the price take the resources of a kernel to work side by side, without knowing how far they do."""
+    return cost.basis.startswith("roofline")
+
+
 def _si(x, unit):
-    """A number with an SI prefix, three digits."""
-    if x == 0:
-        return f"0 {unit}"
-    for factor, prefix in ((1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"), (1e-12, "p")):
+    """A number with an SI prefix, three digits; seconds have no prefix above one."""
+    if x == 0 or not isfinite(x):
+        return f"{x:g} {unit}"
+    for factor, prefix in _PREFIXES[5 * (unit == "s") :]:
         if abs(x) >= factor:
             return f"{x / factor:.3g} {prefix}{unit}"
     return f"{x / 1e-15:.3g} f{unit}"
 
 
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
-
-
-def _svg(report):
-    """Four panels, 900 x 640: dots of intensity against speed, and three bar charts."""
-    kinds = dict.fromkeys(c.kind for c in report.by_op)
-    colour = {k: _COLOURS[i % len(_COLOURS)] for i, k in enumerate(kinds)}
-    ops = [(c.label, c.seconds, colour[c.kind]) for c in sorted(report.by_op, key=lambda c: -c.seconds)[:10]]
-    scopes = [(k, s, "#4269d0") for k, s, *_ in report._rows("scope")[:10]]
-    levels = [(k, v, "#6cc5b0") for k, v in sorted(report.bytes_by_level.items(), key=lambda kv: -kv[1])]
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 640" font-family="sans-serif" '
-        f'font-size="11" role="img" aria-label="Cost of a program on {escape(report.target)}: intensity '
-        'against speed, and time by op, by scope, bytes by level">',
-        '<rect width="900" height="640" fill="#fff"/>',
-        _dots(report, colour, 10, 10),
-        _bars("seconds by op", ops, 460, 10, "s"),
-        _bars("seconds by scope", scopes, 10, 330, "s"),
-        _bars("bytes by level", levels, 460, 330, "B"),
-        "</svg>",
-    ]
-    return "".join(parts)
-
-
-def _bars(title, rows, x, y, unit):
-    top = max((v for _, v, _ in rows), default=0) or 1
-    out = [f'<text x="{x}" y="{y + 14}" font-weight="bold">{title}</text>']
-    for i, (name, value, fill) in enumerate(rows):
-        at = y + 24 + 26 * i
-        label = f"{name[-44:]}: {_si(value, unit) if unit == 's' else f'{value:,.0f} {unit}'}"
-        out.append(f'<rect x="{x}" y="{at + 13}" width="{420 * value / top:.1f}" height="8" fill="{fill}"/>')
-        out.append(f'<text x="{x}" y="{at + 10}">{escape(label)}</text>')
-    return "".join(out)
-
-
-def _dots(report, colour, x, y):
-    """flops per byte of the outermost level against flops per second, both logarithmic."""
-    from math import log10
-
-    points = []
-    for c in report.by_op:
-        moved = max(c.bytes_by_level.values(), default=0)
-        if c.flops and moved and c.seconds:
-            points.append((log10(c.flops / moved), log10(c.flops / c.seconds), c))
-    out = [f'<text x="{x}" y="{y + 14}" font-weight="bold">flop/s against flop/byte (log)</text>']
-    if not points:
-        return out[0]
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    spread = lambda v: (min(v), max(max(v) - min(v), 1e-9))
-    (x0, dx), (y0, dy) = spread(xs), spread(ys)
-    out.append(f'<rect x="{x}" y="{y + 24}" width="430" height="260" fill="none" stroke="#999"/>')
-    for px, py, c in points:
-        cx, cy = x + 15 + 400 * (px - x0) / dx, y + 269 - 230 * (py - y0) / dy
-        tip = f"{c.label}: {10**px:.3g} flop/B, {10**py:.3g} flop/s"
-        out.append(
-            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{colour[c.kind]}" fill-opacity="0.7">'
-            f"<title>{escape(tip)}</title></circle>"
-        )
-    foot = f"{10**x0:.3g} to {10 ** (x0 + dx):.3g} flop/B, {10**y0:.3g} to {10 ** (y0 + dy):.3g} flop/s"
-    out.append(f'<text x="{x}" y="{y + 300}">{foot}</text>')
-    return "".join(out)
+_PREFIXES = (
+    (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), 
+    (1e-9, "n"), (1e-12, "p"),
+)  # fmt: skip
