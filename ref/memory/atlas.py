@@ -10,21 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.attention import join_heads, split_heads
-from ref.blocks.deep_memory import (
-    DeepMemory,
-    check_gate,
-    check_read,
-    deep_memory_scan,
-    deep_memory_update,
-)
+from ref.blocks.deep_memory import DeepMemory, check_gate, check_read, deep_memory_scan, deep_memory_update
 from ref.blocks.linalg import newton_schulz, newton_schulz_macs, newton_schulz_vjp
 from ref.blocks.merging import unit_rows
 from ref.blocks.mlp import linear_vjp, sigmoid, silu, silu_grad
 from ref.blocks.monomials import feature_count, poly_features, poly_features_vjp
 from ref.blocks.norms import rms_norm, rms_norm_vjp
 from ref.blocks.scan import causal_conv, causal_conv_vjp
+from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
+from ref.models.atlas import AtlasParams, AtlasState, atlas_state_bytes, init_atlas, init_state
 
 __all__ = [
     "AtlasParams", "AtlasState", "DeepMemory", "OmegaGrads", "atlas_layer", "atlas_layer_vjp",
@@ -32,9 +28,6 @@ __all__ = [
     "feature_count", "init_atlas", "newton_schulz", "newton_schulz_macs", "newton_schulz_vjp",
     "omega_scan", "omega_scan_vjp", "poly_features", "poly_features_vjp", "titans_memory",
 ]  # fmt: skip
-
-GATES_START = (0.98, 0.018, 0.88, 0.5)  # alpha, eta, theta, gamma: those of an open version, not the paper's
-CONV = 4  # taps of the short convolution
 
 
 class OmegaGrads(NamedTuple):
@@ -49,39 +42,6 @@ class OmegaGrads(NamedTuple):
     gamma: np.ndarray | None
     memory0: np.ndarray
     momentum0: np.ndarray
-
-
-class AtlasParams(NamedTuple):
-    """w_q, w_k, w_v, w_out_gate, w_o [d, d]; conv_q, conv_k, conv_v [4, d], newest tap last; norm [d / H];
-    w_gates [d, 4H] and b_gates [4H]: alpha of all heads, then eta, theta, gamma.
-    """
-
-    w_q: np.ndarray
-    w_k: np.ndarray
-    w_v: np.ndarray
-    conv_q: np.ndarray
-    conv_k: np.ndarray
-    conv_v: np.ndarray
-    w_gates: np.ndarray
-    b_gates: np.ndarray
-    w_out_gate: np.ndarray
-    norm: np.ndarray
-    w_o: np.ndarray
-
-
-class AtlasState(NamedTuple):
-    """What a layer carries on: its memory, the tokens still in the window, the convolutions' inputs.
-
-    memory and momentum [B, H, dv, D]; k, v [B, H, window-1, d / H] and gamma [B, H, window-1] of the last
-    tokens (gamma 0 where there was none); conv, three times [B, 3, d].
-    """
-
-    memory: np.ndarray
-    momentum: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    gamma: np.ndarray
-    conv: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def omega_scan(phi_q, phi_k, v, *, eta, alpha, theta=None, gamma=None, window=16, chunk=1, muon=False,
@@ -272,42 +232,6 @@ def atlas_layer_vjp(
     )
 
 
-def init_atlas(key, width, *, heads):
-    """AtlasParams: normal weights of variance 1 / width, convolutions that pass the newest token on.
-
-    The gates start near 0.98 (alpha), 0.018 (eta), 0.88 (theta), 0.5 (gamma). key: NumPy Generator or seed.
-    """
-    if heads < 1 or width % heads:
-        raise ValueError(f"heads must be a divisor of the width {width}, got {heads}")
-    rng = np.random.default_rng(key)
-    square = lambda: rng.standard_normal((width, width)) / np.sqrt(width)
-    newest = np.repeat(np.eye(CONV)[:, -1:], width, axis=1)
-    start = np.repeat(GATES_START, heads)
-    return AtlasParams(
-        square(), square(), square(), newest, newest, newest,
-        0.1 * rng.standard_normal((width, 4 * heads)) / np.sqrt(width), np.log(start / (1 - start)), square(),
-        np.ones(width // heads), square(),
-    )  # fmt: skip
-
-
-def init_state(params, batch, *, heads, window, degree):
-    """The AtlasState before the first token: zeros."""
-    d, lead = params.w_q.shape[0], (batch, heads)
-    D = feature_count(d // heads, degree)
-    rows = np.zeros((*lead, max(window, 1) - 1, d // heads))
-    memory, conv = np.zeros((*lead, d // heads, D)), np.zeros((batch, CONV - 1, d))
-    return AtlasState(memory, memory, rows, rows, rows[..., 0], (conv, conv, conv))
-
-
-def atlas_state_bytes(dk, dv, *, degree, window, dtype_bytes=4):
-    """Bytes of one head's state, whatever the length of the text.
-
-    Memory and momentum 2 dv D, window - 1 tokens of dk + dv + 1 numbers, three inputs of each convolution.
-    """
-    numbers = 2 * dv * feature_count(dk, degree) + (window - 1) * (dk + dv + 1) + (CONV - 1) * (2 * dk + dv)
-    return dtype_bytes * numbers
-
-
 class _Omega:
     """A checked call of the scan in float64: the tail in front of the tokens, gates in full."""
 
@@ -356,8 +280,7 @@ class _Omega:
 def _layer_state(x, params, heads, window, degree, state):
     """Check a call of the layer; its state, zeros if None."""
     n = dims(x=(x, "B T d"), w_q=(params.w_q, "d d"), b_gates=(params.b_gates, f"{4 * heads}"))
-    if heads < 1 or n["d"] % heads:
-        raise ValueError(f"heads must be a divisor of the width {n['d']}, got {heads}")
+    check_num_heads(n["d"], heads, name="heads")
     return init_state(params, n["B"], heads=heads, window=window, degree=degree) if state is None else state
 
 

@@ -5,8 +5,6 @@ on, as released; the authors' own memory code could not be had, so the consolida
 and the merge of what is read are our choice, after SAM (Le et al. 2020) and the paper's equations 11 and 12.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ref.blocks.attention import attention_dense
@@ -14,14 +12,13 @@ from ref.blocks.conv import conv2d, conv2d_vjp
 from ref.blocks.mlp import linear, linear_vjp, mlp, mlp_vjp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.optim import tree_map
-from ref.blocks.transformer import BlockParams, init_block, self_attention, self_attention_vjp
+from ref.blocks.transformer import BlockParams, self_attention, self_attention_vjp
 from ref.blocks.working_memory import (
     WriteParams,
     attend,
     attend_vjp,
     competitive_write,
     competitive_write_backward,
-    gate_size,
     outer_product_attention,
     outer_product_attention_backward,
     read_working_memory,
@@ -30,6 +27,18 @@ from ref.blocks.working_memory import (
 )
 from ref.dims import dims, float64
 from ref.example import Example
+from ref.models.pmi import (
+    ConsolidateParams,
+    PmiCnnParams,
+    PmiParams,
+    PmiTransformerParams,
+    ReadParams,
+    init_memory,
+    init_pmi,
+    init_pmi_cnn,
+    init_pmi_transformer,
+    pmi_params,
+)
 from ref.tasks.sequences import STORY_WORDS, story_task
 from ref.tasks.shapes import sort_of_clevr, triangles
 
@@ -42,65 +51,6 @@ __all__ = [
     "pmi_transformer_backward", "read_memory", "read_memory_backward", "read_working_memory",
     "read_working_memory_backward", "sort_of_clevr", "story_task", "triangles", "write_weights",
 ]  # fmt: skip
-
-
-class ConsolidateParams(NamedTuple):
-    """mix [S, N], slots to segments; a_q, a_k, a_v [D, D]; a1 [], the rate; a norm [D] of every row."""
-
-    mix: np.ndarray
-    a_q: np.ndarray
-    a_k: np.ndarray
-    a_v: np.ndarray
-    a1: np.ndarray
-    ln_scale: np.ndarray
-    ln_bias: np.ndarray
-
-
-class ReadParams(NamedTuple):
-    """write: the maps of reading (None in PmiParams: those of its own writing); w_o [D, Din].
-
-    w_l [N, S D], the readout of long-term memory, and a2 [], its share.
-    """
-
-    write: WriteParams | None
-    w_l: np.ndarray
-    a2: np.ndarray
-    w_o: np.ndarray
-
-
-class PmiParams(NamedTuple):
-    """One layer's parameters; reading shares the maps of writing where read.write is None."""
-
-    write: WriteParams
-    consolidate: ConsolidateParams
-    read: ReadParams
-
-
-class PmiTransformerParams(NamedTuple):
-    """One block and one memory for all layers.
-
-    embed [V, D] (rows for ids, a map for vectors of width V), positions [T, D], w_head [D, K], b_head [K].
-    """
-
-    embed: np.ndarray
-    positions: np.ndarray
-    block: BlockParams
-    pmi: PmiParams
-    w_head: np.ndarray
-    b_head: np.ndarray
-
-
-class PmiCnnParams(NamedTuple):
-    """Convolutions (w [out, in, 3, 3], b) of stride 2, a norm (scale, bias) of each, the last memories.
-
-    w_head [C, K], b_head [K].
-    """
-
-    convs: tuple
-    norms: tuple
-    pmi: tuple[PmiParams, ...]
-    w_head: np.ndarray
-    b_head: np.ndarray
 
 
 def consolidate(wm, ltm, params: ConsolidateParams, *, rho=1.0):
@@ -262,74 +212,6 @@ def pmi_cnn_backward(images, params: PmiCnnParams, dlogits, *, heads, topk):
         dx, *g = conv2d_vjp(x, w, dconv, stride=2, padding=1)
         convs.append(tuple(g))
     return dx, PmiCnnParams(tuple(convs[::-1]), tuple(norms[::-1]), tuple(memories[::-1]), dw, db)
-
-
-def init_memory(batch, slots, width, *, segments=5, init_std=0.0, key=0):
-    """(wm [batch, slots, width], ltm [batch, segments, width, width]): rows and matrices of the identity.
-
-    init_std: normal noise on the slots, of which those beyond the width start at 0. key: its seed.
-    """
-    if min(batch, slots, width, segments) < 1 or init_std < 0:
-        given = f"{batch}, {slots}, {width}, {segments}, {init_std}"
-        raise ValueError(f"batch, slots, width, segments must be >= 1, init_std >= 0, got {given}")
-    wm = np.broadcast_to(np.eye(slots, width), (batch, slots, width))
-    wm = wm + init_std * np.random.default_rng(key).standard_normal(wm.shape)
-    return wm, np.broadcast_to(np.eye(width), (batch, segments, width, width)).copy()
-
-
-def init_pmi(key, inputs, width, *, heads, slots, segments=5, gate="unit", std=None) -> PmiParams:
-    """Weights normal with deviation std (None: 1 / sqrt(width)), forget bias 1, rate 0.1, share 0.5."""
-    if min(heads, inputs, width, slots, segments) < 1 or width % heads:
-        raise ValueError(
-            "width must be a multiple of heads, all sizes at least 1, got "
-            f"{width=}, {heads=}, {inputs=}, {slots=}, {segments=}"
-        )
-    rng, G, D = np.random.default_rng(key), gate_size(gate, width), width
-    w = lambda *shape: (std or 1 / np.sqrt(width)) * rng.standard_normal(shape)
-    one, zero = np.ones(D), np.zeros(D)
-    write = WriteParams(
-        w(inputs, D), zero, w(D, D), zero, w(D, D), zero, w(D, D), zero, w(D, D), zero, one, zero, one, zero,
-        one, w(D, 2 * G), np.zeros(2 * G), w(slots, D, 2 * G), np.zeros((slots, 2 * G)), np.zeros(()),
-        np.ones(()),
-    )  # fmt: skip
-    long = ConsolidateParams(w(segments, slots), w(D, D), w(D, D), w(D, D), np.array(0.1), one, zero)
-    return PmiParams(write, long, ReadParams(None, w(slots, segments * D), np.array(0.5), w(D, inputs)))
-
-
-def init_pmi_transformer(
-    key, *, vocab, positions, width, classes, heads, slots, segments=5
-) -> PmiTransformerParams:
-    """Weights normal (embeddings 1 / sqrt(vocab), positions and head 0.1), MLP ratio 4."""
-    rng = np.random.default_rng(key)
-    return PmiTransformerParams(
-        rng.standard_normal((vocab, width)) / np.sqrt(vocab), 0.1 * rng.standard_normal((positions, width)),
-        init_block(rng, width, 4 * width, std=1 / np.sqrt(width)),
-        init_pmi(rng, width, width, heads=heads, slots=slots, segments=segments),
-        0.1 * rng.standard_normal((width, classes)), np.zeros(classes),
-    )  # fmt: skip
-
-
-def init_pmi_cnn(key, *, channels, stages, width, classes, heads, slots, segments=5) -> PmiCnnParams:
-    """stages: channels after each convolution; the last two get a memory of the given width."""
-    rng = np.random.default_rng(key)
-    convs, c = [], channels
-    for out in stages:
-        convs.append((rng.standard_normal((out, c, 3, 3)) * np.sqrt(2 / (9 * c)), np.zeros(out)))
-        c = out
-    memories = tuple(
-        init_pmi(rng, s, width, heads=heads, slots=slots, segments=segments) for s in stages[-2:]
-    )
-    norms = tuple((np.ones(s), np.zeros(s)) for s in stages)
-    return PmiCnnParams(
-        tuple(convs), norms, memories, 0.1 * rng.standard_normal((c, classes)), np.zeros(classes)
-    )
-
-
-def pmi_params(inputs, width, *, slots, segments, gate="unit"):
-    """Numbers in the PmiParams of one layer (shared by all layers)."""
-    D, G = width, gate_size(gate, width)
-    write = inputs * D + D + 4 * (D * D + D) + 5 * D + D * 2 * G + 2 * G + slots * (D * 2 * G + 2 * G) + 2
-    return write + segments * slots + 3 * D * D + 1 + 2 * D + slots * segments * D + 1 + D * inputs
 
 
 def ltm_bytes(width, segments, *, dtype_bytes=4):

@@ -69,9 +69,9 @@ BAD = {
     "heads": (lambda: A.atlas_layer(np.ones((1, 5, 4)), P, heads=3), "b_gates"),
     "divisor": (
         lambda: A.atlas_layer(np.ones((1, 5, 4)), P._replace(b_gates=np.zeros(12)), heads=3),
-        "heads must be a divisor of the width 4, got 3",
+        "heads must divide the width 4, got 3",
     ),
-    "init": (lambda: A.init_atlas(0, 4, heads=3), "heads must be a divisor"),
+    "init": (lambda: A.init_atlas(0, 4, heads=3), "heads must divide"),
     "width": (lambda: A.atlas_layer(np.ones((1, 5, 3)), P, heads=2), "w_q"),
 }
 
