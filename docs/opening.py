@@ -38,8 +38,8 @@ LETTERS = {
 class Figure:
     """A drawing in the text's own colour, so that it serves a light and a dark page: print(Figure(..))."""
 
-    def __init__(self, width, height, title, caption, size=14):
-        self.head = width, height, title, caption, size
+    def __init__(self, width, height, title, caption, size=14, role="img"):
+        self.head = width, height, title, caption, size, role  # links inside need role="group"
         self.parts = []
 
     def line(self, x1, y1, x2, y2, **style):
@@ -67,10 +67,10 @@ class Figure:
         return self
 
     def __str__(self):
-        width, height, title, caption, size = self.head
+        width, height, title, caption, size, role = self.head
         name = "fig-" + re.sub(r"\W+", "-", title.lower())[:40].strip("-")
         return (
-            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}" fill="none" '
+            f'<figure><svg viewBox="0 0 {width} {height}" role="{role}" aria-labelledby="{name}" fill="none" '
             f'stroke="currentColor" font-size="{size}" style="width: 100%; max-width: {width}px">'
             f'<title id="{name}">{escape(title)}</title>{"".join(self.parts)}</svg>'
             f"<figcaption>{caption}</figcaption></figure>"
@@ -159,3 +159,103 @@ def agreement(slug, i=0):
             error = np.abs(np.asarray(got[n], np.float64)[finite] - w[finite]).max(initial=0)
             worst = max(worst, (float(error), float(bound)), key=lambda x: x[0] / x[1])
     return e.fn, *worst
+
+
+START = {
+    "notation": "Notation and shapes",
+    "attention": "Attention from scratch",
+    "numerics": "Numbers that are nearly right",
+    "kernels": "How to read a kernel",
+    "costs": "How to read a cost model",
+    "agreement": "How the layers are proved to agree",
+}
+# Two ways through the book; each holds what its chapters build on.
+PATHS = {
+    "Make it fast": (
+        "For those who write kernels or serve models. From the softmax that may come in pieces to machines "
+        "whose memory does the multiplying.",
+        "notation attention numerics kernels agreement flash block_sparse_flash lean landmark pitome costs "
+        "quantization smollm2 melt pim_gpt",
+    ),
+    "Make it small": (
+        "For those who fit a network into a device. From number formats over what can be left out to chips "
+        "that hold a few hundred kilobytes.",
+        "notation attention numerics quantization llm_int8 quantizable pruning nas distillation lightweight "
+        "shvit efficientvit costs flash edge_moe mcuformer",
+    ),
+}
+
+
+def title_and_page(name):
+    """(title, page relative to docs/) of a slug or an opening chapter; None for what is only planned."""
+    from ref.catalog import BY_SLUG
+
+    if name in START:
+        return START[name], f"start/{name}.md"
+    return (BY_SLUG[name].title, f"{BY_SLUG[name].part}/{name}.md") if name in BY_SLUG else None
+
+
+def reading_order():
+    """(name, depth) of all chapters in the tree of first prerequisites, parents first."""
+    from ref.catalog import READ_FIRST
+
+    here = [n for n in READ_FIRST if title_and_page(n)]
+    below = {n: [m for m in here if READ_FIRST[m][:1] == (n,)] for n in here}
+    size = lambda n: 1 + sum(map(size, below[n]))
+
+    def walk(name, depth):
+        yield name, depth
+        for child in sorted(below[name], key=size):
+            yield from walk(child, depth + 1)
+
+    for root in here:
+        if not READ_FIRST[root]:
+            yield from walk(root, 0)
+
+
+def prerequisite_graph():
+    """The tree of first prerequisites as a drawing, further ones named behind a title; titles are links."""
+    from ref.catalog import READ_FIRST
+
+    rows, step, indent = list(reading_order()), 25, 19
+    fig = Figure(
+        440,
+        step * len(rows) + 12,
+        "What to read before what",
+        "Each chapter hangs on the one to read before it. What else it builds on stands behind a plus. "
+        "Titles are links.",
+        role="group",
+    )
+    at = {}
+    for i, (name, depth) in enumerate(rows):
+        x, y = 8 + indent * depth, 20 + step * i
+        at[name] = x, y
+        if depth:
+            px, py = at[READ_FIRST[name][0]]
+            fig.path([(px + 4, py + 8), (px + 4, y - 4), (x, y - 4)], stroke_width=1)
+        title, page = title_and_page(name)
+        more = [title_and_page(n)[0] for n in READ_FIRST[name][1:]]
+        link = "../../" + page.removesuffix(".md") + "/"
+        words = escape(title) + "".join(f'<tspan font-size="11"> + {escape(m)}</tspan>' for m in more)
+        bold = ' font-weight="bold"' if name in START else ""
+        text = f'<text x="{x + 4}" y="{y}" fill="currentColor" stroke="none"{bold}>{words}</text>'
+        fig.parts.append(f'<a href="{link}">{text}</a>')
+    return fig
+
+
+def path_rows(names):
+    """Markdown lines of a reading path: number, link, what it is about."""
+    from ref.catalog import BY_SLUG
+
+    about = {
+        "notation": "The letters and conventions of all pages.",
+        "attention": "A soft dictionary, its gradient and its cost.",
+        "numerics": "Roundings, sums, softmax, and tolerances with reasons.",
+        "kernels": "Grids, tiles and references, from a loop to Pallas.",
+        "costs": "Rooflines, DRAM, FPGAs, microcontrollers; what to ask of a number.",
+        "agreement": "Laws, golden vectors, gradients, counts.",
+    }
+    for n in names.split():
+        if found := title_and_page(n):
+            title, page = found
+            yield f"1. [{title}](../{page}): {about[n] if n in about else BY_SLUG[n].idea}"

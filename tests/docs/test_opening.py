@@ -1,5 +1,6 @@
 """The opening chapters: their exercises' solutions are right, and what they list is what there is."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hw.gpu import h200
 from ref.blocks.attention import attention_dense
 from ref.blocks.softmax import softmax
-from ref.catalog import CATALOG, PARTS
+from ref.catalog import CATALOG, PARTS, READ_FIRST
 from ref.vision.pitome import energy_score
 from tests.docs import kernel_steps as steps
 from tests.docs import mutants, solutions
@@ -209,6 +210,37 @@ def test_opening_agreement_of_a_traced_program():
     fn, error, bound = opening.agreement("flash", 5)
     assert fn == "online_softmax"
     assert 0 < error <= bound
+
+
+def ancestors(name):
+    return set().union(*({n} | ancestors(n) for n in READ_FIRST[name])) if READ_FIRST[name] else set()
+
+
+def test_opening_paths_know_every_chapter():
+    """The tree holds every technique, planned ones too, and every opening chapter; it has no cycle."""
+    from generate import PLAN, START
+
+    planned = {slug for slugs in PLAN.values() for slug in slugs.split()}
+    assert set(READ_FIRST) == planned | set(opening.START)
+    assert set(opening.START) <= set(START)
+    assert all(name not in ancestors(name) for name in READ_FIRST)  # RecursionError on a cycle
+    drawn = [name for name, _ in opening.reading_order()]
+    assert sorted(drawn) == sorted({t.slug for t in CATALOG} | set(opening.START))
+
+
+@pytest.mark.parametrize("path", opening.PATHS, ids=lambda p: "path")
+def test_opening_paths_hold_what_their_chapters_build_on(path):
+    names = opening.PATHS[path][1].split()
+    for i, name in enumerate(names):
+        assert ancestors(name) <= set(names[:i]), name
+
+
+def test_opening_paths_agree_with_what_the_code_imports():
+    """A technique's file that imports another's has it among its prerequisites."""
+    imported = re.compile(rf"^from ref\.(?:{'|'.join(PARTS)})\.(\w+) import", re.MULTILINE)
+    for t in CATALOG:
+        used = set(imported.findall((ROOT / "ref" / t.part / f"{t.slug}.py").read_text())) - {t.slug}
+        assert used <= ancestors(t.slug), t.slug
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
