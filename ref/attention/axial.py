@@ -23,23 +23,10 @@ from ref.example import Example
 from ref.models.axial import AxialConfig, AxialParams, ExteriorParams, init_axial
 
 __all__ = [
-    "AxialConfig",
-    "AxialParams",
-    "ExteriorParams",
-    "axial_attention",
-    "axial_cost",
-    "axial_grad",
-    "axial_logits",
-    "axial_nll",
-    "axial_video_logits",
-    "axis_attention",
-    "example",
-    "init_axial",
-    "sample_naive",
-    "sample_semi_parallel",
-    "shift",
-    "transformer_block",
-]
+    "AxialConfig", "AxialParams", "ExteriorParams", "axial_attention", "axial_cost", "axial_grad",
+    "axial_logits", "axial_nll", "axial_video_logits", "axis_attention", "example", "init_axial",
+    "sample_naive", "sample_semi_parallel", "shift", "transformer_block",
+]  # fmt: skip
 
 
 def axis_attention(q, k, v, *, axis, causal=False, scale=None):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ref.blocks.attention import attention_dense, attention_dense_vjp, broadcasts, join_heads
-from ref.blocks.masks import bigbird_block_mask, check_rand_blocks
+from ref.blocks.masks import bigbird_block_mask, bigbird_rand_blocks, check_rand_blocks
 from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.blocks.transformer import QKVParams, qkv, transformer_block
@@ -32,38 +32,6 @@ class BigBirdConfig:
     num_rand: int = 3
     hf_plan: bool = False
     eps: float = 1e-12
-
-
-def bigbird_rand_blocks(uniforms, *, num_rand, plan="uniform"):
-    """int32 [H, nb - 2, r]: for every middle row the r legal blocks with the smallest numbers, ascending.
-
-    Args: uniforms [H, nb - 2, nb], drawn by the caller; row i - 1 is block i. Legal is a block that neither
-      is at an end nor in the window. plan: "uniform" draws from all of them; "hf" as transformers does, from
-      the first 2 r + 5 blocks if there are more, else half from the first r + 5 and the rest beyond, if there
-      are more, else from all; the last block of each part counts as an end.
-    Raises: ValueError if a row has fewer than r legal blocks.
-    """
-    nb = dims(uniforms=(uniforms, "H rows nb"))["nb"]
-    dims(uniforms=(uniforms, f"H {nb - 2} nb"))
-    if plan not in ("uniform", "hf"):
-        raise ValueError(f'plan must be "uniform" or "hf", got {plan!r}')
-    r, i, j = num_rand, np.arange(1, nb - 1)[:, None], np.arange(nb)
-    parts = [(0, nb, r)]
-    if plan == "hf" and nb > 2 * r + 5:
-        parts = [(0, 2 * r + 5, r)]
-    elif plan == "hf" and nb > r + 5:
-        parts = [(0, r + 5, r // 2), (r + 5, nb, r - r // 2)]
-    chosen = []
-    for start, end, count in parts:
-        legal = (np.abs(i - j) > 1) & (j > 0) & (j >= start) & (j < end - 1)
-        if plan == "hf":
-            legal &= ~((i == 1) & (j == end - 2)) & ~((i == end - 2) & (j == 1))
-        if count < 0 or (nb > 2 and legal.sum(axis=-1).min() < count):
-            raise ValueError(
-                f"num_rand={r} needs that many legal blocks in every row; {nb} blocks are too few"
-            )
-        chosen.append(np.argsort(np.where(legal, uniforms, np.inf), axis=-1, kind="stable")[..., :count])
-    return np.sort(np.concatenate(chosen, axis=-1), axis=-1).astype(np.int32)
 
 
 def bigbird_attention(

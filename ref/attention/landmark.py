@@ -5,18 +5,31 @@ positions), and the code released with it for the cache. A landmark closes its b
 is the number of landmarks strictly before j. Ours: among equal scores the earlier block is retrieved.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ref.blocks.attention import join_heads, prepare, split_heads, sum_groups
+from ref.blocks.landmark_cache import (
+    LandmarkCache,
+    LandmarkStore,
+    append_chunk,
+    check_block_size,
+    init_landmark_cache,
+    take_blocks,
+)
 from ref.blocks.masks import causal_mask
 from ref.blocks.rope import rope, rope_angles
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax, softmax_state, softmax_vjp, weigh
 from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
+
+__all__ = [
+    "LandmarkCache", "LandmarkParams", "LandmarkStore", "example", "grouped_softmax", "init_landmark_cache",
+    "insert_landmarks", "landmark_attention", "landmark_attention_bwd", "landmark_decode", "landmark_mask",
+    "landmark_stream", "retrieval_cost", "select_blocks",
+]  # fmt: skip
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
@@ -27,7 +40,7 @@ def insert_landmarks(ids, *, block_size, landmark_id):
     Raises: ValueError for block_size < 1, or ids that hold landmark_id already.
     """
     ids = np.asarray(ids)
-    _check_block_size(block_size)
+    check_block_size(block_size)
     if (ids == landmark_id).any():
         raise ValueError(f"ids must not hold landmark_id={landmark_id} already")
     whole = ids.shape[-1] // block_size * block_size
@@ -196,32 +209,6 @@ def select_blocks(landmark_weights, *, top_k, selection="per_token_and_head"):
     return np.sort(np.argsort(-w, axis=-1, kind="stable")[..., : min(top_k, n)], axis=-1)
 
 
-class LandmarkCache(NamedTuple):
-    """Keys (before rotary) and values of complete blocks, oldest first, and of the block under way.
-
-    block_k, block_v [B, H, cache_blocks, l + 1, D], of which the first num_blocks count; tail_k, tail_v
-    [B, H, l, D], of which num_tail count; total_blocks: how many blocks were ever completed. l = block_size.
-    """
-
-    block_k: np.ndarray
-    block_v: np.ndarray
-    tail_k: np.ndarray
-    tail_v: np.ndarray
-    num_blocks: np.ndarray
-    num_tail: np.ndarray
-    total_blocks: np.ndarray
-
-
-def init_landmark_cache(batch, heads, head_dim, *, block_size, cache_blocks):
-    """An empty LandmarkCache. Raises: ValueError unless block_size and cache_blocks are at least 1."""
-    _check_block_size(block_size)
-    if cache_blocks < 1:
-        raise ValueError(f"cache_blocks must be at least 1, got {cache_blocks}")
-    blocks = np.zeros((batch, heads, cache_blocks, block_size + 1, head_dim))
-    tail, none = np.zeros((batch, heads, block_size, head_dim)), np.zeros((), np.int32)
-    return LandmarkCache(blocks, blocks, tail, tail, none, none, none)
-
-
 def landmark_decode(
     q,
     k,
@@ -260,7 +247,7 @@ def landmark_decode(
         blocks = np.maximum(0, np.arange(n) - (n - top_k) + 1)  # 1..top_k for the last ones, else 0
         marks = turn(cache.block_k[:, :, :n, -1], blocks * size + block_size)
         chosen = select_blocks(softmax(qr @ np.swapaxes(marks, -1, -2)), top_k=top_k, selection=selection)
-        kb, vb = (_take(x[:, :, :n], chosen) for x in (cache.block_k, cache.block_v))
+        kb, vb = (take_blocks(x[:, :, :n], chosen) for x in (cache.block_k, cache.block_v))
         slot = np.arange(kb.shape[-2])
         near = np.repeat(blocks[chosen] > 0, size, axis=-1)[..., None]
         kb = np.where(near, turn(kb, slot + size), turn(kb, slot))
@@ -269,36 +256,7 @@ def landmark_decode(
     flags = np.arange(scores.shape[-1]) % size == block_size  # retrieved blocks are whole, the tail follows
     w = grouped_softmax(scores, np.broadcast_to(flags, (axes["B"], len(flags))))
     o = weigh(w[..., None, :], values)[..., 0, :]
-    return o, _append(cache, tail_k, tail_v, size, cache_blocks)
-
-
-def _take(x, chosen):
-    """x [B, H, n, l + 1, D], chosen int [B, H, T, k] -> [B, H, T, k (l + 1), D], block after block."""
-    b, h = np.ogrid[: x.shape[0], : x.shape[1]]
-    out = x[b[..., None, None], h[..., None, None], chosen]
-    return out.reshape(*chosen.shape[:-1], -1, x.shape[-1])
-
-
-def _append(cache, k, v, size, cache_blocks):
-    """The cache after the keys and values of the tail and the chunk, [B, H, u + T, D]."""
-    done, n = k.shape[2] // size, int(cache.num_blocks)
-    kept = min(n + done, cache_blocks)
-
-    def blocks(old, x):
-        new = x[:, :, : done * size].reshape(*x.shape[:2], done, size, x.shape[-1])
-        out = np.zeros_like(old)
-        out[:, :, :kept] = np.concatenate([old[:, :, :n], new], axis=2)[:, :, n + done - kept :]
-        return out
-
-    def tail(x):
-        rest = x[:, :, done * size :]
-        return np.pad(rest, ((0, 0), (0, 0), (0, size - 1 - rest.shape[2]), (0, 0)))
-
-    count = lambda x: np.array(x, np.int32)
-    return LandmarkCache(
-        blocks(cache.block_k, k), blocks(cache.block_v, v), tail(k), tail(v),
-        count(kept), count(k.shape[2] - done * size), count(cache.total_blocks + done),
-    )  # fmt: skip
+    return o, append_chunk(cache, tail_k, tail_v, size, cache_blocks)
 
 
 class LandmarkParams(NamedTuple):
@@ -347,42 +305,6 @@ def landmark_stream(
     return np.concatenate(out, axis=1) @ params.w_o
 
 
-class LandmarkStore:
-    """Blocks in slow memory, [H, capacity, 2 (key, value), l + 1, D]; landmarks [H, n, D] in fast memory.
-
-    data: an array, or the path of a .npy file that holds one and is mapped, not read. A head's block is one
-    contiguous read. num_blocks, reads and bytes_read count.
-    """
-
-    def __init__(self, data):
-        if isinstance(data, str | Path):
-            data = np.load(data, mmap_mode="r+")
-        dims(data=(data, "H capacity 2 size D"))
-        self.data, self.num_blocks, self.reads, self.bytes_read = data, 0, 0, 0
-        self.landmarks = np.zeros((data.shape[0], 0, data.shape[-1]), data.dtype)
-
-    def put(self, k, v):
-        """Append one complete block, k, v [H, l + 1, D]. Raises: ValueError if the store is full."""
-        H, capacity, _, size, D = self.data.shape
-        dims(k=(k, f"{H} {size} {D}"), v=(v, f"{H} {size} {D}"))
-        if self.num_blocks == capacity:
-            raise ValueError(f"the store is full: its capacity is {capacity} blocks")
-        self.data[:, self.num_blocks, 0], self.data[:, self.num_blocks, 1] = k, v
-        mark = np.asarray(k)[:, None, -1].astype(self.data.dtype)
-        self.landmarks = np.concatenate([self.landmarks, mark], axis=1)
-        self.num_blocks += 1
-
-    def fetch(self, indices):
-        """k, v [H, n, l + 1, D] of the blocks indices int [H, n], each head its own."""
-        indices = np.asarray(indices)
-        n = dims(indices=(indices, f"{self.data.shape[0]} n"))["n"]
-        if n and not (0 <= indices.min() and indices.max() < self.num_blocks):
-            raise ValueError(f"indices must be in 0..{self.num_blocks - 1}, got {indices.tolist()}")
-        out = self.data[np.arange(len(indices))[:, None], indices]
-        self.reads, self.bytes_read = self.reads + indices.size, self.bytes_read + out.nbytes
-        return out[:, :, 0], out[:, :, 1]
-
-
 def retrieval_cost(context, *, block_size, top_k, head_dim, num_heads, bytes_per_element=2):
     """Bytes that one query of a layer reads: {"bytes_full", "bytes_landmarks", "bytes_blocks", "ratio"}.
 
@@ -390,7 +312,7 @@ def retrieval_cost(context, *, block_size, top_k, head_dim, num_heads, bytes_per
     key and value; retrieval n landmark keys, and keys and values of min(top_k, n) blocks in every head. On
     whole blocks the ratio is 1 / (2 (l + 1)) + k (l + 1) / context.
     """
-    _check_block_size(block_size)
+    check_block_size(block_size)
     _check_retrieval(top_k, SELECTIONS[0])
     if min(context, head_dim, num_heads, bytes_per_element) < 1:
         raise ValueError("context, head_dim, num_heads and bytes_per_element must be at least 1")
@@ -408,7 +330,7 @@ def _prepare(q, k, v, is_landmark, scale, block_size):
     if n["N"] < 1:
         raise ValueError("q must hold at least one position")
     if block_size is not None:
-        _check_block_size(block_size)
+        check_block_size(block_size)
         _check_regular(is_landmark, block_size)
     q, k, v, options = prepare(q, k, v, scale=scale)
     return q, k, v, options.scale
@@ -425,11 +347,6 @@ def _check_regular(is_landmark, block_size, start=0):
         raise ValueError(f"is_landmark must close a block after every {block_size} tokens (block_size)")
 
 
-def _check_block_size(block_size):
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-
-
 def _check_retrieval(top_k, selection):
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -437,7 +354,7 @@ def _check_retrieval(top_k, selection):
 
 
 def _check_decode(q, k, v, is_landmark, cache, block_size, top_k, cache_blocks, selection):
-    _check_block_size(block_size)
+    check_block_size(block_size)
     _check_retrieval(top_k, selection)
     _check_flags(is_landmark)
     n = dims(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.attention import attention_dense, join_heads, split_heads
+from ref.blocks.band import chunk_scores, chunk_values
 from ref.blocks.masks import check_window, dilated_window_mask, longformer_mask
 from ref.blocks.mlp import linear, mlp
 from ref.blocks.norms import layer_norm
@@ -26,27 +27,12 @@ from ref.models.heads import class_logits, mlm_loss, span_logits, token_logits
 from ref.tasks.spans import entity_f1, span_metrics
 
 __all__ = [
-    "LongformerConfig",
-    "LongformerModel",
-    "LongformerParams",
-    "class_logits",
-    "entity_f1",
-    "example",
-    "extend_positions",
-    "extend_to_longformer",
-    "longformer_attention",
-    "longformer_attention_bwd",
-    "longformer_cost",
-    "longformer_encoder",
-    "longformer_mask",
-    "mlm_loss",
-    "receptive_field",
-    "sliding_window_attention",
-    "sliding_window_attention_bwd",
-    "span_logits",
-    "span_metrics",
+    "LongformerConfig", "LongformerModel", "LongformerParams", "class_logits", "entity_f1", "example",
+    "extend_positions", "extend_to_longformer", "longformer_attention", "longformer_attention_bwd",
+    "longformer_cost", "longformer_encoder", "longformer_mask", "mlm_loss", "receptive_field",
+    "sliding_window_attention", "sliding_window_attention_bwd", "span_logits", "span_metrics",
     "token_logits",
-]
+]  # fmt: skip
 
 METHODS = ("band", "chunks", "dense")
 
@@ -281,13 +267,13 @@ class _Plan:
     def _band_scores(self, q, k, method):
         """scale q_i k_j for j = i + offset: [..., H, L, W]; what lies outside the text is masked later."""
         if method == "chunks":
-            return self.scale * _chunk_scores(q, k, self.window["window"] // 2)
+            return self.scale * chunk_scores(q, k, self.window["window"] // 2)
         return self.scale * (q[..., None, :] @ np.swapaxes(k[..., self.keys, :], -1, -2))[..., 0, :]
 
     def _band_values(self, p, v, method):
         """sum over offsets of p v_j: [..., H, L, D]."""
         if method == "chunks":
-            return _chunk_values(p, v, self.window["window"] // 2)
+            return chunk_values(p, v, self.window["window"] // 2)
         return (p[..., None, :] @ v[..., self.keys, :])[..., 0, :]
 
     def backward(self, do, local, wide):
@@ -324,40 +310,6 @@ class _Plan:
         ds = self.scale * softmax_vjp(p, do @ np.swapaxes(v, -1, -2))
         dq[..., self.cols, :] = ds @ k
         return dq, np.swapaxes(ds, -1, -2) @ q, np.swapaxes(p, -1, -2) @ do
-
-
-def _chunk_scores(q, k, half):
-    """q_i k_j for |i - j| <= half, [..., L, 2 half + 1], from products of chunks of 2 half tokens.
-
-    Chunks start every `half` tokens. One more row of zeros and a reshape put diagonal t of a [2h, 2h] product
-    into column t, and diagonal t - 2h - 1 of the next row after it.
-    """
-    L, w = q.shape[-2], 2 * half
-    pad = [(0, 0)] * (q.ndim - 2) + [(0, max(-L % w, w - L)), (0, 0)]
-    q, k = np.pad(q, pad), np.pad(k, pad)
-    at = np.arange(0, q.shape[-2] - half, half)[:, None] + np.arange(w)  # [n, 2h]
-    s = q[..., at, :] @ np.swapaxes(k[..., at, :], -1, -2)
-    lead, n = s.shape[:-3], len(at)
-    s = np.concatenate([s, np.zeros((*lead, n, 1, w))], axis=-2).reshape(*lead, n, w, w + 1)
-    band = np.zeros((*lead, n + 1, half, w + 1))
-    band[..., :-1, :, half:] = s[..., :, :half, : half + 1]  # the query itself and the keys after it
-    band[..., -1, :, half:] = s[..., -1, half:, : half + 1]
-    band[..., 1:, :, :half] = s[..., :, half - 1 : -1, half + 1 :]  # the keys before it
-    band[..., 0, 1:, 1:half] = s[..., 0, : half - 1, half + 2 :]
-    return band.reshape(*lead, (n + 1) * half, w + 1)[..., :L, :]
-
-
-def _chunk_values(p, v, half):
-    """sum_j p[i, j - i + half] v_j from products of [half, 3 half] probabilities with 3 half values."""
-    L, lead = p.shape[-2], p.shape[:-2]
-    n = -(-L // half)
-    rows = n * half
-    p = np.pad(p, [(0, 0)] * len(lead) + [(0, rows - L), (0, half)])
-    p = p.reshape(*lead, n, half * (3 * half + 1))[..., : half * 3 * half]
-    p = p.reshape(*lead, n, half, 3 * half)  # row i is shifted right by i
-    v = np.pad(v, [(0, 0)] * len(lead) + [(half, rows - L + half), (0, 0)])
-    at = np.arange(0, rows, half)[:, None] + np.arange(3 * half)
-    return (p @ v[..., at, :]).reshape(*lead, rows, v.shape[-1])[..., :L, :]
 
 
 def _project(x, params, num_heads, window, global_mask, token_mask):
