@@ -31,6 +31,10 @@ _HOME = {
     **dict.fromkeys(
         ("DoesNotFit", "UnsupportedPrimitive", "UnknownTripCount", "NonConsecutiveRevisit"), "hw.errors"
     ),
+    **dict.fromkeys(
+        "simulate_token simulate_generation sweep map_vmm map_kv check_capacity PimReport GptShape".split(),
+        "hw.pim_decode",
+    ),
     **dict.fromkeys(("NotTraceable", "DynamicShape", "SideEffect"), "hw.errors"),
 }
 

@@ -31,6 +31,7 @@ from hw.pim_schedule import (  # noqa: F401
     schedule_matvec,
 )
 from hw.target import Placement, Target
+from ref.blocks.dram import DramTiming
 
 ORDERS = ("wave_outer", "tile_outer", "register")
 
@@ -218,6 +219,15 @@ class Pim(Prices, Target):
     def tick_s(self):
         """Seconds of a tick."""
         return self.tick_ps * 1e-12
+
+    @property
+    def timing(self):
+        """The sizes and times of the closed forms of `ref.blocks.dram`."""
+        write = self.t_cwl + self.t_burst - self.t_ccd + self.t_wr  # last write column to precharge
+        return DramTiming(
+            self.channels, self.banks, self.lanes, self.row_columns, self.tile, self.t_act_mac, self.t_rp,
+            self.t_ras, self.t_ccd, self.t_rtp, write, self.t_burst,
+        )  # fmt: skip
 
     @property
     def pin_rate(self):

@@ -257,10 +257,10 @@ def _one_channel(target):
     return replace(target, channels=1)
 
 
-# Views, slices and updates of stored data: the layout is chosen when the data is placed.
+# Views, slices and updates of stored data: layout and rounding are chosen when the data is placed.
 PASSED = frozenset(
     "reshape squeeze expand_dims transpose broadcast_in_dim convert_element_type slice dynamic_slice copy "
-    "dynamic_update_slice optimization_barrier stop_gradient device_put".split()
+    "dynamic_update_slice optimization_barrier stop_gradient device_put reduce_precision".split()
 )
 
 

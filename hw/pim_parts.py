@@ -60,11 +60,12 @@ PIMS = {
         {
             "channels": 8, "banks": 16, "units": 16, "lanes": 16, "row_bytes": 2048, "column_bytes": 32,
             "rows": 16384, "tick_ps": 1000, "t_act_mac": 12, "t_act_read": 12, "t_act_write": 12, "t_rp": 12,
-            "t_ras": 27, "t_ccd": 1, "t_burst": 1, "t_rtp": 6, "t_cl": 25, "t_cwl": 3, "t_wr": 12,
+            "t_ras": 27, "t_ccd": 1, "t_burst": 1, "t_rtp": 6, "t_cl": 25, "t_cwl": 0, "t_wr": 12,
             "t_mode": 0, "t_drain": 1, "t_end": 1, "t_rfc": 455, "t_refi": 6825, "order": "tile_outer",
             "pack_rows": True, "fmt": "bf16_tree",
         },
-        dict.fromkeys(("t_ras", "t_rtp", "t_cl", "t_cwl"), "our choice, from GDDR6-AiM's at 0.5 ns"),
+        dict.fromkeys(("t_ras", "t_rtp", "t_cl"), "our choice, from GDDR6-AiM's at 0.5 ns")
+        | {"t_cwl": "our choice: part of t_wr"},
     ),
 }  # fmt: skip
 

@@ -15,12 +15,35 @@ from ref.dims import dims
 
 def _operands(x, w):
     x, w = np.asarray(x), np.asarray(w)
-    n = dims(w=(w, "K M"))
-    if x.ndim < 1 or x.shape[-1] != n["K"]:
-        raise ValueError(f"x must have shape [..., {n['K']}], as K of w, got {list(x.shape)}")
-    if n["K"] < 1:
-        raise ValueError("x and w must have K >= 1, got K = 0")
+    check_inputs(x, dims(w=(w, "K M"))["K"])
     return x, w
+
+
+def check_inputs(x, K):
+    """Raise ValueError unless x has K >= 1 inputs on its last axis."""
+    if x.ndim < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must have shape [..., {K}], as K of w, got {list(x.shape)}")
+    if K < 1:
+        raise ValueError("x and w must have K >= 1, got K = 0")
+
+
+def check_units(x, K, lanes, tile, acc):
+    """Raise ValueError naming what `vmm_bf16` cannot compute; for accel, which sees shapes alone."""
+    check_inputs(x, K)
+    _check_tree(lanes, acc)
+    _check_tile(tile)
+
+
+def _check_tree(lanes, acc):
+    if lanes < 1 or lanes & (lanes - 1):
+        raise ValueError(f"lanes must be a power of two, got {lanes}")
+    if acc not in ("f32", "bf16"):
+        raise ValueError(f'acc must be "f32" or "bf16", got {acc!r}')
+
+
+def _check_tile(tile):
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1, got {tile}")
 
 
 def _tree(p):
@@ -40,10 +63,7 @@ def dot_bf16_tree(x, w, *, lanes=16, acc="f32"):
     Raises: ValueError naming the argument.
     """
     x, w = _operands(x, w)
-    if lanes < 1 or lanes & (lanes - 1):
-        raise ValueError(f"lanes must be a power of two, got {lanes}")
-    if acc not in ("f32", "bf16"):
-        raise ValueError(f'acc must be "f32" or "bf16", got {acc!r}')
+    _check_tree(lanes, acc)
     x, w = (round_bf16(np.asarray(a, np.float32)) for a in (x, w))
     total = np.zeros((*x.shape[:-1], w.shape[1]), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -64,8 +84,7 @@ def vmm_bf16(x, w, *, lanes=16, tile=1024, acc="f32"):
     Returns: float32 [..., M], bfloat16 numbers.
     """
     x, w = _operands(x, w)
-    if tile < 1:
-        raise ValueError(f"tile must be at least 1, got {tile}")
+    _check_tile(tile)
     parts = [
         dot_bf16_tree(x[..., i : i + tile], w[i : i + tile], lanes=lanes, acc=acc)
         for i in range(0, w.shape[0], tile)
