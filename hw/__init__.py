@@ -28,6 +28,8 @@ _HOME = {
     ),
     **dict.fromkeys(("estimate", "execute", "compare_targets", "pareto"), "hw.front"),
     **dict.fromkeys(("CostReport", "OpCost"), "hw.report"),
+    **dict.fromkeys(("sweep_fields", "Sweep"), "hw.sweeps"),
+    **dict.fromkeys(("load_target", "target_toml"), "hw.device_file"),
     **dict.fromkeys(
         ("DoesNotFit", "UnsupportedPrimitive", "UnknownTripCount", "NonConsecutiveRevisit"), "hw.errors"
     ),

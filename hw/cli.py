@@ -20,6 +20,7 @@ from hw.commands.new import new  # noqa: E402
 from hw.commands.price import price  # noqa: E402
 from hw.commands.run import run  # noqa: E402
 from hw.commands.shared import Refusal  # noqa: E402
+from hw.figures import KINDS  # noqa: E402
 from ref.catalog import BY_SLUG, PARTS  # noqa: E402
 
 
@@ -95,11 +96,11 @@ def _parser():
     p.add_argument(
         "function",
         metavar="MODULE:FUNCTION",
-        help="imported from here, an op program as .json, a model as .onnx",
+        help="imported from here; a program as .json, a model as .onnx; smollm2, smollm2:prefill, :decode",
     )
     p.add_argument(
-        "--shape", action="append", default=[], metavar="1x128x64:float32",
-        help="one argument's shape and type, repeatable; float32 if no type is given, ':float32' is a scalar",
+        "--shape", action="append", default=[], metavar="1x128x64:f32",
+        help="one argument's shape and type, repeatable; f32 if no type is given, ':i32' is a scalar",
     )  # fmt: skip
     p.add_argument("--static", action="append", default=[], metavar="NAME=VALUE", help="a keyword argument")
     p.add_argument(
@@ -111,15 +112,24 @@ def _parser():
     )
     p.add_argument("--weights", default="", metavar="NAMES", help="arguments that are weights, by name: w,b")
     p.add_argument(
-        "--target", action="append", metavar="NAME", help="preset or .toml, repeatable (default h200)"
+        "--target", action="append", metavar="NAME", help="preset, kind (gpu, pim, ..) or .toml; repeatable"
     )
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a target's field"
     )
+    p.add_argument("--context", type=int, default=512, help="tokens of a named model's phase (default 512)")
+    p.add_argument("--dtype", default="bf16", help="of a named model (default bf16)")
     p.add_argument("--by", choices=("op", "kind", "scope"), default="op", help="rows of the table")
-    p.add_argument("--plot", metavar="FILE", help="write figures as .html or .svg")
-    p.add_argument("--perfetto", metavar="FILE", help="write a timeline for ui.perfetto.dev")
-    command("targets", list_targets, "the devices that can be priced")
+    p.add_argument("--compare", action="store_true", help="add a table of the targets side by side")
+    p.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=A,B,..",
+        help="price every value of a target's field; repeat it for every combination",
+    )  # fmt: skip
+    p.add_argument("--plot", metavar="FILE", help="write the first report's figures as .html or .svg")
+    p.add_argument("--figure", choices=("all", *KINDS), default="all", help="which figure --plot writes")
+    p.add_argument("--trace", "--perfetto", metavar="FILE", help="write a timeline for ui.perfetto.dev")
+    p = command("targets", list_targets, "the devices that can be priced; of one, its fields as TOML")
+    p.add_argument("name", nargs="?", help="preset or .toml: print what `price --target my.toml` reads")
     p = command(
         "fetch", fetch_source, "download a model or data set once, with its checksum; alone, list them"
     )

@@ -186,12 +186,14 @@ class Table:
 def _cell(name, value):
     if value is None or value == "":
         return "-"
-    if name in ("seconds", "joules"):
-        return _si(value, {"seconds": "s", "joules": "J"}[name])
+    if name in ("seconds", "at_least", "at_most", "joules"):
+        return _si(value, "J" if name == "joules" else "s")
     if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, int) or (isinstance(value, float) and name in ("bytes", "peak_memory")):
-        return f"{value:,.0f}"
+        return "yes" if value else "" if name == "best" else "no"
+    if name in ("bytes", "peak_memory"):
+        return f"{value:,.0f} B"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -126,11 +126,86 @@ def test_cli_prices_the_readers_own_function(capsys, mine):
     assert board[0]["bound_by"] == "hbm"
 
 
+def test_cli_prices_on_kinds_and_says_what_does_not_fit(capsys, mine):
+    """A kind is a target's name; a target that cannot take the program is a line, unless all are such."""
+    argv = ["price", "my_model:product", "--shape", "1x64x128:f32", "--shape", "128x32:f32"]
+    kinds = [x for k in ("gpu", "cpu", "pim", "fpga") for x in ("--target", k)]
+    reports = json.loads(call(capsys, *argv, *kinds, "--json")[1])
+    assert [r["target"] for r in reports] == ["h200", "xeon_6154", "gddr6_aim", "zcu102"]
+    assert all(r["units"]["seconds"] == "s" for r in reports)
+    out = call(capsys, *argv, *kinds, "--compare")[1]
+    assert "at least" in out
+    assert "pins traffic" in out
+    (mine / "tiny.toml").write_text('base = "h200"\nhbm_gb = 1e-6\n')
+    code, out, _ = call(capsys, *argv, "--target", "gpu", "--target", "tiny.toml")
+    assert code == 0
+    assert "tiny: tiny: hbm needs" in out
+    assert "1,000 B" in refused(capsys, *argv, "--target", "tiny.toml")
+    (mine / "bad.toml").write_text('base = "h200"\nhbm_gbs = 1\n')
+    assert "bad.toml: Gpu has no field 'hbm_gbs'" in refused(capsys, *argv, "--target", "bad.toml")
+
+
+def test_cli_sweeps(capsys, mine):
+    argv = ["price", "my_model:product", "--shape", "64x128", "--shape", "128x32", "--target", "gpu"]
+    axes = ["--sweep", "hbm_gbps=100,1000", "--sweep", "launch_us=0.0,5.0"]
+    rows = json.loads(call(capsys, *argv, *axes, "--json")[1])
+    assert [(r["hbm_gbps"], r["launch_us"]) for r in rows] == [
+        (100, 0.0),
+        (100, 5.0),
+        (1000, 0.0),
+        (1000, 5.0),
+    ]
+    code, out, _ = call(capsys, *argv, *axes, "--plot", "sweep.svg")
+    assert code == 0
+    assert "fastest: hbm_gbps=1000, launch_us=0.0" in out
+    assert (mine / "sweep.svg").read_text().startswith("<svg")
+    for more, words in (
+        (["--sweep", "hbm_gbps"], "must look like FIELD=VALUE,VALUE"),
+        (["--sweep", "hbm=1,2"], "no field 'hbm'"),
+        ([*axes, "--target", "cpu"], "--sweep takes one --target"),
+        ([*axes, "--trace", "x.json"], "--sweep takes one --target"),
+    ):
+        assert words in refused(capsys, *argv, *more)
+
+
+def test_cli_prices_a_named_model(capsys):
+    """SmolLM2 by shapes: its phases apart or together, without its weights."""
+    argv = ["price", "smollm2", "--context", "16", "--target", "pim", "--target", "gpu", "--json"]
+    reports = json.loads(call(capsys, *argv)[1])
+    assert [r["target"] for r in reports] == [
+        f"{t}, {phase}" for phase in ("prefill of 16", "decode after 16") for t in ("gddr6_aim", "h200")
+    ]
+    block = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    attention = 2 * 9 * 64 * 16
+    assert reports[2]["macs"] == 30 * (block + attention) + 576 * 49152
+    one = json.loads(call(capsys, "price", "smollm2:decode", *argv[2:])[1])
+    assert one == [r | {"target": r["target"].split(",")[0]} for r in reports[2:]]
+    for more, words in (
+        (["smollm2:decod"], "did you mean 'decode'?"),
+        (["smollm2", "--context", "0"], "--context must be in 1.."),
+        (["smollm2", "--dtype", "i8"], "--dtype must be f32, bf16 or f16"),
+    ):
+        assert words in refused(capsys, "price", *more)
+
+
+def test_cli_writes_a_target_to_start_from(capsys, mine):
+    code, out, _ = call(capsys, "targets", "hbm2_pim")
+    assert code == 0
+    (mine / "own.toml").write_text(out.replace('"hbm2_pim"', '"own"', 1))
+    argv = ["price", "my_model:product", "--shape", "64x128", "--shape", "128x32", "--json"]
+    own, first = (json.loads(call(capsys, *argv, "--target", t)[1])[0] for t in ("own.toml", "hbm2_pim"))
+    assert own == first | {"target": "own"}
+    assert json.loads(call(capsys, "targets", "pim", "--json")[1])["name"] == "gddr6_aim"
+
+
 def test_cli_writes_figures_and_timelines(capsys, mine):
     argv = ["price", "my_model:product", "--shape", "64x128", "--shape", "128x32"]
     assert call(capsys, *argv, "--plot", "cost.svg", "--perfetto", "cost.json")[0] == 0
     assert (mine / "cost.svg").read_text().startswith("<svg")
     assert json.loads((mine / "cost.json").read_text())["traceEvents"]
+    assert call(capsys, *argv, "--plot", "dots.svg", "--figure", "roofline")[0] == 0
+    assert "operations a byte" in (mine / "dots.svg").read_text()
+    assert "no product in the banks" in refused(capsys, *argv, "--plot", "dots.svg", "--figure", "banks")
 
 
 def test_cli_refusals_are_one_clear_line(capsys, mine):
@@ -147,6 +222,7 @@ def test_cli_refusals_are_one_clear_line(capsys, mine):
         (["price", "my_model:prodct"], "did you mean 'product'?"),
         (["price", "my_model:SIZE"], "not a function"),
         (["price", "my_model:product", "--shape", "3y4"], "must look like 1x128x64:float32"),
+        (["price", "my_model:product", "--shape", "3x4:f33"], "no element type 'f33'; there are f16, bf16"),
         (["price", "my_model:product", "--shape", "3x4"], "did not take these 1 arguments"),
         (["price", "my_model:product", "--shape", "3x4", "--shape", "5x6"], "my_model:product"),
         (["price", "my_model:sorted_svd", "--shape", "3x4"], "svd"),
@@ -160,6 +236,8 @@ def test_cli_refusals_are_one_clear_line(capsys, mine):
 
 def test_cli_shapes():
     assert spec("1x128x64:bfloat16") == ("bfloat16", (1, 128, 64))
+    assert spec("1x128x576:f32") == ("float32", (1, 128, 576))
+    assert spec("3:i8") == ("int8", (3,))
     assert spec("7") == ("float32", (7,))
     assert spec(":int32") == ("int32", ())
 

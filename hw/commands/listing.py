@@ -36,9 +36,15 @@ def list_techniques(options):
 
 
 def list_targets(options):
-    """The presets."""
-    from hw.targets import presets
+    """The presets, or one target's fields as TOML."""
+    from hw.device_file import target_toml
+    from hw.targets import preset, presets
 
+    if options.name:
+        target = preset(options.name)
+        value = {"name": target.name, "toml": target_toml(target)}
+        emit(options, value, lambda out: print(value["toml"], end=""))
+        return
     rows = []
     for name, make in presets().items():
         about = (

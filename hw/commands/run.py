@@ -23,9 +23,10 @@ from hw.commands.shared import (
     shapes,
     si,
 )
+from hw.targets import presets
 from ref.catalog import technique
 
-DEFAULT_TARGETS = ("h200", "a100", "xeon_6154", "this_cpu", "zcu102")
+DEFAULT_TARGETS = ("h200", "a100", "xeon_6154", "this_cpu", "gddr6_aim", "zcu102", "stm32f746")
 ULPS = 64  # ulps granted to accel on top of 64 times what one ulp in the inputs moves ref
 EPS = float(np.finfo(np.float32).eps)
 
@@ -33,7 +34,7 @@ EPS = float(np.finfo(np.float32).eps)
 def run(options):
     """Show the panels, or give them as JSON."""
     t = technique(options.slug)
-    targets = named_targets(options.target or DEFAULT_TARGETS)
+    targets = named_targets(options.target or [n for n in DEFAULT_TARGETS if n in presets()])
     with progress() as bar:
         task = bar.add_task(f"{t.slug}: example", total=None)
         say = lambda text: bar.update(task, description=f"{t.slug}: {text}")
