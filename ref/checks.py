@@ -9,6 +9,13 @@ def one_of(name, value, allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+def at_least_one(**sizes):
+    """Raise ValueError unless every size, given by its name, is at least 1."""
+    for name, n in sizes.items():
+        if n < 1:
+            raise ValueError(f"{name} must be at least 1, got {n}")
+
+
 def check_num_heads(width, num_heads, *, name="num_heads"):
     """Raise ValueError unless the width splits into that many heads."""
     if num_heads < 1 or width % num_heads:

@@ -14,14 +14,13 @@ from ref.blocks.landmark_cache import (
     LandmarkCache,
     LandmarkStore,
     append_chunk,
-    check_block_size,
     init_landmark_cache,
     take_blocks,
 )
 from ref.blocks.masks import causal_mask
 from ref.blocks.rope import rope, rope_angles
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax, softmax_state, softmax_vjp, weigh
-from ref.checks import check_num_heads, one_of
+from ref.checks import at_least_one, check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -40,7 +39,7 @@ def insert_landmarks(ids, *, block_size, landmark_id):
     Raises: ValueError for block_size < 1, or ids that hold landmark_id already.
     """
     ids = np.asarray(ids)
-    check_block_size(block_size)
+    at_least_one(block_size=block_size)
     if (ids == landmark_id).any():
         raise ValueError(f"ids must not hold landmark_id={landmark_id} already")
     whole = ids.shape[-1] // block_size * block_size
@@ -312,7 +311,7 @@ def retrieval_cost(context, *, block_size, top_k, head_dim, num_heads, bytes_per
     key and value; retrieval n landmark keys, and keys and values of min(top_k, n) blocks in every head. On
     whole blocks the ratio is 1 / (2 (l + 1)) + k (l + 1) / context.
     """
-    check_block_size(block_size)
+    at_least_one(block_size=block_size)
     _check_retrieval(top_k, SELECTIONS[0])
     if min(context, head_dim, num_heads, bytes_per_element) < 1:
         raise ValueError("context, head_dim, num_heads and bytes_per_element must be at least 1")
@@ -330,7 +329,7 @@ def _prepare(q, k, v, is_landmark, scale, block_size):
     if n["N"] < 1:
         raise ValueError("q must hold at least one position")
     if block_size is not None:
-        check_block_size(block_size)
+        at_least_one(block_size=block_size)
         _check_regular(is_landmark, block_size)
     q, k, v, options = prepare(q, k, v, scale=scale)
     return q, k, v, options.scale
@@ -348,13 +347,12 @@ def _check_regular(is_landmark, block_size, start=0):
 
 
 def _check_retrieval(top_k, selection):
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    at_least_one(top_k=top_k)
     one_of("selection", selection, SELECTIONS)
 
 
 def _check_decode(q, k, v, is_landmark, cache, block_size, top_k, cache_blocks, selection):
-    check_block_size(block_size)
+    at_least_one(block_size=block_size)
     _check_retrieval(top_k, selection)
     _check_flags(is_landmark)
     n = dims(

@@ -21,7 +21,7 @@ from ref.blocks.rotary_attention import (
 from ref.blocks.scan import selective_scan
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax_state
 from ref.blocks.transformer import AttentionParams
-from ref.checks import check_ids
+from ref.checks import at_least_one, check_ids
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.mamba import MambaParams, mamba_block_vjp, mamba_macs, mamba_mixer
@@ -202,8 +202,7 @@ def scout_flops(config, n, *, kind="scout", mixer="swa"):
 
 
 def _prepare(q, k, v, segment, scale):
-    if segment < 1:
-        raise ValueError(f"segment must be at least 1, got {segment}")
+    at_least_one(segment=segment)
     q, k, v, opt = prepare(q, k, v, scale=scale)
     dims(q=(q, "... L D"), k=(k, "... L D"))
     return q, k, v, opt.scale

@@ -15,7 +15,7 @@ from ref.blocks.attention import attention_dense, attention_dense_vjp, check_mas
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import softmax, softmax_vjp, weigh
 from ref.blocks.transformer import transformer_block, transformer_block_vjp
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import GPTParams, gpt_embed, gpt_embed_vjp, gpt_head, gpt_head_vjp
@@ -328,8 +328,7 @@ def self_ensemble(logits, *, average="prob"):
 
 def ssa_ensemble(rng, params, ids, *, config, schedule, samples):
     """self_ensemble of `samples` passes with fresh draws: ids int [B, T] -> probabilities [B, T, V]."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    at_least_one(samples=samples)
     draw = lambda: schedule.sources(rng, 0, 1, n=ids.shape[-1], depth=len(params.blocks))
     runs = [ssa_transformer(params, ids, config=config, sources=draw()) for _ in range(samples)]
     return self_ensemble(np.stack(runs))

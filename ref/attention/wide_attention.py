@@ -26,7 +26,7 @@ from ref.blocks.padding import token_rows, zero_padding
 from ref.blocks.positions import sinusoidal_positions
 from ref.blocks.softmax import softmax
 from ref.blocks.transformer import AttentionParams, transformer_block
-from ref.checks import check_ids
+from ref.checks import at_least_one, check_ids
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.wide_encoder import (
@@ -148,8 +148,7 @@ def encoder(params: EncoderParams, tokens, *, config: WideConfig):
 
 def aspect_ratios(total_heads):
     """[(layers, heads)] with layers heads = total_heads, from the widest to the deepest."""
-    if total_heads < 1:
-        raise ValueError(f"total_heads must be at least 1, got {total_heads}")
+    at_least_one(total_heads=total_heads)
     return [(n, total_heads // n) for n in range(1, total_heads + 1) if total_heads % n == 0]
 
 

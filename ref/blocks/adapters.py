@@ -12,7 +12,7 @@ import numpy as np
 from ref.blocks.mlp import linear, linear_vjp, mlp, mlp_vjp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, self_attention, self_attention_vjp
-from ref.checks import check_num_heads, one_of
+from ref.checks import at_least_one, check_num_heads, one_of
 from ref.dims import dims, float64
 
 OPTIONS, LAYERNORMS = ("parallel", "sequential"), ("none", "in", "out")
@@ -86,8 +86,7 @@ def adapted_block_backward(x, block_params: BlockParams, adapter_params: Adapter
 
 def adapter_init(rng, dim, bottleneck, *, layernorm="none", learnable_scale=False):
     """A branch that adds exactly 0: W_down uniform in +-1/sqrt(d), W_up and biases 0, a learnable scale 1."""
-    if bottleneck < 1:
-        raise ValueError(f"bottleneck must be at least 1, got {bottleneck}")
+    at_least_one(bottleneck=bottleneck)
     _check_layernorm(layernorm)
     norm = (None, None) if layernorm == "none" else (np.ones(dim), np.zeros(dim))
     bound = 1 / np.sqrt(dim)

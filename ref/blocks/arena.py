@@ -7,7 +7,7 @@ Lee 2020, arXiv 2001.03288); the exact search is branch and bound over packings 
 from dataclasses import dataclass, field
 from html import escape
 
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 
 STRATEGIES = ("greedy_by_size", "greedy_by_breadth", "best_fit", "exact")
 MOST_EXACT = 12
@@ -108,8 +108,7 @@ def overlaps(plan: Plan) -> list:
 
 def _check(buffers, strategy, align):
     one_of("strategy", strategy, STRATEGIES)
-    if align < 1:
-        raise ValueError(f"align must be at least 1, got {align}")
+    at_least_one(align=align)
     if len({b[0] for b in buffers}) != len(buffers):
         raise ValueError("buffers must have different ids")
     for i, size, first, last in buffers:

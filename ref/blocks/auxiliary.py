@@ -16,7 +16,7 @@ from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, relu, sigmoid
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.softmax import logsumexp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 
 KINDS = ("mlp", "conv", "transformer")
@@ -257,8 +257,7 @@ def _uniform(rng, *shape):
 
 def _aligned(n, size):
     """[size, n]: how much every old pixel of a line counts for the new ones."""
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    at_least_one(size=size)
     at = np.arange(size) * (n - 1) / max(size - 1, 1)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n)))
 

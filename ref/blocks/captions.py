@@ -9,6 +9,8 @@ from collections import Counter
 
 import numpy as np
 
+from ref.checks import at_least_one
+
 TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0 / 0
 
 
@@ -108,8 +110,7 @@ def _meteor(hyp, ref, alpha, beta, gamma):
 
 def _pairs(refs, hyps, n=1):
     """[(words of a caption, [words of its references])]."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    at_least_one(n=n)
     if len(refs) != len(hyps) or not hyps:
         raise ValueError(f"refs and hyps must pair at least one caption, got {len(refs)} and {len(hyps)}")
     if any(isinstance(group, str) or not group for group in refs):

@@ -10,6 +10,7 @@ import numpy as np
 
 from ref.blocks.linalg import newton_schulz
 from ref.blocks.mlp import gelu, gelu_grad
+from ref.checks import at_least_one
 from ref.dims import dims, float64
 
 
@@ -92,8 +93,7 @@ def check_deep(k, v, weights0, lr, decay, momentum, chunk, window, loss, momentu
     n = dims(k=(k, "B T dk"), v=(v, "B T dv"), lr=(lr, "B T"))
     if chunk < 1 or n["T"] % chunk:
         raise ValueError(f"chunk must divide the length T={n['T']}, got {chunk}")
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    at_least_one(window=window)
     if loss not in ("l2", "mse"):
         raise ValueError(f'loss must be "l2" or "mse", got {loss!r}')
     for name, g in (("decay", decay), ("momentum", momentum)):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.importance import top_indices
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 
 SELECT = ("topk", "threshold")
@@ -138,8 +138,7 @@ def _innovation(x, y, w_pred):
 
 def check_store(window, capacity, select="topk", threshold=None):
     """Raise ValueError for a store that cannot be."""
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    at_least_one(window=window)
     if capacity < 0:
         raise ValueError(f"capacity must not be negative, got {capacity}")
     one_of("select", select, SELECT)

@@ -5,6 +5,7 @@ import numpy as np
 from ref.blocks.attention import repeat_heads
 from ref.blocks.masks import causal_mask
 from ref.blocks.softmax import softmax
+from ref.checks import at_least_one
 from ref.dims import dims, float64
 
 POOLS = ("max", "mean", None)
@@ -34,8 +35,7 @@ def pool_scores(scores, *, pool, kernel):
     """
     if pool not in POOLS:
         raise ValueError(f'pool must be "max", "mean" or None, got {pool!r}')
-    if kernel < 1:
-        raise ValueError(f"kernel must be at least 1, got {kernel}")
+    at_least_one(kernel=kernel)
     scores = float64(scores)
     if pool is None:
         return scores

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.checks import at_least_one
 from ref.dims import dims
 
 
@@ -29,9 +30,7 @@ class LandmarkCache(NamedTuple):
 
 def init_landmark_cache(batch, heads, head_dim, *, block_size, cache_blocks):
     """An empty LandmarkCache. Raises: ValueError unless block_size and cache_blocks are at least 1."""
-    check_block_size(block_size)
-    if cache_blocks < 1:
-        raise ValueError(f"cache_blocks must be at least 1, got {cache_blocks}")
+    at_least_one(block_size=block_size, cache_blocks=cache_blocks)
     blocks = np.zeros((batch, heads, cache_blocks, block_size + 1, head_dim))
     tail, none = np.zeros((batch, heads, block_size, head_dim)), np.zeros((), np.int32)
     return LandmarkCache(blocks, blocks, tail, tail, none, none, none)
@@ -100,9 +99,3 @@ class LandmarkStore:
         out = self.data[np.arange(len(indices))[:, None], indices]
         self.reads, self.bytes_read = self.reads + indices.size, self.bytes_read + out.nbytes
         return out[:, :, 0], out[:, :, 1]
-
-
-def check_block_size(block_size):
-    """Raise ValueError unless a block holds a token."""
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ref.checks import at_least_one
 from ref.dims import dims
 
 
@@ -102,8 +103,7 @@ def check_window(window, dilation, causal=False, global_mask=None):
     """Raise ValueError for a window that is not even, a dilation below 1, or global tokens with causal."""
     if window < 2 or window % 2:
         raise ValueError(f"window must be even and at least 2 (half on each side), got {window}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    at_least_one(dilation=dilation)
     if causal and global_mask is not None:
         raise ValueError("causal attention has no global tokens: global_mask must be None")
 

@@ -5,7 +5,7 @@ from math import comb, factorial
 
 import numpy as np
 
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 
 MODES = ("monomial", "elementwise", "identity")
@@ -69,8 +69,7 @@ def _check_features(x, degree, mode, coefs):
     """Check a call, return the coefficients."""
     dims(x=(x, "... d"))
     one_of("mode", mode, MODES)
-    if degree < 1:
-        raise ValueError(f"degree must be at least 1, got {degree}")
+    at_least_one(degree=degree)
     if coefs is None:
         return np.array([1 / factorial(i) for i in range(degree + 1)])
     if mode != "monomial":

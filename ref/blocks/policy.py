@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref.blocks.softmax import logsumexp
+from ref.blocks.softmax import log_softmax, logsumexp
+from ref.checks import check_ids
 from ref.dims import dims, float64
 
 
@@ -72,7 +73,7 @@ def vmpo_loss_vjp(logits, target_logits, values, actions, returns, eta, alpha, *
 def a2c_loss(logits, values, actions, returns, *, entropy=0.0):
     """(loss, PolicyGrads): mean of -A log pi(a) + (V - G)^2 / 2 - entropy H(pi), A = G - V constant."""
     _check_policy(logits, values, actions, returns)
-    log_pi, advantage = _log_softmax(logits), float64(returns) - float64(values)
+    log_pi, advantage = log_softmax(logits), float64(returns) - float64(values)
     pi, n, chosen = np.exp(log_pi), advantage.size, _one_hot(actions, logits.shape[-1])
     H = -np.sum(pi * log_pi, axis=-1, keepdims=True)
     loss = (
@@ -93,9 +94,9 @@ def ppo_loss(logits, old_logits, values, actions, returns, *, clip=0.2, entropy=
     dims(logits=(logits, "B T A"), old_logits=(old_logits, "B T A"))
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    log_pi, advantage = _log_softmax(logits), float64(returns) - float64(values)
+    log_pi, advantage = log_softmax(logits), float64(returns) - float64(values)
     pi, n, chosen = np.exp(log_pi), advantage.size, _one_hot(actions, logits.shape[-1])
-    ratio = np.exp(np.sum(chosen * (log_pi - _log_softmax(old_logits)), axis=-1))
+    ratio = np.exp(np.sum(chosen * (log_pi - log_softmax(old_logits)), axis=-1))
     open_, shut = ratio * advantage, np.clip(ratio, 1 - clip, 1 + clip) * advantage
     H = -np.sum(pi * log_pi, axis=-1, keepdims=True)
     loss = -np.mean(np.minimum(open_, shut)) + 0.5 * np.mean(advantage**2) - entropy * H.mean()
@@ -129,7 +130,7 @@ def _vmpo_parts(logits, target_logits, values, actions, returns, eta, alpha, top
         raise ValueError(f"eta and alpha must be positive, got {eta=}, {alpha=}")
     if not 0 < top <= 1:
         raise ValueError(f"top must be in (0, 1], got {top}")
-    log_pi, log_old = _log_softmax(logits), _log_softmax(target_logits)
+    log_pi, log_old = log_softmax(logits), log_softmax(target_logits)
     advantage = float64(returns) - float64(values)
     kl = np.sum(np.exp(log_old) * (log_old - log_pi), axis=-1)
     flat = advantage.ravel()
@@ -139,10 +140,6 @@ def _vmpo_parts(logits, target_logits, values, actions, returns, eta, alpha, top
     psi = np.zeros(flat.size)
     psi[chosen] = np.exp(flat[chosen] / eta - lse)
     return _Parts(log_pi, log_old, advantage, kl, psi.reshape(n), lse - np.log(len(chosen)))
-
-
-def _log_softmax(logits):
-    return float64(logits) - logsumexp(float64(logits))[..., None]
 
 
 def _one_hot(actions, size):
@@ -157,6 +154,5 @@ def _check_policy(logits, values, actions, returns):
     )
     if actions.size < 1:
         raise ValueError("actions must hold at least one step")
-    if actions.dtype.kind not in "iu" or not (0 <= actions.min() and actions.max() < n["A"]):
-        raise ValueError(f"actions must be integers in 0..{n['A'] - 1}")
+    check_ids("actions", actions, n["A"])
     return n["B"], n["T"]

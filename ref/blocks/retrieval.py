@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.checks import at_least_one
+
 
 class BM25Index(NamedTuple):
     """counts: a Counter a document; lengths [N]; idf {term: weight}."""
@@ -74,7 +76,7 @@ def mrr(ranked, relevant):
 
 def map_at(ranked, relevant, *, k):
     """Mean over queries of the sum of i / r_i over relevant ranks r_i <= k, divided by all the relevant."""
-    _check_k(k)
+    at_least_one(k=k)
 
     def average(ids, good):
         ranks = [n + 1 for n, i in enumerate(ids[:k]) if i in good]
@@ -85,7 +87,7 @@ def map_at(ranked, relevant, *, k):
 
 def hit_at(ranked, relevant, *, k):
     """Share of the queries with a relevant id among the first k."""
-    _check_k(k)
+    at_least_one(k=k)
     return _mean(ranked, relevant, lambda ids, good: float(bool(good & set(ids[:k]))))
 
 
@@ -99,8 +101,3 @@ def _mean(ranked, relevant, score):
         raise ValueError(f"ranked and relevant need one list a query, got {len(ranked)} and {len(relevant)}")
     pairs = zip(ranked, relevant, strict=True)
     return float(np.mean([score(_terms(ids), set(_terms(good))) for ids, good in pairs]))
-
-
-def _check_k(k):
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")

@@ -5,6 +5,7 @@ Source: Sylvester 1867 for powers of two, Paley 1933 for the odd part of other o
 
 import numpy as np
 
+from ref.checks import at_least_one
 from ref.dims import dims
 
 # order -> (construction, prime q): I makes q + 1 for q = 3 mod 4, II makes 2 (q + 1) for q = 1 mod 4
@@ -30,8 +31,7 @@ def rotation_for(dim, seed):
 
     A width of 1152 = 36 32 is one block; 70 = 35 2 has blocks of 2.
     """
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
+    at_least_one(dim=dim)
     return block_for(dim), np.random.default_rng(seed).choice((-1.0, 1.0), dim)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.mlp import sigmoid, silu, silu_grad, softplus
+from ref.checks import at_least_one
 from ref.dims import dims, float64
 
 
@@ -59,8 +60,7 @@ def selective_scan_vjp(u, delta, a, b, c, d, z, dy, *, delta_bias=None, delta_so
     from the forward pass; those between are computed again.
     """
     lead = check_scan(u, delta, a, b, c, d, z, delta_bias, delta_softplus, state0)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    at_least_one(chunk=chunk)
     dims(u=(u, "... T E"), dy=(dy, "... T E"))
     if dstate is not None:
         dims(u=(u, "... T E"), a=(a, "E N"), dstate=(dstate, "... E N"))

@@ -46,6 +46,12 @@ def logsumexp(logits, *, axis=-1):
         return (np.log(np.exp(logits - _shift(m)).sum(axis=axis, keepdims=True)) + _shift(m)).squeeze(axis)
 
 
+def log_softmax(logits):
+    """logits - logsumexp(logits) over the last axis, float64."""
+    logits = float64(logits)
+    return logits - logsumexp(logits)[..., None]
+
+
 def softmax_state(logits, v):
     """The state of one tile of keys: logits [..., L, S] (-inf = invisible), v [..., S, Dv].
 

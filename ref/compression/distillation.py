@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.losses import cross_entropy
-from ref.blocks.softmax import logsumexp
+from ref.blocks.softmax import log_softmax, logsumexp
 from ref.blocks.transformer import block_parameters
 from ref.checks import check_num_heads, one_of
 from ref.dims import dims, float64
@@ -43,7 +43,7 @@ def soft_cross_entropy(student_logits, teacher_logits, *, temperature=1.0, reduc
 def soft_kl(student_logits, teacher_logits, *, temperature=1.0, reduction="batch"):
     """(KL(teacher || student), grad_student): the soft cross-entropy less the teacher's entropy."""
     n, log_s, p_t = _soft(student_logits, teacher_logits, temperature, reduction)
-    log_t = _log_softmax(teacher_logits, temperature)
+    log_t = log_softmax(float64(teacher_logits) / temperature)
     return (p_t * (log_t - log_s)).sum() / n, (np.exp(log_s) - p_t) / (temperature * n)
 
 
@@ -219,11 +219,6 @@ def encoder_cost(layers, hidden, ffn, heads, *, vocab=30522, positions=512, toke
     return params, encoder_macs(tokens, depth=layers, dim=hidden, hidden=ffn)
 
 
-def _log_softmax(logits, temperature):
-    z = float64(logits) / temperature
-    return z - logsumexp(z)[..., None]
-
-
 def _soft(student, teacher, temperature, reduction):
     """(what the sum is divided by, log p_s, p_t)."""
     n = dims(student_logits=(student, "B K"), teacher_logits=(teacher, "B K"))
@@ -233,7 +228,8 @@ def _soft(student, teacher, temperature, reduction):
     if n["B"] * n["K"] == 0:
         raise ValueError("student_logits must not be empty")
     count = n["B"] * (n["K"] if reduction == "mean_all" else 1)
-    return count, _log_softmax(student, temperature), np.exp(_log_softmax(teacher, temperature))
+    log_s, log_t = (log_softmax(z / temperature) for z in float64(student, teacher))
+    return count, log_s, np.exp(log_t)
 
 
 def _hidden_error(student, teacher, proj, mask):

@@ -319,7 +319,7 @@ def _albert_states(x, params, num_heads, num_layers, eps, mask):
     D = dims(x=(x, "... L E"), w_in=(params.w_in, "E D"), b_in=(params.b_in, "D"))["D"]
     if not 1 <= len(params.groups) <= num_layers:
         raise ValueError(f"num_layers must be at least the {len(params.groups)} groups, got {num_layers}")
-    _check_heads(num_heads, D)
+    check_num_heads(D, num_heads)
     states = [linear(x, params.w_in, params.b_in)]
     for i in range(num_layers):
         group = params.groups[i * len(params.groups) // num_layers]
@@ -329,7 +329,7 @@ def _albert_states(x, params, num_heads, num_layers, eps, mask):
 
 def _halves(x, params, num_heads):
     D = _even(dims(x=(x, "... L D"))["D"])
-    _check_heads(num_heads, D // 2)
+    check_num_heads(D // 2, num_heads)
     dims(w_g=(params.w_g, f"{D // 2} {D}"), w_z=(params.w_z, f"{D // 2} {D // 2}"))
     return float64(x)[..., : D // 2], float64(x)[..., D // 2 :]
 
@@ -356,10 +356,6 @@ def _even(D):
     if D % 2:
         raise ValueError(f"the width must be even to be cut in halves, got D={D}")
     return D
-
-
-def _check_heads(num_heads, width):
-    check_num_heads(width, num_heads)
 
 
 def example(seed=0):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ref.blocks.attention import attention_dense, join_heads, split_heads
 from ref.blocks.mlp import relu, sigmoid
-from ref.checks import check_num_heads, one_of
+from ref.checks import at_least_one, check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -145,7 +145,7 @@ def init_vvma(rng, n_in, n_out, *, k=32):
 
     Our choice: the paper's initialisation was not found.
     """
-    _check_k(k)
+    at_least_one(k=k)
     v = rng.standard_normal((-(-n_out // k), -(-n_in // k), k))
     return VvmaParams(rng.standard_normal((k, k)) / np.sqrt(n_in), v, np.zeros(n_out))
 
@@ -157,7 +157,7 @@ def project_to_vvma(w, *, k):
     approximation gives M[:, c] (unit norm) and v[..., c]. residual: the squared distance that is left, the
     sum of the squares of the other singular values.
     """
-    _check_k(k)
+    at_least_one(k=k)
     dims(w=(w, "n_out n_in"))
     w = _pad(_pad(w, -(-w.shape[1] // k) * k).T, -(-w.shape[0] // k) * k).T
     tiles = w.reshape(w.shape[0] // k, k, -1, k)  # [I, row, J, column]
@@ -189,9 +189,7 @@ def vvma_cost(n_in, n_out, *, k, batch=1, load_cycles=None, lanes=None, overlap=
     Raises: ValueError unless all sizes are at least 1.
     """
     load, lanes = k if load_cycles is None else load_cycles, k if lanes is None else lanes
-    for name, n in (("k", k), ("n_in", n_in), ("n_out", n_out), ("batch", batch), ("lanes", lanes)):
-        if n < 1:
-            raise ValueError(f"{name} must be at least 1, got {n}")
+    at_least_one(k=k, n_in=n_in, n_out=n_out, batch=batch, lanes=lanes)
     if load < 0:
         raise ValueError(f"load_cycles must not be negative, got {load}")
     i, j, fill = -(-n_out // k), -(-n_in // k), 2 * k - 1
@@ -209,7 +207,7 @@ def vvma_cost(n_in, n_out, *, k, batch=1, load_cycles=None, lanes=None, overlap=
 def check_vvma(m, v, in_features, out_features):
     """Check the tiling and return n_out. Raises: ValueError naming the argument at fault."""
     n = dims(m=(m, "k k"), v=(v, "I J k"))
-    _check_k(n["k"])
+    at_least_one(k=n["k"])
     out_features = n["I"] * n["k"] if out_features is None else out_features
     for name, features, tiles in (
         ("in_features", in_features, n["J"]),
@@ -221,11 +219,6 @@ def check_vvma(m, v, in_features, out_features):
                 f"k={n['k']}, got {features}"
             )
     return out_features
-
-
-def _check_k(k):
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
 
 
 def _pad(x, size):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import AdamState, adam_init, adamw_step, global_norm, matrix_mask, tree_map
-from ref.checks import check_ids, check_num_heads
+from ref.checks import at_least_one, check_ids, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.gpt import (
@@ -257,8 +257,7 @@ def grokking_gap(history: History, *, threshold=0.99):
 def _hidden(ids, params, num_heads, loops, eps):
     """hidden[l] for l = 0..L, the whole depth unrolled."""
     dims(ids=(ids, "B T"))
-    if loops < 1:
-        raise ValueError(f"loops must be at least 1, got {loops}")
+    at_least_one(loops=loops)
     check_num_heads(params.wte.shape[1], num_heads)
     unrolled = params._replace(blocks=tuple(params.blocks) * loops)
     return gpt_blocks(gpt_embed(ids, params), unrolled, num_heads=num_heads, eps=eps)

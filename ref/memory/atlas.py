@@ -17,7 +17,7 @@ from ref.blocks.mlp import linear_vjp, sigmoid, silu, silu_grad
 from ref.blocks.monomials import feature_count, poly_features, poly_features_vjp
 from ref.blocks.norms import rms_norm, rms_norm_vjp
 from ref.blocks.scan import causal_conv, causal_conv_vjp
-from ref.checks import check_num_heads
+from ref.checks import at_least_one, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.atlas import AtlasParams, AtlasState, atlas_state_bytes, init_atlas, init_state
@@ -163,8 +163,7 @@ def dot_memory(q, k, v, *, window, eta=None, loss="l2"):
     Raises: ValueError naming the argument at fault.
     """
     n = dims(q=(q, "... T D"), k=(k, "... T D"), v=(v, "... T dv"))
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    at_least_one(window=window)
     if loss not in ("l2", "dot"):
         raise ValueError(f'loss must be "l2" or "dot", got {loss!r}')
     q, k, v = float64(q, k, v)

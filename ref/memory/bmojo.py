@@ -26,6 +26,7 @@ from ref.blocks.masks import window_mask
 from ref.blocks.norms import rms_norm, rms_norm_vjp
 from ref.blocks.rope import rope, rope_angles
 from ref.blocks.softmax import finalize, merge, softmax_state
+from ref.checks import at_least_one
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bmojo import BmojoCache, BmojoParams, init_bmojo, init_bmojo_cache
@@ -308,8 +309,7 @@ def fading_mask(T, *, window, fading="window", stride=1, count=None):
 
 def check_bmojo(q, k, v, k_fading, v_fading, members, window, q_fading, extra_k, extra_v, extra_mask):
     """Raise ValueError for a bad call of the attention; return the axes."""
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    at_least_one(window=window)
     dims(q=(q, "... H T D"))
     n = check_attention(q, k, v)
     dims(q=(q, "... H T D"), k=(k, "... Hkv T D"))

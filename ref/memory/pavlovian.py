@@ -10,7 +10,7 @@ from math import comb, erfc, log, sqrt
 
 import numpy as np
 
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -119,8 +119,7 @@ def conditioning_protocol(name, *, beta, trials, rule):
     Raises: ValueError for an unknown name or rule, or trials < 1.
     """
     one_of("name", name, PROTOCOLS)
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    at_least_one(trials=trials)
     A, B = np.eye(2)
     both = SALIENCE[0] * A + SALIENCE[1] * B
 
@@ -298,8 +297,7 @@ def check_condition(q, k, v, rule, beta, log_decay, state, key_sum, normalize, c
              **({} if state is None else {"state": (state, "... dk dv")}),
              **({} if key_sum is None else {"key_sum": (key_sum, "... dk")}))  # fmt: skip
     one_of("rule", rule, RULES)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    at_least_one(chunk=chunk)
     if normalize and rule != "hebb":
         raise ValueError(f'normalize belongs to rule "hebb", got rule {rule!r}')
     if key_sum is not None and not normalize:

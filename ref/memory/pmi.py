@@ -25,6 +25,7 @@ from ref.blocks.working_memory import (
     read_working_memory_backward,
     write_weights,
 )
+from ref.checks import at_least_one
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.pmi import (
@@ -255,8 +256,7 @@ def _with_maps(params):
 
 def _transformer(tokens, p, heads, topk, layers, share_memory):
     """[(x, wm, ltm) before each layer, and after the last]."""
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}")
+    at_least_one(layers=layers)
     tokens = np.asarray(tokens)
     ids, (V, D) = tokens.dtype.kind in "iu", p.embed.shape
     T = dims(tokens=(tokens, "B T" if ids else f"B T {V}"))["T"]

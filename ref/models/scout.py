@@ -10,7 +10,7 @@ import numpy as np
 
 from ref.blocks.rotary_attention import check_heads, check_window
 from ref.blocks.transformer import AttentionParams
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.models.mamba import MambaParams, init_mamba, mamba_params
 
 MIXERS = ("swa", "mamba")
@@ -129,8 +129,7 @@ def check_scout(config, mixer, kind="scout"):
     c = config
     one_of("mixer", mixer, MIXERS)
     one_of("kind", kind, KINDS)
-    if c.segment < 1:
-        raise ValueError(f"segment must be at least 1, got {c.segment}")
+    at_least_one(segment=c.segment)
     if "swa" in (mixer, kind):
         check_window(c.window)
     check_heads(c.dim, c.num_heads, c.num_kv_heads)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 
 SHAPES, COLOURS = ("disc", "square", "triangle"), ("red", "green", "blue")
 CONCEPTS = SHAPES + COLOURS
@@ -19,8 +19,7 @@ def shapes_concepts(key, n_images):
       are there; masks [n, 16, 16, 6] bool, where.
     Raises: ValueError for n_images < 1.
     """
-    if n_images < 1:
-        raise ValueError(f"n_images must be at least 1, got {n_images}")
+    at_least_one(n_images=n_images)
     rng = np.random.default_rng(key)
     labels = rng.integers(0, len(PAIRS) ** 2, n_images, dtype=np.int32)
     image = 0.2 + 0.05 * rng.standard_normal((n_images, SIDE, SIDE, 3))

@@ -25,7 +25,7 @@ from ref.blocks.initial import truncated_normal
 from ref.blocks.losses import cross_entropy
 from ref.blocks.mlp import linear, linear_vjp
 from ref.blocks.norms import layer_norm
-from ref.blocks.optim import sgd, sgd_init, tree_leaves, tree_map
+from ref.blocks.optim import cosine_decay, sgd, sgd_init, tree_leaves, tree_map
 from ref.blocks.transformer import BlockParams, block_parameters
 from ref.checks import one_of
 from ref.dims import float64
@@ -324,9 +324,7 @@ def _dropout_masks(rng, params, batch, dropout):
 
 def _schedule(epoch, warmup, epochs):
     """A line from 0 to 1 over the warm-up, then half a cosine from 1 to 0."""
-    return (
-        epoch / warmup if epoch < warmup else 0.5 * (1 + np.cos(np.pi * (epoch - warmup) / (epochs - warmup)))
-    )
+    return epoch / warmup if epoch < warmup else cosine_decay(epoch - warmup, steps=epochs - warmup)
 
 
 def _new_head(rng, dim, num_classes):

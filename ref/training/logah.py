@@ -16,7 +16,7 @@ from ref.blocks.fitting import (
     tile_params_backward,
 )
 from ref.blocks.mlp import linear, linear_vjp, relu
-from ref.blocks.optim import adam, adam_init, clip_by_norm, tree_map
+from ref.blocks.optim import adam, adam_init, clip_by_norm, cosine_decay, tree_map
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.ghn import (
@@ -177,9 +177,11 @@ def train_ghn(params: GHNParams, pool, data, *, steps, seed, config: GHNConfig, 
             g = predict_parameters_backward(graphs[n], params, config, grads)
             total = tree_map(lambda a, b: a + b / meta_batch, total, g)
             losses.append(loss)
-        done = (step - warmup) / max(steps - warmup, 1)
-        rate = lr * ((step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + np.cos(np.pi * done)))
-        params, state = adam(params, clip_by_norm(total, clip), state, lr=rate, weight_decay=weight_decay)
+        early = step < warmup
+        share = (step + 1) / (warmup + 1) if early else cosine_decay(step - warmup, steps=steps - warmup)
+        params, state = adam(
+            params, clip_by_norm(total, clip), state, lr=lr * share, weight_decay=weight_decay
+        )
         history.append(np.mean(losses))
     return params, np.array(history)
 

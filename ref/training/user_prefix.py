@@ -16,7 +16,7 @@ import numpy as np
 from ref.blocks.captions import bleu, cider, meteor, rouge_l
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import adam, adam_init
-from ref.blocks.softmax import logsumexp
+from ref.blocks.softmax import log_softmax
 from ref.blocks.transformer import (
     BlockParams,
     block_parameters,
@@ -141,8 +141,7 @@ def beam_search(step_fn, prefix, *, beam, max_len, stop_id=None):
     tokens, score, length = np.zeros((1, 0), np.int64), np.zeros(1), np.zeros(1, int)
     done = np.zeros(1, bool)
     for _ in range(max_len):
-        logits = float64(step_fn(prefix, tokens))
-        log_p = logits - logsumexp(logits)[:, None]
+        log_p = log_softmax(step_fn(prefix, tokens))
         log_p[done] = -np.inf
         log_p[done, 0] = 0.0  # a finished list goes on in one way, for nothing
         length = length + ~done
@@ -152,7 +151,7 @@ def beam_search(step_fn, prefix, *, beam, max_len, stop_id=None):
         best = best[np.isfinite(mean[best])]
         if not best.size:
             raise ValueError("step_fn must return at least one logit that is finite")
-        row, token = np.divmod(best, logits.shape[1])
+        row, token = np.divmod(best, log_p.shape[1])
         tokens, score = np.concatenate([tokens[row], token[:, None]], axis=1), total.ravel()[best]
         length, done = length[row], done[row] | (token == stop_id)
         if done.all():

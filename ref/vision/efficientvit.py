@@ -23,6 +23,7 @@ from ref.blocks.conv import (
     patch_merging,
     squeeze_excite,
 )
+from ref.blocks.maps import from_windows, map_rows, to_windows
 from ref.blocks.mlp import relu
 from ref.blocks.softmax import softmax, softmax_vjp
 from ref.checks import check_num_heads, one_of
@@ -181,14 +182,14 @@ def cascaded_group_attention_backward(dy, x, params: CGAParams, *, key_dim, kern
     dqkv, ddw, dbias = [], [], np.zeros_like(params.bias, dtype=np.float64)
     index, _ = attention_bias_index(*x.shape[1:3])
     for i in reversed(range(len(heads))):
-        head, do = heads[i], _rows(d[i] + carry)
-        dlogits = softmax_vjp(head.p, do @ _t(head.v))
+        head, do = heads[i], map_rows(d[i] + carry)
+        dlogits = softmax_vjp(head.p, do @ head.v.mT)
         np.add.at(dbias[i], index, dlogits.sum(axis=0))
-        dk, dv = _t(dlogits) @ head.q * key_dim**-0.5, _t(head.p) @ do
+        dk, dv = dlogits.mT @ head.q * key_dim**-0.5, head.p.mT @ do
         dq = (dlogits @ head.k * key_dim**-0.5).reshape(*x.shape[:3], key_dim)
         dq, g = conv_bn_vjp(head.z[..., :key_dim], params.dw[i], dq, padding=kernels[i] // 2, groups=key_dim)
         ddw.insert(0, g)
-        dz = np.concatenate([_rows(dq), dk, dv], axis=-1).reshape(head.z.shape)
+        dz = np.concatenate([map_rows(dq), dk, dv], axis=-1).reshape(head.z.shape)
         carry, g = conv_bn_vjp(head.f, params.qkv[i], dz)
         dqkv.insert(0, g)
         dx.insert(0, carry)
@@ -207,13 +208,10 @@ def window_attention(x, params: CGAParams, *, key_dim, kernels, window=7):
         raise ValueError(f"x must be a square map and window at least 1, got {R} x {n['W']}, {window=}")
     if R <= window:
         return cascaded_group_attention(x, params, **options)
-    tiles = -(-R // window)
-    side = tiles * window
-    x = np.pad(float64(x), ((0, 0), (0, side - R), (0, side - R), (0, 0)))
-    x = x.reshape(-1, tiles, window, tiles, window, n["C"]).swapaxes(2, 3)
+    side = -(-R // window) * window
+    x = to_windows(np.pad(float64(x), ((0, 0), (0, side - R), (0, side - R), (0, 0))), window)
     y = cascaded_group_attention(x.reshape(-1, window, window, n["C"]), params, **options)
-    y = y.reshape(-1, tiles, tiles, window, window, n["C"]).swapaxes(2, 3)
-    return y.reshape(-1, side, side, n["C"])[:, :R, :R]
+    return from_windows(y.reshape(x.shape), side, side)[:, :R, :R]
 
 
 def efficientvit_block(x, params: EfficientViTBlockParams, *, key_dim, kernels, window=7):
@@ -299,8 +297,8 @@ def _run_heads(x, params, key_dim, kernels, cascade):
         f = heads[-1].o + chunk if cascade and i else chunk
         z = conv_bn(f, params.qkv[i])
         q = conv_bn(z[..., :key_dim], params.dw[i], padding=kernels[i] // 2, groups=key_dim)
-        q, k, v = _rows(q), _rows(z[..., key_dim : 2 * key_dim]), _rows(z[..., 2 * key_dim :])
-        p = softmax(q @ _t(k) * key_dim**-0.5 + params.bias[i][index])
+        q, k, v = map_rows(q), map_rows(z[..., key_dim : 2 * key_dim]), map_rows(z[..., 2 * key_dim :])
+        p = softmax(q @ k.mT * key_dim**-0.5 + params.bias[i][index])
         heads.append(_Head(f, z, q, k, v, p, (p @ v).reshape(f.shape)))
     return heads
 
@@ -309,15 +307,6 @@ def _check_heads(C, h, kernels):
     check_num_heads(C, h, name="heads")
     if len(kernels) < h or any(k % 2 == 0 for k in kernels):
         raise ValueError(f"kernels must be odd, one for each of {h} heads, got {tuple(kernels)}")
-
-
-def _rows(x):
-    """[B, H, W, C] -> [B, H W, C]."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
-
-
-def _t(x):
-    return np.swapaxes(x, -1, -2)
 
 
 def _init_block(rng, cfg, i, C, side):

@@ -11,9 +11,10 @@ import numpy as np
 
 from ref.blocks.attention import attention_dense, attention_dense_vjp, join_heads, split_heads
 from ref.blocks.conv import batch_norm, conv2d, deform_conv2d
+from ref.blocks.maps import from_windows, map_rows, to_windows
 from ref.blocks.mlp import gelu, linear, linear_vjp
 from ref.blocks.norms import layer_norm
-from ref.checks import check_num_heads
+from ref.checks import at_least_one, check_num_heads
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.litv2 import (
@@ -194,44 +195,43 @@ def litv2_macs(cfg: LITv2Config, *, image_size=224):
 def check_layer(dim, num_heads, window):
     """Raises: ValueError unless num_heads divides dim and window is at least 1."""
     check_num_heads(dim, num_heads)
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    at_least_one(window=window)
 
 
 def _hifi(x, w_qkv, b_qkv, w_proj, b_proj, num_heads, window, valid):
-    q, k, v = _parts(linear(_windows(x, window), w_qkv, b_qkv), 3, num_heads)
+    q, k, v = _parts(linear(to_windows(x, window), w_qkv, b_qkv), 3, num_heads)
     y = linear(join_heads(attention_dense(q, k, v, mask=_window_mask(valid, window))), w_proj, b_proj)
-    return _from_windows(y, x.shape, window)
+    return from_windows(y, *x.shape[1:3])
 
 
 def _hifi_vjp(dy, x, w_qkv, b_qkv, w_proj, b_proj, num_heads, window, valid):
-    tokens, mask = _windows(x, window), _window_mask(valid, window)
+    tokens, mask = to_windows(x, window), _window_mask(valid, window)
     parts = _parts(linear(tokens, w_qkv, b_qkv), 3, num_heads)
     o = join_heads(attention_dense(*parts, mask=mask))
-    do, dw_proj, db_proj = linear_vjp(o, w_proj, _windows(dy, window), bias=b_proj is not None)
+    do, dw_proj, db_proj = linear_vjp(o, w_proj, to_windows(dy, window), bias=b_proj is not None)
     dparts = attention_dense_vjp(*parts, split_heads(do, num_heads), mask=mask)
     dqkv = np.concatenate([join_heads(d) for d in dparts], axis=-1)
     dtokens, dw_qkv, db_qkv = linear_vjp(tokens, w_qkv, dqkv, bias=b_qkv is not None)
-    return _from_windows(dtokens, x.shape, window), dw_qkv, db_qkv, dw_proj, db_proj
+    return from_windows(dtokens, *x.shape[1:3]), dw_qkv, db_qkv, dw_proj, db_proj
 
 
 def _lofi(x, w_q, b_q, w_kv, b_kv, w_proj, b_proj, num_heads, window, valid):
-    q = split_heads(linear(_tokens(x), w_q, b_q), num_heads)
-    k, v = _parts(linear(_tokens(_means(x, window, valid)), w_kv, b_kv), 2, num_heads)
+    q = split_heads(linear(map_rows(x), w_q, b_q), num_heads)
+    k, v = _parts(linear(map_rows(_means(x, window, valid)), w_kv, b_kv), 2, num_heads)
     y = linear(join_heads(attention_dense(q, k, v)), w_proj, b_proj)
     return y.reshape(*x.shape[:3], y.shape[-1])
 
 
 def _lofi_vjp(dy, x, w_q, b_q, w_kv, b_kv, w_proj, b_proj, num_heads, window, valid):
-    tokens, means = _tokens(x), _means(x, window, valid)
+    tokens, means = map_rows(x), _means(x, window, valid)
     q = split_heads(linear(tokens, w_q, b_q), num_heads)
-    k, v = _parts(linear(_tokens(means), w_kv, b_kv), 2, num_heads)
+    k, v = _parts(linear(map_rows(means), w_kv, b_kv), 2, num_heads)
     o = join_heads(attention_dense(q, k, v))
-    do, dw_proj, db_proj = linear_vjp(o, w_proj, _tokens(dy), bias=b_proj is not None)
+    do, dw_proj, db_proj = linear_vjp(o, w_proj, map_rows(dy), bias=b_proj is not None)
     dq, dk, dv = (join_heads(d) for d in attention_dense_vjp(q, k, v, split_heads(do, num_heads)))
     dtokens, dw_q, db_q = linear_vjp(tokens, w_q, dq, bias=b_q is not None)
     dkv = np.concatenate([dk, dv], axis=-1)
-    dmeans, dw_kv, db_kv = linear_vjp(_tokens(means), w_kv, dkv, bias=b_kv is not None)
+    dmeans, dw_kv, db_kv = linear_vjp(map_rows(means), w_kv, dkv, bias=b_kv is not None)
     dmeans = dmeans.reshape(means.shape) / _pixels(x, window, valid)
     dx = dtokens.reshape(x.shape) + dmeans.repeat(window, axis=1).repeat(window, axis=2)
     return dx, dw_q, db_q, dw_kv, db_kv, dw_proj, db_proj
@@ -264,24 +264,11 @@ def _fill(n, window):
     return [(0, -n[axis] % window) for axis in "HW"]
 
 
-def _windows(x, window):
-    """[B, H, W, C] -> [B, M, window^2, C]."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // window, window, W // window, window, C).swapaxes(2, 3)
-    return x.reshape(B, (H // window) * (W // window), window**2, C)
-
-
-def _from_windows(y, shape, window):
-    B, H, W, _ = shape
-    y = y.reshape(B, H // window, W // window, window, window, y.shape[-1]).swapaxes(2, 3)
-    return y.reshape(B, H, W, y.shape[-1])
-
-
 def _window_mask(valid, window):
     """[M, 1, 1, window^2], or None where every pixel is there."""
     if valid is None or valid.all():
         return None
-    return _windows(valid[None, ..., None], window)[0, :, None, None, :, 0]
+    return to_windows(valid[None, ..., None], window)[0, :, None, None, :, 0]
 
 
 def _means(x, window, valid):
@@ -293,10 +280,6 @@ def _pixels(x, window, valid):
     if valid is None:
         return window**2
     return avg_pool_tokens(valid[None, ..., None], window)[0] * window**2
-
-
-def _tokens(x):
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
 
 
 def _parts(x, n, num_heads):

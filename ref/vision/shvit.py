@@ -23,9 +23,10 @@ from ref.blocks.conv import (
     patch_merging,
     squeeze_excite,
 )
+from ref.blocks.maps import map_rows
 from ref.blocks.mlp import relu
 from ref.blocks.softmax import softmax, softmax_vjp
-from ref.checks import one_of
+from ref.checks import at_least_one, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.pyramid import (
@@ -157,8 +158,8 @@ def single_head_attention_backward(dy, x, params: SHSAParams, *, pdim, qk_dim=16
     d, dproj = conv_bn_vjp(relu(joined), params.proj, float64(dy))
     d = d * (joined > 0)
     do = d[..., :pdim].reshape(v.shape)
-    dlogits = softmax_vjp(p, do @ _t(v)) * qk_dim**-0.5
-    dz = np.concatenate([dlogits @ k, _t(dlogits) @ q, _t(p) @ do], axis=-1)
+    dlogits = softmax_vjp(p, do @ v.mT) * qk_dim**-0.5
+    dz = np.concatenate([dlogits @ k, dlogits.mT @ q, p.mT @ do], axis=-1)
     dh, dqkv = conv_bn_vjp(h, params.qkv, dz.reshape(*x.shape[:3], dz.shape[-1]))
     dx1, dgamma, dbeta = group_norm_1_vjp(x[..., :pdim], params.ln_w, dh, eps=eps)
     return np.concatenate([dx1, d[..., pdim:]], axis=-1), SHSAParams(dgamma, dbeta, dqkv, dproj)
@@ -225,7 +226,7 @@ def head_redundancy(attn):
             raise ValueError(f"attn must have at least two heads a layer, got {n['H']}")
         flat = float64(maps).reshape(n["B"], n["H"], -1)
         unit = flat / np.linalg.norm(flat, axis=-1, keepdims=True)
-        pairs = (unit @ _t(unit))[:, *np.triu_indices(n["H"], 1)]
+        pairs = (unit @ unit.mT)[:, *np.triu_indices(n["H"], 1)]
         similarity.append(pairs.mean())
     return np.array(similarity)
 
@@ -259,14 +260,12 @@ def _attend(x, params, pdim, qk_dim, eps, full):
     """Normalised input [B, H, W, P]; q, k, v and attention in rows; output as a map."""
     C = dims(x=(x, "B H W C"))["C"]
     _check_pdim(pdim, C, full)
-    if qk_dim < 1:
-        raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
+    at_least_one(qk_dim=qk_dim)
     dims(qkv=(params.qkv.w, f"{2 * qk_dim + pdim} {pdim} 1 1"), proj=(params.proj.w, f"{C} {C} 1 1"))
     h = group_norm_1(x[..., :pdim], params.ln_w, params.ln_b, eps=eps)
-    z = conv_bn(h, params.qkv)
-    z = z.reshape(z.shape[0], z.shape[1] * z.shape[2], z.shape[3])
+    z = map_rows(conv_bn(h, params.qkv))
     q, k, v = z[..., :qk_dim], z[..., qk_dim : 2 * qk_dim], z[..., 2 * qk_dim :]
-    p = softmax(q @ _t(k) * qk_dim**-0.5)
+    p = softmax(q @ k.mT * qk_dim**-0.5)
     return h, q, k, v, p, (p @ v).reshape(h.shape)
 
 
@@ -281,10 +280,6 @@ def _check_pdim(P, C, full=False):
     if not isinstance(P, int | np.integer) or not 1 <= P <= C - (not full):
         limit = "" if full else ", or all of them with full"
         raise ValueError(f"pdim must be in 1..{C - (not full)} for {C} channels{limit}, got {P}")
-
-
-def _t(x):
-    return np.swapaxes(x, -1, -2)
 
 
 def _init_block(rng, kind, C, P, qk):

@@ -18,7 +18,7 @@ from ref.blocks.mlp import gelu, gelu_grad, linear, linear_vjp, mlp, relu
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.resize import resize_bilinear
 from ref.blocks.transformer import transformer_block
-from ref.checks import check_num_heads, one_of
+from ref.checks import at_least_one, check_num_heads, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.soft import SoftConfig, SoftNet, SoftParams, init_soft
@@ -267,8 +267,7 @@ def _iterates(A, iters, ridge, init, normalize, batch_alpha):
     """(P, [V_0 .. V_iters])."""
     dims(A=(A, "... m m"))
     _check_finite("A", A)
-    if iters < 1:
-        raise ValueError(f"iters must be at least 1, got {iters}")
+    at_least_one(iters=iters)
     if not ridge >= 0:
         raise ValueError(f"ridge must not be negative, got {ridge}")
     one_of("init", init, INITS)

@@ -73,7 +73,7 @@ def test_policy_rejects_bad_input():
         ppo_loss(logits, old, values, actions, returns, clip=0.0)
     with pytest.raises(ValueError, match=r"old_logits\.shape\[2\] = 3"):
         ppo_loss(logits, old[..., :3], values, actions, returns)
-    with pytest.raises(ValueError, match=r"actions must be integers in 0\.\.3"):
+    with pytest.raises(ValueError, match=r"actions must be in 0\.\.3"):
         a2c_loss(logits, values, actions + 4, returns)
     with pytest.raises(ValueError, match=r"bootstrap\.shape\[0\] = 3"):
         discounted_returns(values, values > 0, np.zeros(3))
