@@ -243,6 +243,69 @@ def test_opening_paths_agree_with_what_the_code_imports():
         assert used <= ancestors(t.slug), t.slug
 
 
+def test_opening_choices_hold_every_technique_once():
+    from choices import CHOICES, rows
+    from generate import PLAN
+
+    listed = [slug for _, cases in CHOICES.values() for slug in cases]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {slug for slugs in PLAN.values() for slug in slugs.split()}
+    assert all(len(words) == 3 for _, cases in CHOICES.values() for words in cases.values())
+    shown = [line for _, cases in CHOICES.values() for line in rows(cases) if line.startswith("| [")]
+    assert len(shown) == len(CATALOG)
+
+
+def test_opening_ledger_reads_every_claims_table():
+    """A chapter with a section of claims has rows, each with its status; those that are code are run."""
+    import ledger
+
+    seen = {}
+    for page, _, text in ledger.chapters():
+        rows = ledger.claims(text)
+        assert bool(rows) == ("\n## Claims" in text), page
+        assert all(len(row) == 4 and row[0] and row[3] for row in rows), page
+        seen[page] = [ledger.kind(row[3]) for row in rows]
+    assert len(seen["attention/flash.md"]) == 11
+    assert seen["attention/flash.md"].count("out of reach") == 2
+    assert {"reproduced", "modelled", "out of reach"} <= {k for kinds in seen.values() for k in kinds}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("reproduced (counted)", "reproduced"),
+        ("**not reproduced** here: ToMe stays closer", "not reproduced"),
+        ("out of reach", "out of reach"),
+        ("modelled", "modelled"),
+        ("measured on a CPU", "measured"),
+        ("proved", "proved or counted"),
+        ("short form", "open"),
+    ],
+)
+def test_opening_ledger_kinds(status, kind):
+    import ledger
+
+    assert ledger.kind(status) == kind
+
+
+def test_opening_ledger_moves_links():
+    import ledger
+
+    text = "[a](flash.md) [b](../hw/gpu.md#claims) [c](https://arxiv.org/abs/1)"
+    assert ledger.moved(text, "attention/lean.md") == (
+        "[a](../attention/flash.md) [b](../hw/gpu.md#claims) [c](https://arxiv.org/abs/1)"
+    )
+
+
+def test_opening_sources_name_every_chapter():
+    import ledger
+
+    for page, title, text in ledger.chapters():
+        assert title, page
+        assert ledger.section(text, "Sources"), page
+        assert page.startswith("hw/") or ledger.citation(text), page
+
+
 @pytest.mark.parametrize("letter", opening.LETTERS)
 def test_opening_letters_are_in_use(letter):
     """Every letter of the notation page is bound by some file of ref."""
