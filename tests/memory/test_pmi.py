@@ -31,7 +31,7 @@ write = lambda x=X, wm=WM, p=W, **o: P.competitive_write(x, wm, p, **{"heads": 2
 BAD = {
     "topk_high": (lambda: write(topk=6), r"topk must be in 1\.\.T=5"),
     "topk_low": (lambda: write(topk=0), r"topk must be in 1\.\.T=5"),
-    "heads": (lambda: write(heads=3), "heads must divide the width D=4"),
+    "heads": (lambda: write(heads=3), "heads must divide the width 4"),
     "gate": (lambda: write(gate="slot"), "gate must be one of"),
     "gate_size": (lambda: write(gate="memory"), r"w_gate\.shape\[1\] = 8, but must be 2"),
     "untied": (lambda: write(tie_mlp=False), "w_mlp must have 3 axes"),

@@ -74,7 +74,7 @@ BAD = {
     "helpers": (lambda: step(boundaries=(1, 2, 3)), r"params\.aux must have length 2"),
     "method": (lambda: step(method="dfa"), "method must be one of"),
     "first_target": (lambda: step(first_target="noise"), "first_target must be"),
-    "labels": (lambda: step(labels=np.array([0, 3])), r"labels must be integers in 0\.\.2"),
+    "labels": (lambda: step(labels=np.array([0, 3])), r"labels must be in 0\.\.2"),
     "labels_shape": (lambda: step(labels=np.array([0])), r"labels\.shape\[0\] = 1"),
     "image": (
         lambda: step(params=INFO, images=2 * IMAGES + 1, method="infopro"),

@@ -48,7 +48,7 @@ BAD = {
     "square": (lambda: L.virtual_edges(np.ones((2, 3))), r"adj\.shape\[1\] = 3"),
     "cutoff": (lambda: L.virtual_edges(E[0], cutoff=0), r"cutoff must be in 1\.\.254"),
     "far": (lambda: L.edge_bias(255 * E, GHN.encoder), r"edges must be distances in 0\.\.254"),
-    "heads": (lambda: L.graphormer(X, E, M, GHN.encoder, num_heads=3), "num_heads must divide d=8"),
+    "heads": (lambda: L.graphormer(X, E, M, GHN.encoder, num_heads=3), "num_heads must divide the width 8"),
     "mask": (lambda: L.graphormer(X, E, M[:, :2], GHN.encoder, num_heads=2), r"node_mask\.shape\[1\] = 2"),
     "rank": (lambda: L.low_rank_decode(Z, D, shape=(3, 3), rank=4), "rank must be that of params, 3"),
     "rows": (lambda: L.low_rank_decode(Z, D, shape=(49, 3), rank=3), "more than K=48"),

@@ -55,7 +55,7 @@ BAD = {
         lambda: U.fusion(PREFIX, W, FUSE, num_heads=2, user_mask=MASK),
         r"user_mask\.shape\[1\] = 3",
     ),
-    "fusion_heads": (lambda: U.fusion(PREFIX, W, FUSE, num_heads=5), "num_heads must divide d=8"),
+    "fusion_heads": (lambda: U.fusion(PREFIX, W, FUSE, num_heads=5), "num_heads must divide the width 8"),
     "caption": (lambda: loss(mask=~MASK), "mask must hold at least one caption token"),
     "vocab": (lambda: loss(ids=IDS + 6), r"tokens must be in 0\.\.5"),
     "width": (lambda: loss(p=PREFIX[..., :6]), r"wte\.shape\[1\] = 8, but axis d is 6"),

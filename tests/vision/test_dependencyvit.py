@@ -71,7 +71,7 @@ RUN = lambda x=X, m=ONES, **o: S.reversed_attention_layer(x, m, LAYER, **{"num_h
 BLOCK = lambda **o: S.dependency_block(X, ONES, NET.blocks[0], num_heads=3, **o)
 MASK = np.ones((4, 4))
 BAD = {
-    "heads": (lambda: RUN(num_heads=5), "num_heads must divide the 12 channels"),
+    "heads": (lambda: RUN(num_heads=5), "num_heads must divide the width 12"),
     "no_heads": (lambda: RUN(num_heads=0), "num_heads must divide"),
     "selector": (lambda: RUN(num_heads=4), r"w_select\.shape\[1\] = 3, but must be 4"),
     "cold": (lambda: RUN(temperature=0), "temperature must be positive, got 0"),

@@ -57,7 +57,7 @@ SMALL, OPTIONS = laws_efficientvit.SMALL, laws_efficientvit.OPTIONS
 NET = E.init_efficientvit(np.random.default_rng(0), SMALL, image=32)
 attend = lambda x=X, p=PARAMS, **o: E.cascaded_group_attention(x, p, **{**OPTIONS, **o})
 BAD = {
-    "heads": (lambda: attend(X[..., :7]), "heads must divide the channels, got 2 heads for 7"),
+    "heads": (lambda: attend(X[..., :7]), "heads must divide the width 7, got 2"),
     "few_kernels": (lambda: attend(kernels=(5,)), "kernels must be odd, one for each of 2 heads"),
     "even_kernel": (lambda: attend(kernels=(4, 3)), "kernels must be odd"),
     "other_kernel": (lambda: attend(kernels=(3, 3)), r"dw\.shape\[2\] = 5, but must be 3"),
@@ -81,7 +81,7 @@ BAD = {
     "image_grey": (lambda: E.efficientvit_forward(np.ones((1, 32, 32, 1)), NET, SMALL), "must be 3"),
     "side": (lambda: E.attention_bias_index(0), "height and width must be at least 1"),
     "name": (lambda: E.efficientvit_config("m6"), "name must be one of m0, m1, m2, m3, m4, m5"),
-    "config_heads": (lambda: replace(SMALL, heads=(3, 2, 3)), "got 3 heads for 16"),
+    "config_heads": (lambda: replace(SMALL, heads=(3, 2, 3)), "heads must divide the width 16, got 3"),
     "config_kernels": (lambda: replace(SMALL, kernels=(3, 3)), "one for each of 3 heads"),
     "config_stages": (lambda: replace(SMALL, depths=(1, 2)), "depths must hold three positive numbers"),
     "stem": (

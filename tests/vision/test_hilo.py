@@ -43,7 +43,7 @@ NET = S.init_litv2(np.random.default_rng(0), CFG)
 BAD = {
     "sides": (lambda: LAYER(x=X[:, :3]), r"window must divide the sides of x, got 2 for 3 x 6; pad=True"),
     "window": (lambda: LAYER(window=0), "window must be at least 1, got 0"),
-    "heads": (lambda: LAYER(num_heads=3), "num_heads must divide the 8 channels"),
+    "heads": (lambda: LAYER(num_heads=3), "num_heads must divide the width 8"),
     "no_heads": (lambda: LAYER(num_heads=0), "num_heads must divide"),
     "alpha": (lambda: LAYER(alpha=1.1), r"alpha must be in \[0, 1\], got 1.1"),
     "nan_alpha": (lambda: LAYER(alpha=np.nan), r"alpha must be in \[0, 1\]"),
@@ -54,7 +54,7 @@ BAD = {
         lambda: S.hilo_attention_backward(X[:, :2], X, P, num_heads=4),
         r"dy\.shape\[1\] = 2, but axis H is 4",
     ),
-    "hifi": (lambda: S.hifi_attention(X, *P[6:], num_heads=3, window=2), "num_heads must divide the 4"),
+    "hifi": (lambda: S.hifi_attention(X, *P[6:], num_heads=3, window=2), "num_heads must divide the width 4"),
     "hifi_columns": (
         lambda: S.hifi_attention(X, P.w_qkv[:, :10], None, *P[8:], num_heads=1, window=2),
         r"w_qkv\.shape\[1\] = 10, but must be 9",

@@ -46,7 +46,7 @@ AT = {"height": 4, "width": 3, "num_heads": 2, "ratio": 2, "conv_size": 3}
 LAYER = lambda x=X, p=P, **o: S.soft_layer(x, p, **{**AT, **o})
 BAD = {
     "map": (lambda: LAYER(height=5), "height \\* width must be the number of tokens 12, got 5 x 3"),
-    "heads": (lambda: LAYER(num_heads=3), "num_heads must divide the 8 channels"),
+    "heads": (lambda: LAYER(num_heads=3), "num_heads must divide the width 8"),
     "no_heads": (lambda: LAYER(num_heads=0), "num_heads must divide"),
     "ratio": (lambda: LAYER(ratio=4), r"ratio must be in 1\.\.3"),
     "no_ratio": (lambda: LAYER(ratio=0), r"ratio must be in 1\.\.3"),
