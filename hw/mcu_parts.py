@@ -53,6 +53,21 @@ ALL_REGIONS = {
     "stm32h743": (("dtcm", 128, 4.0), ("axi", 512, 4.0), ("d2", 288, 2.0), ("d3", 64, 2.0)),
     "stm32f746_disco": (("sram", 320, 4.0), ("sdram", 8192, 0.5)),
 }
+# Cores with a single precision floating-point unit; the H743's is double.
+FPU = ("cortex_m4", "cortex_m7")
+SCALAR = Part(
+    "Instructions of plain loops: integers, moves of bytes, floats",
+    "our assumption, from the shape of the loops that a compiler makes",
+    {
+        "integer_op": 6, "random_word": 110, "sort_compare": 12, "float_op": 14, "float_function": 120,
+        "soft_float_op": 70, "soft_float_function": 1500, "to_float_and_back": 40,
+    },
+    {
+        "random_word": "operations of threefry for one word, as `hw.primitives` counts them, halved",
+        "soft_float_op": "a call of the compiler's library on a core without the unit, from memory",
+        "to_float_and_back": "codes to floats and back, by a multiplication, a rounding and a clamp",
+    },
+)  # fmt: skip
 # A core without counts of its own borrows those of its nearest kin, and its reports say so.
 BORROWED = {"rv32imc": "cortex_m3"}
 

@@ -1,8 +1,8 @@
 """The third panel agrees with the others on every example of every technique that has an accel file.
 
-It traces without an unknown primitive, survives JSON, is priced by every family of roofline presets, and runs
-to ref's values within the bound of test_layers; its multiply-accumulates are counted three ways, and each of
-its ops computes what JAX's own primitive computes from the same operands.
+It traces without an unknown primitive, survives JSON, is priced by presets of every family of targets, and
+runs to ref's values within the bound of test_layers; its multiply-accumulates are counted three ways, and
+each of its ops computes what JAX's own primitive computes from the same operands.
 """
 
 from functools import cache
@@ -18,6 +18,8 @@ import hw
 import ref
 from hw.cpu import PRESETS as CPUS
 from hw.gpu import PRESETS as GPUS
+from hw.mcu import PRESETS as MCUS
+from hw.pim import PRESETS as PIMS
 from hw.trace import trace_equations
 from ref.catalog import BY_SLUG, CATALOG
 from ref.counting import Tally, count
@@ -27,7 +29,8 @@ from tests.test_layers import EPS, cases, close, reference
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("t4", "h200", "tpu_v5e", "orin", "iphone14pro", "xeon_6154", "apple_m2", "raspberry_pi5")
-TARGETS = {n: {**GPUS, **CPUS}[n]() for n in FAMILIES}
+FAMILIES += ("gddr6_aim", "stm32h743")
+TARGETS = {n: {**GPUS, **CPUS, **PIMS, **MCUS}[n]() for n in FAMILIES}
 HAS_ACCEL = [t.slug for t in CATALOG if (ROOT / "accel" / t.part / f"{t.slug}.py").exists()]
 
 
@@ -65,7 +68,7 @@ def test_layers_hw_traces_and_runs_like_ref(slug, i):
 
 
 @cases
-def test_layers_hw_prices_on_every_roofline(slug, i):
+def test_layers_hw_prices_on_every_target(slug, i):
     """Seconds, joules and bytes on a preset of every family, unless it says what it lacks."""
     e, _, program, _ = traced(slug, i)
     try:
@@ -80,11 +83,18 @@ def test_layers_hw_prices_on_every_roofline(slug, i):
             lacking = str(why)
             assert name in lacking, f"{slug}.{e.fn} on {name}: {lacking}"
             continue
+        except hw.DoesNotFit as why:
+            missing, hints = why.shortfall, why.suggestions
+            assert missing > 0, f"{slug}.{e.fn} on {name}"
+            assert hints, f"{slug}.{e.fn} on {name}"
+            continue
         assert r.macs <= counts.macs, f"{slug}.{e.fn} on {name}"
         if program.ops:
             assert r.seconds > 0
             assert r.energy_j > 0
-        assert 0 <= r.peak_memory <= sum(t.nbytes for t in program.tensors.values())
+        # every buffer of an arena may be rounded up to 16 bytes
+        room = sum(t.nbytes + 16 for t in program.tensors.values())
+        assert 0 <= r.peak_memory <= room, f"{slug}.{e.fn} on {name}"
 
 
 def replace_trips(program, dynamic):

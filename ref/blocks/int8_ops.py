@@ -153,13 +153,14 @@ def rescale_s8(x, multiplier, shift, *, input_offset, output_offset, act_min=-12
     return _finish(acc, multiplier, shift, output_offset, act_min, act_max, "double")
 
 
-def layernorm_s8(x, gamma, beta, *, input_offset, multiplier, shift, output_offset):
+def layernorm_s8(x, gamma, beta, *, input_offset, multiplier, shift, output_offset, center=True):
     """gamma (x - mean) / std + beta over the last axis of x [..., C] -> int8, in integers throughout.
 
     n = (C x' - sum x') 2^18 / floor(sqrt((C sum x'^2 - (sum x')^2) 2^16)) is the normalised value with 10
     fraction bits (division to nearest); y = requantize(round(n gamma / 2^15) + beta) + output_offset.
     Args: x int8; gamma [C] int16 in Q15, beta [C] int32 with 10 fraction bits, both in units of one scale g;
       multiplier, shift: of g / (2^10 output scale). A row of equal entries gives beta; there is no epsilon.
+      center=False: RMS norm, the mean taken as 0.
     """
     dims(x=(x, "... C"), gamma=(gamma, "C"), beta=(beta, "C"))
     x = _codes("x", x) + int(input_offset)
@@ -167,7 +168,8 @@ def layernorm_s8(x, gamma, beta, *, input_offset, multiplier, shift, output_offs
     C = x.shape[-1]
     if not 1 <= C <= 4096:
         raise ValueError(f"x must have 1..4096 channels, got {C}")
-    total, squares = x.sum(axis=-1, keepdims=True), (x * x).sum(axis=-1, keepdims=True)
+    total = x.sum(axis=-1, keepdims=True) * int(center)
+    squares = (x * x).sum(axis=-1, keepdims=True)
     root = np.maximum(integer_sqrt((C * squares - total * total) << 16), 1)
     n = _divide((C * x - total) << (_NORM_BITS + 8), root)
     acc = _rounding_shift(n * gamma, 15) + beta

@@ -1,0 +1,527 @@
+"""Int8 execution of any program on a microcontroller: ranges, scales, and every unit in integers.
+
+Values are int8 codes, carried between ops as the real numbers they stand for (float64 holds them exactly).
+Every unit of `hw.mcu_units` takes codes and gives codes by the operators of `ref.blocks.int8_ops`: sums in
+int32, requantised with two roundings as CMSIS-NN does. What has no integer form (a power of two tensors, a
+remainder) is computed in float32 and rounded, and the events of the `Trace` say how many such results there
+were: "float results".
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hw import numerics
+from hw.interpret import FloatPolicy, run_program
+from hw.mcu_units import INTO, MOST, SAME, Unit, Units
+from hw.program import Program, is_float, numpy_dtype
+from ref.blocks import int8_ops
+from ref.blocks.integer import quantize_multiplier, requantize
+from ref.blocks.quantize import EPS, affine_params, init_range, symmetric_params, update_range
+
+FILL = 1e8  # what is larger stands for infinity: the fill of a mask
+MASK_MARGIN = 8.0  # a fill lies so far beyond the range: e^-8 of a probability is below half a code
+SOFTMAX = (1 / 256, -128)  # scale and zero point of probabilities
+_SUMS = frozenset("reduce_sum cumsum reduce_window_sum".split())
+_PRODUCTS = frozenset("product ragged_dot_general conv_general_dilated".split())
+_COMMON = SAME | INTO | frozenset("select_n max min clamp concatenate stack sort top_k while".split())
+_FREE_OF_SCALE = frozenset("eq ne lt le gt ge eq_to le_to lt_to argmax argmin is_finite iota empty".split())
+_ADDS = {"add": 1, "add_any": 1, "sub": -1}
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Scales of a program: {tensor: (scale, zero point)}, one for all tensors that only pass values on.
+
+    rejected: ops at which a softmax or norm is not what its shape promises, by the values seen. bits of the
+    weights: 8 or 4, symmetric, one scale an output channel. key: of the program it was made for.
+    """
+
+    scales: dict
+    rejected: frozenset = frozenset()
+    weight_bits: int = 8
+    observer: str = "minmax"
+    key: tuple = ()
+
+    def __post_init__(self):
+        if self.weight_bits not in (4, 8):
+            raise ValueError(f"weight_bits must be 4 or 8, got {self.weight_bits}")
+        for i, (scale, zero) in self.scales.items():
+            if not (np.isfinite(scale) and scale > 0):
+                raise ValueError(f"scale of tensor {i} must be positive and finite, got {scale}")
+            if not -128 <= zero <= 127:
+                raise ValueError(f"zero point of tensor {i} must be in -128..127, got {zero}")
+
+    def check(self, program):
+        """Raise ValueError unless the plan is of this program."""
+        if self.key != program_key(program):
+            raise ValueError(f"plan was calibrated for another program than {program.name}")
+
+
+def program_key(program: Program) -> tuple:
+    """What tells two programs apart: name, tensors, shapes of the inputs."""
+    shapes = tuple(program.tensors[i].shape for i in program.body.inputs)
+    return program.name, len(program.tensors), shapes
+
+
+def calibrate(program: Program, batches, *, observer="minmax", weight_bits=8) -> QuantPlan:
+    """The plan whose ranges cover what float runs on `batches` have seen.
+
+    Args: batches: sequence of the arguments of a run. observer: of `quantization`: "minmax", the union of the
+        batches' ranges, or "ema", their moving average. weight_bits: 8 or 4.
+    Raises: ValueError for no batch, an unknown observer, or arguments that are not finite.
+    """
+    units = Units(program)
+    if observer not in ("minmax", "ema"):
+        raise ValueError(f'observer must be "minmax" or "ema", got {observer!r}')
+    watch = _Watch(units, observer)
+    for args in batches:
+        run_program(program, args, policy=watch)
+        watch.next_batch()
+    if not watch.batches:
+        raise ValueError("batches must hold the arguments of at least one run")
+    rejected = frozenset(watch.rejected)
+    units = Units(program, rejected)
+    return QuantPlan(_scales(units, watch), rejected, weight_bits, observer, program_key(program))
+
+
+def _scales(units, watch):
+    """One affine grid a class of tensors; probabilities keep theirs."""
+    ranges, filled, members = {}, {}, {}
+    for t in units.tensors.values():
+        if units.dynamic(t.id):
+            r = units.root(t.id)
+            members.setdefault(r, []).append(t.id)
+            if t.id in watch.states:
+                lo, hi = (float(v) for v in watch.states[t.id][:2])
+                a, b = ranges.get(r, (lo, hi))
+                ranges[r] = min(a, lo), max(b, hi)
+            low, high = watch.fills.get(t.id, (False, False))
+            a, b = filled.get(r, (False, False))
+            filled[r] = a or low, b or high
+    softmax = {units.root(u.out) for u in units.of.values() if u.kind == "softmax"}
+    scales = {}
+    for r, ids in members.items():
+        if r not in ranges and not any(filled.get(r, ())):
+            continue
+        lo, hi = ranges.get(r, (0.0, 0.0))
+        lo, hi = lo - MASK_MARGIN * filled[r][0], hi + MASK_MARGIN * filled[r][1]
+        if r in softmax and lo >= 0 and hi <= 1.01:
+            found = SOFTMAX
+        else:
+            scale, zero = affine_params(lo, hi, bits=8, signed=True)
+            found = float(scale), int(zero)
+        scales.update(dict.fromkeys(ids, found))
+    return scales
+
+
+class _Watch(FloatPolicy):
+    """Float arithmetic that keeps ranges, fills of masks, and patterns that are not what they look like."""
+
+    def __init__(self, units, observer):
+        self.units, self.observer = units, observer
+        self.states, self.now, self.fills = {}, {}, {}
+        self.rejected, self.env, self.batches = set(), {}, 0
+
+    def enter(self, tensor, value, trace=None):
+        if tensor.role == "input" and is_float(tensor.dtype):
+            if np.isnan(np.asarray(value, np.float64)).any():
+                raise ValueError(f"{tensor.name or 'an input'} holds NaN: a range needs numbers")
+        self.note(tensor, value)
+        return value
+
+    def compute(self, op, args, ins, outs, trace):
+        self.env.update(zip(op.inputs, args, strict=True))
+        results = super().compute(op, args, ins, outs, trace)
+        for t, r in zip(outs, results, strict=True):
+            self.note(t, r)
+        unit = self.units.of.get(op.id)
+        if unit is not None and unit.kind in ("softmax", "layer_norm"):
+            want = _definition(unit, self.env)
+            got = np.asarray(results[0], np.float64)
+            narrow = outs[0].dtype in ("bfloat16", "float16")
+            room = (0.02 if narrow else 2e-3) * max(np.abs(want).max(initial=0.0), 1e-6)
+            if not (np.abs(got - want) <= room).all():
+                self.rejected.add(op.id)
+        return results
+
+    def note(self, tensor, value):
+        if not is_float(tensor.dtype) or not self.units.dynamic(tensor.id):
+            return
+        value = np.asarray(value).astype(np.float64)
+        low, high = self.fills.get(tensor.id, (False, False))
+        low, high = low or bool((value <= -FILL).any()), high or bool((value >= FILL).any())
+        if low or high:
+            self.fills[tensor.id] = low, high
+        value = value[np.abs(value) < FILL]  # NaN is left out as well
+        if value.size:
+            lo, hi = self.now.get(tensor.id, (np.inf, -np.inf))
+            self.now[tensor.id] = min(lo, value.min()), max(hi, value.max())
+
+    def next_batch(self):
+        for i, seen in self.now.items():
+            state = self.states.get(i) or init_range()
+            self.states[i] = update_range(state, np.array(seen), kind=self.observer)
+        self.now, self.batches = {}, self.batches + 1
+
+
+def _definition(unit, env):
+    """What a softmax or a norm should give for the values that it reads."""
+    x = np.asarray(env[unit.source], np.float64)
+    with np.errstate(all="ignore"):
+        if unit.kind == "softmax":
+            e = np.exp(x - x.max(-1, keepdims=True, initial=-np.inf))
+            return e / e.sum(-1, keepdims=True)
+        d = x - x.mean(-1, keepdims=True) if unit.center else x
+        y = d / np.sqrt((d * d).mean(-1, keepdims=True))
+        gamma, beta = _row(env, unit.gamma, x.shape[-1], 1.0), _row(env, unit.beta, x.shape[-1], 0.0)
+        return y * gamma + beta
+
+
+def _row(env, i, n, default):
+    """A static vector that an op applies to every row."""
+    if i is None:
+        return np.full(n, default)
+    v = np.asarray(env[i], np.float64)
+    return np.full(n, v.reshape(-1)[0]) if v.size == 1 else v.reshape(-1, v.shape[-1])[0]
+
+
+def _any(x):
+    """The one number that a uniform array holds."""
+    x = np.asarray(x)
+    return x.reshape(-1)[0] if x.size else np.zeros((), x.dtype)
+
+
+@dataclass(frozen=True)
+class _Wide:
+    shape: tuple
+    dtype: str = "float64"
+
+
+def _wide(outs):
+    return [_Wide(o.shape, "float64" if is_float(o.dtype) else o.dtype) for o in outs]
+
+
+def multiplier(real):
+    """(multiplier, shift) of `quantize_multiplier`; beyond its range the nearest that it has."""
+    real = np.asarray(real, np.float64)
+    real = np.where(np.abs(real) < 2.0**-31, 0.0, np.clip(real, 0.0, 2.0**30))
+    return quantize_multiplier(real)
+
+
+@dataclass
+class Int8Policy:
+    """The arithmetic of `execute` on a microcontroller: a policy of one program with its `QuantPlan`.
+
+    near: {op of a softmax: (entries worked on, entries)}, what its instructions depend on.
+    """
+
+    program: Program
+    plan: QuantPlan
+    units: Units = None
+    near: dict = field(default_factory=dict)
+    env: dict = field(default_factory=dict)
+    whole: dict = field(default_factory=dict)  # of weights that are handed over in parts
+
+    name = "int8"
+
+    def __post_init__(self):
+        self.plan.check(self.program)
+        if self.units is None:
+            self.units = Units(self.program, self.plan.rejected)
+
+    # Formats
+
+    def dtype(self, tensor) -> str:
+        """int8 for floats: activations, and weights in flash."""
+        return "int8" if is_float(tensor.dtype) else tensor.dtype
+
+    def carrier(self, dtype):
+        """float64 for floats."""
+        return np.dtype(np.float64) if is_float(dtype) else numpy_dtype(dtype)
+
+    def grid(self, i) -> tuple[float, int]:
+        """(scale, zero point) of a float tensor. Raises: ValueError for one that calibration never saw."""
+        if i not in self.plan.scales:
+            t = self.program.tensors[i]
+            raise ValueError(
+                f"plan has no range for {t.name or f'tensor {i}'} {list(t.shape)}: "
+                "calibrate on batches that reach it"
+            )
+        return self.plan.scales[i]
+
+    def codes(self, i, x, trace=None):
+        """int64 codes of real values of tensor i; NaN has the code of 0."""
+        scale, zero = self.grid(i)
+        with np.errstate(over="ignore", invalid="ignore"):
+            q = np.asarray(x, np.float64) / scale + zero
+        nan = np.isnan(q)
+        if trace is not None:
+            for what, n in (("nan", nan), ("saturated", (q < -128.5) | (q > 127.5))):
+                if n := int(np.count_nonzero(n)):
+                    trace.events[what] = trace.events.get(what, 0) + n
+        return np.clip(np.rint(np.where(nan, zero, q)), -128, 127).astype(np.int64)
+
+    def reals(self, i, codes):
+        """scale (code - zero point)."""
+        scale, zero = self.grid(i)
+        return scale * (np.asarray(codes, np.float64) - zero)
+
+    def enter(self, tensor, value, trace=None):
+        """An input in codes; weights wait for the op that reads them."""
+        if not is_float(tensor.dtype):
+            return value
+        value = np.asarray(value).astype(np.float64)
+        if not self.units.dynamic(tensor.id):
+            return value
+        return self.reals(tensor.id, self.codes(tensor.id, value, trace))
+
+    # Units
+
+    def compute(self, op, args, ins, outs, trace):
+        """What runs at an op, if anything does."""
+        unit = self.units.unit(op)
+        args = [self._coded(i, a) for i, a in zip(op.inputs, args, strict=True)]
+        self.env.update(zip(op.inputs, args, strict=True))
+        if unit.kind == "free":
+            if all(i in self.units.static for i in op.outputs):
+                return numerics.compute(op, [self._given(a, t) for a, t in zip(args, ins, strict=True)],
+                                        _wide(outs))  # fmt: skip
+            return [np.zeros(o.shape, self.carrier(o.dtype)) for o in outs]  # a unit behind computes it
+        return self.run(unit, trace)
+
+    def run(self, unit: Unit, trace):
+        """Results of a unit, from the values in `env`."""
+        own = {"lut": self._lut, "softmax": self._softmax, "layer_norm": self._norm}
+        if unit.kind in own:
+            return [own[unit.kind](unit, trace)]
+        op = unit.op
+        args = [self.env[i] for i in op.inputs]
+        ins = [self.program.tensors[i] for i in op.inputs]
+        outs = [self.program.tensors[o] for o in self.units.writes(unit)]
+        floats = [is_float(t.dtype) for t in ins]
+        if not any(floats) and not any(is_float(o.dtype) for o in outs):
+            return numerics.compute(op, args, outs)
+        if op.prim in _FREE_OF_SCALE:
+            return self._kept(op, args, ins, outs, trace)
+        if unit.kind in _PRODUCTS and all(floats[:2]):
+            return [self._product(unit, args, outs[0])]
+        out = unit.out if unit.out >= 0 else op.outputs[0]
+        if op.prim in _SUMS:
+            return [self._linear(op, args, out)]
+        if op.prim in (*_ADDS, "mul", "div") and all(floats):
+            return [self._binary(op, args, out)]
+        if unit.kind == "view" or op.prim in _COMMON:
+            return self._common(op, args, ins, outs, trace)
+        if op.prim == "convert_element_type" and not floats[0]:
+            whole = np.clip(np.asarray(args[0], np.float64), -(2**31) + 1, 2**31 - 1).astype(np.int64)
+            return [self._finish(whole, 1.0, out)]
+        return self._float(op, args, ins, outs, trace)
+
+    def _coded(self, i, x):
+        """A value as its codes have it: a loop may start with a constant that was none yet."""
+        if not self.units.dynamic(i) or i not in self.plan.scales:
+            return x
+        return self.reals(i, self.codes(i, x))
+
+    def _given(self, a, t):
+        return np.asarray(a, np.float64) if is_float(t.dtype) else a
+
+    def _finish(self, acc, real, out):
+        """requantize(acc) + zero point of out, clamped: the reals of out for acc in units of `real`."""
+        scale, zero = self.grid(out)
+        m, shift = multiplier(real / scale)
+        room = (2**31 - 1) >> np.maximum(shift, 0).astype(np.int64)
+        y = requantize(np.clip(acc, -room, room), m, shift).astype(np.int64) + zero
+        return self.reals(out, np.clip(y, -128, 127))
+
+    def _lut(self, unit, trace):
+        """A table of what the chain makes of each of the 256 codes."""
+        out = self.program.tensors[unit.out]
+        scale, zero = self.grid(unit.source)
+        values = {unit.source: scale * (np.arange(-128, 128.0) - zero)}
+        for op in unit.chain:
+            read = lambda i: values[i] if i in values else _any(self.env[i])
+            args = [self._given(read(i), self.program.tensors[i]) for i in op.inputs]
+            outs = [_Wide((256,), o.dtype) for o in _wide([self.program.tensors[o] for o in op.outputs])]
+            made = numerics.compute(op, args, outs)
+            values.update((o, np.broadcast_to(v, (256,))) for o, v in zip(op.outputs, made, strict=True))
+        table, codes = values[unit.out], self.codes(unit.source, self.env[unit.source])
+        if not is_float(out.dtype):
+            return numerics.cast(table[codes + 128], out.dtype)
+        return self.reals(unit.out, int8_ops.lut_s8(codes, self.codes(unit.out, table).astype(np.int8)))
+
+    def _softmax(self, unit, trace):
+        x = self.env[unit.source]
+        scale, _ = self.grid(unit.source)
+        m, shift, least = int8_ops.softmax_params_s8(input_scale=scale)
+        rows = self.codes(unit.source, x).reshape(-1, np.shape(x)[-1])
+        y = int8_ops.softmax_s8(rows, multiplier=m, shift=shift, diff_min=least)
+        done, total = self.near.get(unit.op.id, (0, 0))
+        worked = int((rows - rows.max(1, keepdims=True) >= least).sum()) if rows.size else 0
+        self.near[unit.op.id] = done + worked, total + rows.size
+        if self.grid(unit.out) != SOFTMAX:
+            return self._finish(y.astype(np.int64) + 128, 1 / 256, unit.out).reshape(np.shape(x))
+        return self.reals(unit.out, y).reshape(np.shape(x))
+
+    def _norm(self, unit, trace):
+        x = self.env[unit.source]
+        _, zero = self.grid(unit.source)
+        scale, out_zero = self.grid(unit.out)
+        n = np.shape(x)[-1]
+        gamma, beta = _row(self.env, unit.gamma, n, 1.0), _row(self.env, unit.beta, n, 0.0)
+        g, b, m, shift = int8_ops.norm_params_s8(gamma, beta, scale)
+        y = int8_ops.layernorm_s8(
+            self.codes(unit.source, x), g, b, input_offset=-zero, multiplier=m, shift=shift,
+            output_offset=out_zero, center=unit.center,
+        )  # fmt: skip
+        return self.reals(unit.out, y)
+
+    def _product(self, unit, args, out):
+        """int32 sums of products of codes, the bias among them, requantised by output channel."""
+        op, bias = unit.op, unit.bias
+        if unit.kind == "product":
+            a, b = numerics.dot_operands(op, args)
+            left, right = (i in self.units.static for i in op.inputs[:2])
+            qa, sa = self._factor(op.inputs[0], a, (1,) if left else None)  # scale a row of a static left
+            qb, sb = self._factor(op.inputs[1], b, (2,) if right else None)
+            int8_ops._check_sum(a.shape[2] * (1 if left or right else 2), None)
+            acc = np.rint(np.matmul(qa, qb)).astype(np.int64)
+            real = np.broadcast_to(sa * sb, acc.shape)
+        else:
+            qa, sa = self._factor(op.inputs[0], args[0], None)
+            static = op.inputs[1] in self.units.static and unit.kind == "conv_general_dilated"
+            axis = (op.attrs["rhs_spec"][0],) if static else None
+            qb, sb = self._factor(op.inputs[1], args[1], axis)
+            rest = args[2:]
+            acc = np.rint(numerics.compute(op, [qa, qb, *rest], [_Wide(out.shape)])[0]).astype(np.int64)
+            real = sa * sb
+            if static:
+                shape = [1] * acc.ndim
+                shape[op.attrs["out_spec"][1]] = -1
+                real = (sa * np.ravel(sb)).reshape(shape)
+        acc = acc.reshape(out.shape)
+        real = np.broadcast_to(np.reshape(real, out.shape) if np.size(real) == acc.size else real, acc.shape)
+        if bias is not None:
+            whole = np.rint(np.asarray(self.env[bias], np.float64) / real)
+            acc = acc + np.clip(np.broadcast_to(whole, acc.shape), -(2**30), 2**30).astype(np.int64)
+        if np.abs(acc).max(initial=0) >= 2**31:
+            raise ValueError(f"a sum of {op.label} leaves int32: {np.abs(acc).max():,}")
+        return self._finish(acc, real, out.id)
+
+    def _factor(self, i, x, axes):
+        """(codes less the zero point as float64, scale): activations by their grid, weights symmetric, with a
+        scale for every index of `axes`, or one.
+        """
+        x = np.asarray(x, np.float64)
+        if i not in self.units.static:
+            scale, zero = self.grid(i)
+            return np.clip(np.rint(x / scale) + zero, -128, 127) - zero, scale
+        if not np.isfinite(x).all():
+            raise ValueError(f"weight {self.program.tensors[i].name or i} must be finite")
+        keep = (0, *axes) if axes is not None and x.ndim == 3 else (axes or ())
+        rest = tuple(d for d in range(x.ndim) if d not in keep)
+        top = np.abs(x).max(axis=rest, keepdims=True, initial=0.0)
+        scale = symmetric_params(top, bits=self.plan.weight_bits, eps=EPS)
+        half = 2 ** (self.plan.weight_bits - 1) - 1
+        return np.clip(np.rint(x / scale), -half, half), scale
+
+    def _linear(self, op, args, out):
+        """Sums of codes less their zero points, in int32, requantised once."""
+        i = op.inputs[0]
+        if i in self.units.static:
+            return self.reals(out, self.codes(out, numerics.compute(op, args, [_Wide(np.shape(args[0]))])[0]))
+        scale, zero = self.grid(i)
+        shape = self.program.tensors[out].shape
+        whole = self.codes(i, args[0]) - zero
+        acc = np.rint(numerics.compute(op, [whole.astype(np.float64)], [_Wide(shape)])[0])
+        if np.abs(acc).max(initial=0) >= 2**31:
+            raise ValueError(f"a sum of {op.label} leaves int32")
+        return self._finish(acc.astype(np.int64), scale, out)
+
+    def _operand(self, i, x, out):
+        """(codes, scale, zero point) of an operand of an elementwise op; a static one on a grid of its own,
+        where a fill is what pushes any result to the end of its range.
+        """
+        if i not in self.units.static:
+            return self.codes(i, x), *self.grid(i)
+        x = np.asarray(x, np.float64)
+        far = 255 * self.grid(out)[0]
+        plain = lambda v: np.where(np.abs(v) >= FILL, np.sign(v) * far, np.where(np.isnan(v), 0.0, v))
+        x, span = plain(x), plain(np.asarray(self.whole.get(i, x), np.float64))
+        scale, zero = affine_params(span.min(initial=0.0), span.max(initial=0.0), bits=8, signed=True)
+        scale, zero = float(scale), int(zero)
+        return np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int64), scale, zero
+
+    def _binary(self, op, args, out):
+        shape = self.program.tensors[out].shape
+        parts = [
+            self._operand(i, np.broadcast_to(a, shape), out) for i, a in zip(op.inputs, args, strict=True)
+        ]
+        (a, sa, za), (b, sb, zb) = parts
+        so, zo = self.grid(out)
+        if op.prim == "mul":
+            m, s = (int(v) for v in multiplier(sa * sb / so))
+            y = int8_ops.mul_s8(a, b, m, s, input1_offset=-za, input2_offset=-zb, output_offset=zo)
+        elif op.prim == "div":
+            m, s = (int(v) for v in multiplier(sa / (2**16 * sb * so)))
+            y = int8_ops.divide_s8(a, b, m, s, input1_offset=-za, input2_offset=-zb, output_offset=zo)
+        else:
+            m1, s1, m2, s2, mo, s_out = add_multipliers(sa, _ADDS[op.prim] * sb, so)
+            y = int8_ops.add_s8(
+                a, b, input1_offset=-za, input1_multiplier=m1, input1_shift=s1, input2_offset=-zb,
+                input2_multiplier=m2, input2_shift=s2, output_offset=zo, output_multiplier=mo,
+                output_shift=s_out,
+            )  # fmt: skip
+        return self.reals(out, y)
+
+    def _common(self, op, args, ins, outs, trace):
+        """Movement and choice: every float operand on the result's grid first, by `rescale_s8`."""
+        target = next((o.id for o in outs if is_float(o.dtype)), None)
+        if target is None:
+            return self._kept(op, args, ins, outs, trace)
+        so, zo = self.grid(target)
+        given = []
+        for i, a, t in zip(op.inputs, args, ins, strict=True):
+            if is_float(t.dtype) and i in self.units.static:
+                a = self.reals(target, self.codes(target, a))
+            elif is_float(t.dtype) and self.grid(i) != (so, zo):
+                scale, zero = self.grid(i)
+                m, s = (int(v) for v in multiplier(scale / so))
+                s, m = (s, m) if s <= 20 else (20, 2**31 - 1)
+                y = int8_ops.rescale_s8(self.codes(i, a), m, s, input_offset=-zero, output_offset=zo)
+                a = self.reals(target, y)
+            given.append(a)
+        return self._kept(op, given, ins, outs, trace)
+
+    def _kept(self, op, args, ins, outs, trace):
+        """An op that makes no new numbers: its results are codes as they are."""
+        args = [self._given(a, t) for a, t in zip(args, ins, strict=True)]
+        results = numerics.compute(op, args, _wide(outs))
+        return [
+            self.reals(o.id, self.codes(o.id, r)) if is_float(o.dtype) else r
+            for o, r in zip(outs, results, strict=True)
+        ]
+
+    def _float(self, op, args, ins, outs, trace):
+        """No integer form: computed in the program's float type, rounded into codes, and counted."""
+        n = sum(o.size for o in outs)
+        if trace is not None:
+            trace.events["float results"] = trace.events.get("float results", 0) + n
+        args = [np.asarray(a).astype(numpy_dtype(t.dtype)) for a, t in zip(args, ins, strict=True)]
+        results = numerics.compute(op, args, outs)
+        return [
+            self.reals(o.id, self.codes(o.id, r, trace)) if is_float(o.dtype) else r
+            for o, r in zip(outs, results, strict=True)
+        ]
+
+
+def add_multipliers(scale1, scale2, out_scale):
+    """`add_params_s8`, with multipliers that are too small or too large at the ends of their range."""
+    twice = 2 * max(scale1, abs(scale2))
+    (m1, s1), (m2, s2) = multiplier(scale1 / twice), multiplier(abs(scale2) / twice)
+    mo, so = multiplier(twice / (2.0**20 * out_scale))
+    return int(m1), int(s1), int(np.sign(scale2) * m2), int(s2), int(mo), int(so)
+
+
+assert MOST == 4096  # of `layernorm_s8`

@@ -1,0 +1,442 @@
+"""The microcontroller target over whole programs: int8 arithmetic, prices, the memory plan, run for real."""
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hw
+import ref
+from hw.mcu_arena import SWITCHES
+from hw.mcu_int8 import SOFTMAX, Int8Policy, add_multipliers
+from hw.targets import preset
+from ref.blocks import int8_ops as ops
+from ref.blocks.arena import overlaps
+from ref.blocks.integer import quantize_multiplier
+from tests.claims import hw_mcu as claims
+from tests.claims import record
+
+OFF = dict.fromkeys(SWITCHES, False)
+
+
+def norm(x, g, b):
+    m = x.mean(-1, keepdims=True)
+    return (x - m) * jax.lax.rsqrt(((x - m) ** 2).mean(-1, keepdims=True) + 1e-6) * g[None] + b[None]
+
+
+def vit(img, w, *, p=4, heads=2):
+    """A small vision transformer: patches, one block, mean over tokens."""
+    n, E = img.shape[0] // p, w["b"].shape[0]
+    x = (
+        img.reshape(n, p, n, p, 3).transpose(0, 2, 1, 3, 4).reshape(n * n, p * p * 3) @ w["patch"]
+        + w["b"][None]
+    )
+    x = x + w["pos"]
+    y = norm(x, w["g"], w["b"])
+    q, k, v = ((y @ w[c]).reshape(n * n, heads, E // heads).transpose(1, 0, 2) for c in "qkv")
+    s = jax.nn.softmax(jnp.einsum("hid,hjd->hij", q, k) * 0.4)
+    x = x + (s @ v).transpose(1, 0, 2).reshape(n * n, E) @ w["o"] + w["b"][None]
+    x = x + jax.nn.gelu(norm(x, w["g"], w["b"]) @ w["up"] + w["bu"][None], approximate=False) @ w["down"]
+    return x.mean(0) @ w["head"]
+
+
+def vit_args(seed=0, side=16, E=12):
+    r = np.random.default_rng(seed)
+    g = lambda *s: (r.standard_normal(s) / np.sqrt(s[0])).astype(np.float32)
+    n = (side // 4) ** 2
+    w = {"patch": g(48, E), "b": g(E), "pos": 3 * g(n, E), "g": 1 + g(E) / 8, "o": g(E, E), "up": g(E, 4 * E),
+         "bu": g(4 * E), "down": g(4 * E, E), "head": g(E, 10)}  # fmt: skip
+    return r.random((side, side, 3)).astype(np.float32), w | {c: g(E, E) for c in "qkv"}
+
+
+@cache
+def traced_vit():
+    args = vit_args()
+    return hw.trace(vit, *args, weights=("w",)), args
+
+
+def rnn(x, w):
+    step = lambda h, t: (jnp.tanh(h @ w + t), h)
+    return jax.lax.scan(step, jnp.zeros(x.shape[1]), x)
+
+
+def choosing(x, n):
+    x = jax.lax.cond(x.sum() > 0, lambda v: v * 2, lambda v: v @ v.T @ v, x)
+    swap = lambda s: (s[1], s[0] + s[1], s[2] + 1)
+    return jax.lax.while_loop(lambda s: s[2] < n, swap, (x, x[::-1] * 0.5, 0))[:2]
+
+
+@cache
+def loops():
+    r = np.random.default_rng(3)
+    x, w = (r.standard_normal(s).astype(np.float32) / 2 for s in ((6, 8), (8, 8)))
+    return [(hw.trace(rnn, x, w, weights=("w",)), (x, w)), (hw.trace(choosing, x, 3), (x, 3))]
+
+
+def equal(a, b):
+    pair = lambda v: v if isinstance(v, tuple) else (v,)
+    return all(np.array_equal(x, y) for x, y in zip(pair(a), pair(b), strict=True))
+
+
+# Arithmetic
+
+
+def test_hw_mcu_executes_a_layer_as_the_library_does():
+    """y = gelu(x W + b): codes, multipliers and table written out here, equal bit for bit."""
+    r = np.random.default_rng(1)
+    x, w, b = (r.standard_normal(s).astype(np.float32) for s in ((7, 65), (65, 9), (9,)))
+    program = hw.trace(lambda x, w, b: jnp.tanh(x @ w + b[None]), x, w, b, weights=("w", "b"))
+    target = hw.stm32f746()
+    got, report = hw.execute(program, (x, w, b), target)
+    assert any("own arguments" in note for note in report.warnings)
+    plan = hw.calibrate(program, [(x, w, b)])
+    unit = next(u for u in Int8Policy(program, plan).units.of.values() if u.kind == "product")
+    (sx, zx), (sh, zh) = plan.scales[program.body.inputs[0]], plan.scales[unit.out]
+    so, zo = plan.scales[program.body.outputs[0]]
+    assert sx == pytest.approx((max(x.max(), 0) - min(x.min(), 0)) / 255)
+    qx = np.clip(np.rint(x / np.float64(sx)) + zx, -128, 127).astype(int)
+    sw = np.abs(w.astype(np.float64)).max(0) / 127
+    qw = np.rint(w / sw).astype(int).T
+    m, shift = quantize_multiplier(sx * sw / sh)
+    bias = np.rint(b / (sx * sw)).astype(int)
+    h = ops.matmul_s8(qx, qw, bias, m, shift, input_offset=-zx, output_offset=zh)
+    y = ops.lut_s8(h, ops.make_lut_s8(np.tanh, sh, zh, so, zo))
+    np.testing.assert_array_equal(got, so * (y.astype(np.float64) - zo))
+    again, report = hw.execute(program, (x, w, b), replace(target, plan=plan))
+    np.testing.assert_array_equal(again, got)
+    assert not any("own arguments" in note for note in report.warnings)
+    assert report.quality["snr_db"] > 25
+
+
+def test_hw_mcu_finds_the_library_kernels_of_a_transformer():
+    program, args = traced_vit()
+    target = hw.stm32f746()
+    kinds = [u.kind for u in target._units(program).of.values()]
+    assert (kinds.count("softmax"), kinds.count("layer_norm")) == (1, 2)
+    assert kinds.count("product") == 10
+    plan = hw.calibrate(program, [args, vit_args(1)])
+    assert not plan.rejected
+    assert SOFTMAX in plan.scales.values()
+    report = hw.execute(program, args, replace(target, plan=plan))[1]
+    assert report.quality["snr_db"] > 18
+    assert "events float results" not in report.quality
+    small = hw.calibrate(program, [args], weight_bits=4)
+    assert target.flash_bytes(program, 4) < 0.75 * target.flash_bytes(program, 8)
+    coarse = hw.execute(program, args, replace(target, plan=small))[1]
+    assert 3 < coarse.quality["snr_db"] < report.quality["snr_db"]
+    assert equal(hw.calibrate(program, [args], observer="ema").scales, hw.calibrate(program, [args]).scales)
+
+
+def test_hw_mcu_linear_layer_keeps_30_db_and_zero():
+    r = np.random.default_rng(5)
+    for k in (64, 200):
+        x, w = r.standard_normal((16, k)).astype(np.float32), r.standard_normal((k, 24)).astype(np.float32)
+        x[0] = 0
+        program = hw.trace(lambda x, w: x @ w, x, w, weights=("w",))
+        out, report = hw.execute(program, (x, w), hw.stm32f427())
+        assert report.quality["snr_db"] >= 30
+        assert (out[0] == 0).all()
+
+
+def test_hw_mcu_ops_of_two_tensors_are_the_library_forms():
+    r = np.random.default_rng(2)
+    a, b = (r.uniform(0.5, 2, (5, 6)).astype(np.float32) for _ in range(2))
+    program = hw.trace(lambda a, b: (a + b, a - b, a * b, a / b), a, b)
+    got, _ = hw.execute(program, (a, b), hw.stm32h743())
+    plan = hw.calibrate(program, [(a, b)])
+    (sa, za), (sb, zb) = (plan.scales[i] for i in program.body.inputs)
+    q = lambda x, s, z: np.clip(np.rint(x / np.float64(s)) + z, -128, 127).astype(int)
+    qa, qb = q(a, sa, za), q(b, sb, zb)
+    grids = [plan.scales[o] for o in program.body.outputs]
+    wants = []
+    for sign, (s, z) in zip((1, -1), grids, strict=False):
+        m1, e1, m2, e2, mo, eo = ops.add_params_s8(sa, sign * sb, s)
+        assert (m1, e1, m2, e2, mo, eo) == add_multipliers(sa, sign * sb, s)
+        wants.append(ops.add_s8(qa, qb, input1_offset=-za, input1_multiplier=m1, input1_shift=e1,
+                                input2_offset=-zb, input2_multiplier=m2, input2_shift=e2, output_offset=z,
+                                output_multiplier=mo, output_shift=eo))  # fmt: skip
+    offsets = {"input1_offset": -za, "input2_offset": -zb}
+    for fn, (s, z), real in ((ops.mul_s8, grids[2], sa * sb), (ops.divide_s8, grids[3], sa / sb / 2**16)):
+        m, e = (int(v) for v in quantize_multiplier(real / s))
+        wants.append(fn(qa, qb, m, e, **offsets, output_offset=z))
+    for y, want, (s, z) in zip(got, wants, grids, strict=True):
+        np.testing.assert_array_equal(y, s * (want.astype(np.float64) - z))
+
+
+def test_hw_mcu_masks_and_floats_without_integers():
+    """The fill of a mask gets no weight, whatever it is; a power of two tensors is float and says so."""
+    x = np.random.default_rng(4).standard_normal((6, 6)).astype(np.float32)
+    for fill in (-1e30, -np.inf):
+        causal = lambda x, fill=fill: jax.nn.softmax(jnp.where(jnp.tri(6, dtype=bool), x, fill))
+        y, report = hw.execute(hw.trace(causal, x), (x,), hw.stm32f746())
+        assert (np.triu(y, 1) == 0).all()
+        assert report.quality["worst_abs"] < 0.02
+    p = hw.trace(lambda a, b: a**b, np.abs(x), x)
+    _, report = hw.execute(p, (np.abs(x), x), hw.esp32c3())
+    assert report.quality["events float results"] == 36
+    assert any("no int8 form" in w and "in software" in w for w in report.warnings)
+    assert any("counts of cortex_m3" in w for w in report.warnings)
+
+
+# Prices
+
+
+def test_hw_mcu_prices_follow_the_counts():
+    x, w = np.zeros((20, 64), np.float32), np.zeros((64, 32), np.float32)
+    program = hw.trace(lambda x, w: x @ w, x, w, weights=("w",))
+    target = hw.stm32f746(overwrite=False, integrate=False)
+    r = hw.estimate(program, target)
+    n = hw.instructions("matmul_s8", {"m": 20, "k": 64, "n": 32}, "cortex_m7")
+    assert r.cycles == pytest.approx(n)
+    assert r.macs == 20 * 64 * 32
+    assert r.bytes_by_level == {"sram": 20 * 64 + 20 * 32, "flash": 32 * (64 + 12)}
+    assert r.regions["flash"] == (64 * 32 + 12 * 32, 2**20)
+    assert r.energy_j == pytest.approx(n * 1.5e-9 + 32 * 76 * 0.2e-9)
+    assert hw.estimate(program, replace(target, mhz=108.0)).seconds == pytest.approx(2 * r.seconds)
+    slow = replace(target, flash_bytes_s=1e4)
+    assert hw.estimate(program, slow).seconds == pytest.approx(32 * 76 / 1e4)
+    assert hw.estimate(program, slow).bound_by == "flash"
+    assert hw.estimate(program, hw.stm32f427(overwrite=False)).cycles == pytest.approx(
+        1.15 * hw.instructions("matmul_s8", {"m": 20, "k": 64, "n": 32}, "cortex_m4")
+    )
+    times = [
+        hw.estimate(program, replace(target, profile=p)).seconds
+        for p in ("tinyengine", "cmsis_nn", "tflm_ref")
+    ]
+    assert times == sorted(times)
+    assert times[0] == pytest.approx(2 * r.macs / 216e6)
+    outer = (("dtcm", 0.5, 4.0), ("external", 64, 0.5))
+    far = hw.estimate(program, replace(target, regions=outer, reserve_kb=0))
+    assert far.seconds > r.seconds
+    assert far.regions["external"][0] > 0
+
+
+def test_hw_mcu_softmax_is_charged_by_its_data():
+    """Entries too far below the maximum cost a twentieth: an execution knows how many there are."""
+    x = np.linspace(-300, 300, 640).astype(np.float32).reshape(10, 64)[:, ::-1].copy()
+    x[:, 1:] -= 200
+    program = hw.trace(jax.nn.softmax, x)
+    target = hw.stm32f746()
+    ready = target.prepared(program, (x,))
+    hw.run_program(program, (x,), policy=ready.formats)
+    near, total = next(iter(ready.formats.near.values()))
+    assert 0 < near < total
+    ran = hw.execute(program, (x,), target)[1].seconds
+    assert ran < hw.estimate(program, target).seconds
+
+
+def test_hw_mcu_running_by_rows_costs_time_and_saves_memory():
+    program, _ = traced_vit()
+    plain, saved = (hw.estimate(program, hw.stm32f746(**s)) for s in (OFF, {}))
+    assert saved.peak_memory < plain.peak_memory
+    assert saved.seconds > plain.seconds
+    assert saved.macs == plain.macs
+
+
+# Memory
+
+
+def plans():
+    for switches in itertools.product((False, True), repeat=3):
+        yield dict(zip(SWITCHES[:3], switches, strict=True)) | {"reorder": False}
+
+
+def test_hw_mcu_plans_are_sound_and_switches_only_help():
+    """Every subset of the reductions: sound, above its bound, the bound never rises with one more."""
+    program, _ = traced_vit()
+    found = {}
+    for given in plans():
+        plan = hw.stm32f746(**given).memory(program)
+        assert not overlaps(plan.arena)
+        assert plan.total >= plan.bound
+        found[tuple(given.values())[:3]] = plan
+    worst = found[False, False, False].total
+    for a, b in itertools.product(found, repeat=2):
+        if all(x <= y for x, y in zip(a, b, strict=True)):
+            assert found[b].bound <= found[a].bound
+        assert found[a].total <= worst
+    naive = hw.stm32f746(**OFF)
+    best = hw.stm32f746().memory(program)
+    assert best.total < 0.6 * worst
+    assert any(g.streamed is not None for g in best.segments)
+    assert best.total <= naive.memory(program).total
+    assert replace(naive, strategy="greedy_by_breadth").memory(program).total >= naive.memory(program).bound
+
+
+@pytest.mark.parametrize(
+    "given", [*plans(), {}], ids=lambda g: "hw_mcu-" + ("".join(map(str, map(int, g.values()))) or "all")
+)
+def test_hw_mcu_poisoned_arena_gives_the_same_codes(given):
+    """Inside one block of bytes of exactly the plan's size; one byte less raises."""
+    program, args = traced_vit()
+    target = hw.stm32f746(**given).prepared(program, args)
+    want, _ = hw.run_program(program, args, policy=target.formats)
+    plan = target.memory(program)
+    got, run = target.run_arena(program, args)
+    np.testing.assert_array_equal(got, want)
+    assert -(-run.touched[""] // 16) * 16 == plan.total
+    assert run.steps == len(plan.segments)
+    with pytest.raises(MemoryError, match="beyond the arena"):
+        target.run_arena(program, args, sizes={"": run.touched[""] - 1})
+
+
+def test_hw_mcu_poison_shows_a_wrong_plan():
+    """Two live buffers in one place, or one that dies early, change the result: the check is not blind."""
+    program, args = traced_vit()
+    target = hw.stm32f746(**OFF).prepared(program, args)
+    plan = target.memory(program)
+    want, _ = target.run_arena(program, args)
+    from hw.mcu_run import run_arena
+
+    arena, seen = plan.arena, []
+    for n, (i, size, first, last) in enumerate(arena.buffers):
+        if last - first >= 2 and size > 16:
+            early = (*arena.buffers[:n], (i, size, first, first), *arena.buffers[n + 1 :])
+            wrong = replace(plan, arena=replace(arena, buffers=early))
+            seen.append(not equal(run_arena(wrong, args, target.formats)[0], want))
+    assert seen
+    assert all(seen)
+
+
+def test_hw_mcu_poisoned_arena_of_loops_and_branches():
+    for program, args in loops():
+        for given in ({}, OFF, {"strategy": "greedy_by_breadth"}):
+            target = hw.stm32f746(**given).prepared(program, args)
+            want, _ = hw.run_program(program, args, policy=target.formats)
+            got, _ = target.run_arena(program, args)
+            assert equal(got, want)
+            assert not overlaps(target.memory(program).arena)
+
+
+def test_hw_mcu_plan_equals_the_optimum_on_small_graphs():
+    """Up to twelve buffers: no placement is smaller, and a better order of ops is found and kept."""
+    graphs = (
+        lambda x: jnp.concatenate([jnp.tanh(x @ x.T), jnp.exp(x) @ x.T]),
+        lambda x: (jnp.tanh(x).sum(0) + x[1:3].sum(0), x[::-1] @ x.T),
+        lambda x: jnp.tanh(x @ x.T @ x) * x,
+    )
+    for fn in graphs:
+        program = hw.trace(fn, ("float32", (6, 40)))
+        for given in ({}, OFF):
+            target = hw.stm32f746(**given, reserve_kb=0)
+            plan, best = target.memory(program), replace(target, strategy="exact").memory(program)
+            assert len(plan.arena.buffers) <= 12
+            assert plan.bound <= best.total == plan.total
+    wide = hw.trace(lambda x: (jnp.exp(x) @ jnp.exp(x).T)[0] + jnp.sin(x)[:, 0], ("float32", (20, 200)))
+    with_order, without = (hw.stm32f746(**(OFF | {"reorder": r})).memory(wide) for r in (True, False))
+    assert with_order.total <= without.total
+
+
+def test_hw_mcu_says_what_does_not_fit_and_what_would():
+    program, args = traced_vit()
+    plain = hw.stm32f746(**OFF)
+    need, saved = plain.memory(program).total, hw.stm32f746().memory(program).total
+    small = replace(plain, regions=(("sram", (saved + 64) / 1024),), reserve_kb=0)
+    with pytest.raises(hw.DoesNotFit) as e:
+        hw.estimate(program, small)
+    assert (e.value.needed, e.value.available) == (need, saved + 64)
+    assert e.value.shortfall == need - saved - 64
+    assert e.value.live_tensors[0][2] >= e.value.live_tensors[-1][2]
+    assert "peak at" in e.value.region
+    hint = e.value.suggestions[0]
+    assert "integrate=True" in hint
+    assert "to spare" in hint
+    named = {s for s in SWITCHES if f"{s}=True" in hint}
+    hw.estimate(program, replace(small, **dict.fromkeys(named, True)))
+    with pytest.raises(hw.DoesNotFit) as e:
+        hw.execute(program, args, replace(small, regions=(("sram", 1),), integrate=True))
+    assert any("a part with" in s for s in e.value.suggestions)
+    tight = (("dtcm", 1, 4.0), ("axi", 1, 4.0))
+    with pytest.raises(hw.DoesNotFit):
+        hw.estimate(program, replace(plain, regions=tight, reserve_kb=0))
+    with pytest.raises(hw.DoesNotFit) as e:
+        hw.estimate(program, hw.stm32f746(flash_kb=2))
+    assert e.value.region == "flash"
+    assert e.value.needed == plain.flash_bytes(program)
+    assert any("weight_bits=4" in s or "KB of flash" in s for s in e.value.suggestions)
+
+
+def test_hw_mcu_plan_is_drawn():
+    program, _ = traced_vit()
+    svg = hw.stm32f746().memory(program).plot()
+    assert svg.startswith("<svg")
+    assert "scratch" in svg
+    assert "softmax" in hw.stm32f746(**OFF).memory(program).plot()
+
+
+# Everything
+
+
+def test_hw_mcu_takes_every_technique():
+    """The two shortest examples of each run in int8, and again in a poisoned arena, or are refused by name.
+
+    `tests.claims.hw_mcu` does the same for all examples; its results are checked for freshness.
+    """
+    from tests.test_layers_hw import HAS_ACCEL, traced
+
+    for slug in HAS_ACCEL:
+        programs = [traced(slug, i) for i in range(len(getattr(ref, slug).example()))]
+        work = lambda t: sum((op.trips or 1) for op in t[2].ops)
+        for e, args, program, _ in sorted(programs, key=work)[:2]:
+            row = claims.run_example(f"{slug}.{e.fn}", program, args, hw.stm32h743())
+            assert row["same"] or "stm32h743" in row["refused"], row
+
+
+def test_hw_mcu_stored_claims_are_fresh():
+    assert record.is_fresh("hw_mcu")
+    rows = record.load("hw_mcu")["results"]["examples"]
+    assert all(r["same"] or r["refused"] for r in rows)
+    assert sum(bool(r["same"]) for r in rows) > 50
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"core": "cortex_a53"}, "core must be"),
+        ({"profile": "fast"}, "profile must be"),
+        ({"strategy": "tetris"}, "strategy must be"),
+        ({"regions": ()}, "regions must be"),
+        ({"regions": (("a", 1), ("a", 2))}, "different names"),
+        ({"regions": (("a", 0),), "reserve_kb": 0}, "positive kb"),
+        ({"reserve_kb": 320}, "reserve_kb must be"),
+        ({"mhz": 0}, "mhz must be positive"),
+        ({"align": 0}, "align must be positive"),
+        ({"plan": {}}, "plan must be a QuantPlan"),
+    ],
+    ids=lambda v: f"hw_mcu-{next(iter(v))}" if isinstance(v, dict) else "",
+)
+def test_hw_mcu_bad_fields_are_named(fields, words):
+    with pytest.raises(ValueError, match=words):
+        hw.stm32f746(**fields)
+
+
+def test_hw_mcu_bad_arguments_are_named():
+    program, args = traced_vit()
+    plan = hw.calibrate(program, [args])
+    other = hw.trace(lambda x: x + 1, ("float32", (3,)))
+    nan = (np.full_like(args[0], np.nan), args[1])
+    for bad, words in (
+        (lambda: hw.calibrate(program, []), "at least one run"),
+        (lambda: hw.calibrate(program, [args], observer="mse"), "observer must be"),
+        (lambda: hw.calibrate(program, [args], weight_bits=3), "weight_bits must be"),
+        (lambda: hw.calibrate(program, [nan]), "holds NaN"),
+        (lambda: hw.execute(other, (np.ones(3, np.float32),), hw.stm32f746(plan=plan)), "another program"),
+        (lambda: hw.execute(program, args, hw.stm32f746(plan=replace(plan, scales={}))), "no range for"),
+        (lambda: replace(plan, scales={0: (0.0, 0)}), "scale of tensor 0"),
+        (lambda: preset("stm32f746", profil="x"), "did you mean profile"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bad()
+    big = hw.trace(lambda x, w: x @ w, ("float32", (1, 70_000)), ("float32", (70_000, 1)), weights=("w",))
+    with pytest.raises(ValueError, match="K=70000"):
+        hw.execute(big, (np.ones((1, 70_000)), np.ones((70_000, 1))), hw.stm32f746())
+    import accel
+
+    q = np.zeros((1, 1, 8, 8), np.float32)
+    call = lambda q: accel.flash.flash_attention(q, q, q, impl="triton", interpret=True)
+    with pytest.raises(hw.UnsupportedPrimitive, match="stm32f746 runs no Pallas kernel"):
+        hw.estimate(hw.trace(call, q), hw.stm32f746())
