@@ -158,14 +158,7 @@ def pruning_threshold(
 
 
 def pruning_mask(
-    avg,
-    fraction,
-    *,
-    bounds="official",
-    count_masked=True,
-    visible=None,
-    per="layer",
-    empty_rows="keep_max",
+    avg, fraction, *, bounds="official", count_masked=True, visible=None, per="layer", empty_rows="keep_max"
 ):
     """bool [L, H, N, M], True = kept: avg > tau, and the cell is visible; options of `pruning_threshold`.
 

@@ -34,18 +34,8 @@ class BigBirdConfig:
     eps: float = 1e-12
 
 
-def bigbird_attention(
-    q,
-    k,
-    v,
-    *,
-    block_size=64,
-    rand_blocks=None,
-    num_global_tokens=0,
-    token_mask=None,
-    scale=None,
-    method="blocked",
-):
+def bigbird_attention(q, k, v, *, block_size=64, rand_blocks=None, num_global_tokens=0,
+                      token_mask=None, scale=None, method="blocked"):  # fmt: skip
     """softmax(scale q k^T over the visible blocks) v, one softmax over window, ends, random and global keys.
 
     Args: q, k, v [..., H, L, D]: num_global_tokens g, then a whole number nb of blocks.

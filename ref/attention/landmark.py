@@ -208,19 +208,8 @@ def select_blocks(landmark_weights, *, top_k, selection="per_token_and_head"):
     return np.sort(np.argsort(-w, axis=-1, kind="stable")[..., : min(top_k, n)], axis=-1)
 
 
-def landmark_decode(
-    q,
-    k,
-    v,
-    is_landmark,
-    cache: LandmarkCache,
-    *,
-    block_size,
-    top_k,
-    cache_blocks,
-    selection="per_token_and_head",
-    rope_base=10000.0,
-):
+def landmark_decode(q, k, v, is_landmark, cache: LandmarkCache, *, block_size, top_k, cache_blocks,
+                    selection="per_token_and_head", rope_base=10000.0):  # fmt: skip
     """One chunk of a stream attends to top_k retrieved blocks, the block under way, and itself -> (o, cache).
 
     Positions are clipped: the chunk starts at min(total_blocks, top_k + 1) (l + 1) + num_tail; the last top_k
@@ -267,19 +256,9 @@ class LandmarkParams(NamedTuple):
     w_o: np.ndarray
 
 
-def landmark_stream(
-    x,
-    params: LandmarkParams,
-    is_landmark,
-    *,
-    num_heads,
-    chunk_lengths,
-    block_size,
-    top_k,
-    cache_blocks,
-    selection="per_token_and_head",
-    rope_base=10000.0,
-):
+def landmark_stream(x, params: LandmarkParams, is_landmark, *, num_heads, chunk_lengths,
+                    block_size, top_k, cache_blocks, selection="per_token_and_head",
+                    rope_base=10000.0):  # fmt: skip
     """x [B, N, C] through one layer, chunk by chunk from an empty cache -> [B, N, C].
 
     chunk_lengths: positions a chunk, landmarks included, N in all; the rest as `landmark_decode`.

@@ -56,21 +56,8 @@ def local_permutation_2d(noise, *, height, width, sigma):
     return np.take_along_axis(rows, order, axis=1).ravel()
 
 
-def ssa_attention(
-    q,
-    k,
-    v,
-    *,
-    source_index=None,
-    perm=None,
-    block=None,
-    left=0,
-    right=0,
-    causal=False,
-    include_self=False,
-    mask=None,
-    scale=None,
-):
+def ssa_attention(q, k, v, *, source_index=None, perm=None, block=None, left=0, right=0,
+                  causal=False, include_self=False, mask=None, scale=None):  # fmt: skip
     """softmax(scale q k^T over the drawn sources) v; q is whole, k and v count where they are drawn.
 
     Args: q, k, v [B, H, L, D]. Exactly one of
@@ -93,22 +80,8 @@ def ssa_attention(
     return o
 
 
-def ssa_attention_bwd(
-    do,
-    q,
-    k,
-    v,
-    *,
-    source_index=None,
-    perm=None,
-    block=None,
-    left=0,
-    right=0,
-    causal=False,
-    include_self=False,
-    mask=None,
-    scale=None,
-):
+def ssa_attention_bwd(do, q, k, v, *, source_index=None, perm=None, block=None, left=0, right=0,
+                      causal=False, include_self=False, mask=None, scale=None):  # fmt: skip
     """(dq, dk, dv) of `ssa_attention` for do [B, H, L, D]: gathers become sums into the drawn sources.
 
     Sources that were not drawn get exactly 0.

@@ -51,18 +51,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-def multi_head_attention(
-    x,
-    params: AttentionParams,
-    *,
-    heads,
-    head_dim,
-    kind="dense",
-    mask=None,
-    extras=None,
-    options=None,
-    return_weights=False,
-):
+def multi_head_attention(x, params: AttentionParams, *, heads, head_dim, kind="dense", mask=None,
+                         extras=None, options=None, return_weights=False):  # fmt: skip
     """attend(x w_q, x w_k, x w_v) w_o + b_o: x, y [..., T, d]; the inner width is heads head_dim, not d.
 
     Args: params: w_q, w_k, w_v [d, heads head_dim], w_o [heads head_dim, d]. mask: bool [..., T], True =
@@ -85,16 +75,7 @@ def multi_head_attention(
 
 
 def multi_head_attention_bwd(
-    do,
-    x,
-    params: AttentionParams,
-    *,
-    heads,
-    head_dim,
-    kind="dense",
-    mask=None,
-    extras=None,
-    options=None,
+    do, x, params: AttentionParams, *, heads, head_dim, kind="dense", mask=None, extras=None, options=None
 ):
     """(dx, dparams: AttentionParams) for do [..., T, d]: dense, linear, linformer and the kinds with a mask.
 

@@ -7,19 +7,8 @@ from ref.blocks.softmax import finalize, logsumexp, softmax, softmax_state, soft
 from ref.dims import dims, float64
 
 
-def attention_dense(
-    q,
-    k,
-    v,
-    *,
-    mask=None,
-    key_lengths=None,
-    causal=False,
-    scale=None,
-    dropout_mask=None,
-    dropout_p=0.0,
-    return_lse=False,
-):
+def attention_dense(q, k, v, *, mask=None, key_lengths=None, causal=False, scale=None,
+                    dropout_mask=None, dropout_p=0.0, return_lse=False):  # fmt: skip
     """softmax(scale q k^T over the visible keys) v: the baseline, [L, S] scores and all.
 
     Args: q [..., H, L, D], k [..., Hkv, S, D], v [..., Hkv, S, Dv], H a multiple of Hkv (query head h uses

@@ -213,7 +213,7 @@ def decoder_kind(params: FeatureDecoderParams):
 
 def init_feature_decoder(rng, channels, previous, *, kind="mlp", hidden=None, merged=False):
     """FeatureDecoderParams from C to P channels, hidden M = C unless given; merged: un-merges first."""
-    _check_kind(kind)
+    one_of("kind", kind, KINDS)
     M = hidden or channels
     up = affine(rng, channels, 4 * previous) if merged else (None, None)
     C = previous if merged else channels
@@ -333,7 +333,7 @@ def _check_bce(prediction, target):
 
 def _decode_features(h, p, kind):
     """(guess, (input behind un-merging, norm or convolution, hidden layer before its activation))."""
-    _check_kind(kind)
+    one_of("kind", kind, KINDS)
     n = dims(h=(h, "B N C"))
     z = float64(h)
     if p.w_up is not None:
@@ -366,7 +366,3 @@ def _side(N):
 def affine(rng, a, b):
     """(w [a, b] uniform in +-1 / sqrt(a), b = 0)."""
     return rng.uniform(-1, 1, (a, b)) / np.sqrt(a), np.zeros(b)
-
-
-def _check_kind(kind):
-    one_of("kind", kind, KINDS)

@@ -82,20 +82,8 @@ def canonical(gene, space):
     return tuple(space.choices[i][0] if absent(i) else g for i, g in enumerate(gene))
 
 
-def evolve(
-    rng,
-    space,
-    fitness,
-    constraint=None,
-    *,
-    population=125,
-    parents=25,
-    mutants=50,
-    crossovers=50,
-    iterations=30,
-    prob=0.3,
-    max_redraws=1000,
-):
+def evolve(rng, space, fitness, constraint=None, *, population=125, parents=25, mutants=50,
+           crossovers=50, iterations=30, prob=0.3, max_redraws=1000):  # fmt: skip
     """(best, history): the best `parents` live on, the rest are their mutants and crossovers.
 
     Args: fitness(gene) -> loss, lower is better, asked once for each canonical gene; a tuple of losses asks

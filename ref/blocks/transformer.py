@@ -97,18 +97,8 @@ def self_attention(x, params, *, num_heads, attention=attention_dense, **options
     return linear(join_heads(heads), params.w_o, params.b_o)
 
 
-def transformer_block(
-    x,
-    params,
-    *,
-    num_heads,
-    norm="pre",
-    causal=False,
-    mask=None,
-    eps=1e-5,
-    activation="gelu",
-    attention=attention_dense,
-):
+def transformer_block(x, params, *, num_heads, norm="pre", causal=False, mask=None, eps=1e-5,
+                      activation="gelu", attention=attention_dense):  # fmt: skip
     """One block: x [..., L, C] -> [..., L, C].
 
     norm: "pre" is x + attention(ln1(x)), then x + mlp(ln2(x)) (GPT-2, ViT); "post" is ln1(x + attention(x)),
@@ -145,20 +135,9 @@ def self_attention_vjp(
     return dx, grads
 
 
-def transformer_block_vjp(
-    x,
-    params,
-    dy,
-    *,
-    num_heads,
-    norm="pre",
-    causal=False,
-    mask=None,
-    eps=1e-5,
-    activation="gelu",
-    attention=attention_dense,
-    attention_vjp=attention_dense_vjp,
-):
+def transformer_block_vjp(x, params, dy, *, num_heads, norm="pre", causal=False, mask=None,
+                          eps=1e-5, activation="gelu", attention=attention_dense,
+                          attention_vjp=attention_dense_vjp):  # fmt: skip
     """-> (dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C], by the attention's vjp."""
     ln1, ln2 = _norms(params, eps)
     options = {"num_heads": num_heads, "mask": mask, "causal": causal, "attention": attention}

@@ -157,17 +157,8 @@ def gated_self_attention(
     return join_heads(o), p, gate
 
 
-def gated_self_attention_vjp(
-    x,
-    params: GatedAttentionParams,
-    grad_context,
-    *,
-    num_heads,
-    kind="linear",
-    gamma=None,
-    zeta=1.0,
-    mask=None,
-):
+def gated_self_attention_vjp(x, params: GatedAttentionParams, grad_context, *, num_heads,
+                             kind="linear", gamma=None, zeta=1.0, mask=None):  # fmt: skip
     """(dx, GatedAttentionParams of gradients) for the cotangent of the context, [B, N, C]."""
     _check_heads(x, params.w_q, num_heads)
     x, x_heads = float64(x), split_heads(float64(x), num_heads)
@@ -213,17 +204,8 @@ def block_forward(params: OutlierFreeBlock, x, *, num_heads, kind="linear", gamm
     return _block(params, x, num_heads, kind, gamma, zeta, lambda w: w, same)
 
 
-def calibrate_ranges(
-    params: OutlierFreeBlock,
-    batches,
-    *,
-    num_heads,
-    kind="linear",
-    gamma=None,
-    zeta=1.0,
-    momentum=0.9,
-    percentile=None,
-):
+def calibrate_ranges(params: OutlierFreeBlock, batches, *, num_heads, kind="linear", gamma=None,
+                     zeta=1.0, momentum=0.9, percentile=None):  # fmt: skip
     """{name: RangeState} of every activation of the block, running over batches of x [B, N, C].
 
     percentile: 99.999, say, takes the batch's percentiles instead of its extremes.

@@ -67,20 +67,9 @@ def amgm_gap(window):
     return window.mean(axis=0), geometric_mean(window), s2
 
 
-def un_train_forward(
-    x,
-    weight,
-    bias,
-    state: UNState,
-    *,
-    mask=None,
-    warmup=4000,
-    outlier_filtration=False,
-    eps=1e-5,
-    momentum=0.9,
-    scale_forward_by_r=False,
-    skip_freezes_running=False,
-):
+def un_train_forward(x, weight, bias, state: UNState, *, mask=None, warmup=4000,
+                     outlier_filtration=False, eps=1e-5, momentum=0.9, scale_forward_by_r=False,
+                     skip_freezes_running=False):  # fmt: skip
     """(y, cache, state): y = weight x / sqrt(var + eps) + bias, with var smoothed over the window.
 
     Args: x [B, N, C]; weight, bias [C]; mask [B, N] bool, True = counted in the statistic (None: all). Tokens

@@ -316,16 +316,9 @@ def _log_p(weights, ids, start):
 def _shapes(c):
     """{matrix of a block: (inputs, outputs)}."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    sizes = (
-        (c.dim, q),
-        (c.dim, kv),
-        (c.dim, kv),
-        (q, c.dim),
-        (c.dim, c.hidden),
-        (c.dim, c.hidden),
-        (c.hidden, c.dim),
-    )
-    return dict(zip(MATRICES, sizes, strict=True))
+    inputs = (c.dim, c.dim, c.dim, q, c.dim, c.dim, c.hidden)
+    outputs = (q, kv, kv, c.dim, c.hidden, c.hidden, c.dim)
+    return dict(zip(MATRICES, zip(inputs, outputs, strict=True), strict=True))
 
 
 def example(seed=0):

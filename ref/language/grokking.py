@@ -77,8 +77,7 @@ def gpt2_forward(ids, params: GPTParams, *, num_heads, loops=1, return_hidden=Fa
     Positions are added once, before the first block; the final norm is taken once. With return_hidden:
     (logits, hidden [L + 1, B, T, d]); hidden[l] enters block l, hidden[L] leaves the last, before the final
     norm, and L counts every pass.
-    Raises: ValueError for ids outside the vocabulary, too long a text, loops < 1 or heads that do not divide
-    d.
+    Raises: ValueError for ids outside the vocabulary, too long a text, loops < 1 or heads that do not fit.
     """
     hidden = _hidden(ids, params, num_heads, loops, eps)
     logits = gpt_head(hidden[-1], params, eps=eps)
@@ -88,8 +87,7 @@ def gpt2_forward(ids, params: GPTParams, *, num_heads, loops=1, return_hidden=Fa
 def gpt2_forward_backward(ids, params: GPTParams, dlogits, dhidden=None, *, num_heads, loops=1, eps=1e-5):
     """GPTParams of gradients for dlogits [B, T, V] and, if hidden was returned, dhidden [L + 1, B, T, d].
 
-    A block that is run several times gets the sum over its runs; wte what comes from lookup and from the
-    head.
+    A block that is run several times gets the sum over its runs; wte what comes from lookup and head.
     """
     hidden = _hidden(ids, params, num_heads, loops, eps)
     blocks = params.blocks * loops

@@ -12,16 +12,7 @@ import numpy as np
 from ref.blocks.clustering import kmeans
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import AdamState, adamw_step, cosine_decay, matrix_mask, tree_map
-from ref.blocks.retrieval import (
-    BM25Index,
-    bm25,
-    bm25_fit,
-    bm25_scores,
-    hit_at,
-    map_at,
-    mrr,
-    rouge2,
-)
+from ref.blocks.retrieval import BM25Index, bm25, bm25_fit, bm25_scores, hit_at, map_at, mrr, rouge2
 from ref.blocks.softmax import softmax
 from ref.dims import dims, float64
 from ref.example import Example
@@ -220,18 +211,8 @@ class Reranker:
         return found[np.argsort(-scores, kind="stable")]
 
 
-def train_epoch(
-    reranker: Reranker,
-    claims,
-    articles,
-    labels,
-    state: AdamState,
-    *,
-    rng,
-    lr=5e-6,
-    weight_decay=0.01,
-    batch=16,
-):
+def train_epoch(reranker: Reranker, claims, articles, labels, state: AdamState, *, rng, lr=5e-6,
+                weight_decay=0.01, batch=16):  # fmt: skip
     """(Reranker, state, mean loss) after an epoch over pairs of a claim and an article, labels [n] 0 or 1.
 
     Pairs are drawn so that both labels come equally often. Cross-entropy, AdamW on what is `trainable`; then

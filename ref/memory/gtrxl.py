@@ -112,8 +112,8 @@ def gtrxl_block(x, memory, params: GTrXLBlockParams, *, heads, u, v_bias, gate="
         stands between input and output. "post" (Transformer-XL): y = ln1(g(x, attn([memory; x]))), out =
         ln2(g(y, mlp(y))), without the relu.
       normalize_query: False makes the queries from x itself instead of ln1(x) ("identity" only).
-      gate, a kind of `gate`; mask as in `relative_attention`. Raises: ValueError naming the argument at
-      fault.
+      gate: a kind of `gate`. mask: as in `relative_attention`.
+    Raises: ValueError naming the argument at fault.
     """
     return _block(x, memory, params, heads, u, v_bias, gate, norm, normalize_query, mask)[0]
 
@@ -162,8 +162,7 @@ def gtrxl(x, memory: GTrXLMemory, params: GTrXLParams, *, heads, gate="gru", nor
     """(y [B, T, D], GTrXLMemory after the T steps) of inputs x [B, T, Dx].
 
     done: bool [B, T], True = the last step of its episode. A step attends to steps and slots of its own
-      episode; slots of finished ones are not valid any more. The new memory holds the last M rows of [memory;
-      inputs].
+      episode; slots of finished ones are not valid any more. The new memory: the last M rows of both.
     Raises: ValueError naming the argument at fault.
     """
     mask, valid = _episodes(x, memory, params, done)

@@ -78,10 +78,9 @@ def consolidate_backward(wm, ltm, params: ConsolidateParams, dout, *, rho=1.0):
 def read_memory(
     x, wm, ltm, params: ReadParams, *, heads, scale=False, correct=True, use_wm=True, use_ltm=True
 ):
-    """What tokens x [B, T, Din] find in both memories: (1 - a2) U_w + a2 U_wl.
+    """What tokens x [B, T, Din] find in both memories, (1 - a2) U_w + a2 U_wl: [B, T, D].
 
-    [B, T, D]. U_w is read from the slots, U_l from the N rows w_l L; U_wl is U_l attending to U_w
-    (eq. 11, 12).
+    U_w is read from the slots, U_l from the N rows w_l L; U_wl is U_l attending to U_w (eq. 11, 12).
     correct=False: U_l itself instead. use_wm=False: U_l alone; use_ltm=False: U_w alone.
     Raises: ValueError naming the argument at fault.
     """

@@ -101,19 +101,8 @@ def rot_loss(
     return ((pred - target) ** 2).mean() + regularize * sum((g**2).sum() for g in tree_leaves(gaps))
 
 
-def rot_loss_backward(
-    ids,
-    mask,
-    types,
-    target,
-    params: RotParams,
-    dloss=1.0,
-    *,
-    num_heads,
-    anchor=None,
-    regularize=0.0,
-    eps=1e-12,
-):
+def rot_loss_backward(ids, mask, types, target, params: RotParams, dloss=1.0, *, num_heads,
+                      anchor=None, regularize=0.0, eps=1e-12):  # fmt: skip
     """(dtarget [B, 2], RotParams of gradients) of `rot_loss`, times dloss."""
     gaps = _gaps(params, anchor, regularize)
     pred = _prediction(ids, mask, types, target, params, num_heads, eps)

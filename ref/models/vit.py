@@ -33,19 +33,8 @@ class ViTParams(NamedTuple):
     b_head: np.ndarray | None = None
 
 
-def init_vit(
-    rng,
-    *,
-    image_size,
-    patch,
-    dim,
-    depth,
-    num_classes=None,
-    channels=3,
-    hidden=None,
-    class_token=True,
-    std=0.02,
-):
+def init_vit(rng, *, image_size, patch, dim, depth, num_classes=None, channels=3, hidden=None,
+             class_token=True, std=0.02):  # fmt: skip
     """ViTParams with normal weights of standard deviation `std`, zero biases and unit norms.
 
     rng: NumPy Generator. image_size: pixels a side, a multiple of patch. hidden: width of the MLP, 4 dim if

@@ -109,7 +109,7 @@ BAD = {
     "top_high": (lambda: loss(top=1.5), r"top must be in \(0, 1\]"),
     "eta": (lambda: loss(eta=0.0), "eta and alpha must be positive"),
     "actions": (lambda: loss(actions=ACT[:, :4]), r"actions\.shape\[1\] = 4"),
-    "action": (lambda: loss(actions=ACT + 3), r"actions must be integers in 0\.\.2"),
+    "action": (lambda: loss(actions=ACT + 3), r"actions must be in 0\.\.2"),
     "target": (lambda: loss(target=LOGITS[..., :2]), r"target_logits\.shape\[2\] = 2"),
     "nothing": (lambda: loss(*(x[:0] for x in (LOGITS, LOGITS, ONES, ACT, ONES))), "at least one step"),
     "loss": (lambda: train(loss="sarsa"), "loss must be one of"),
