@@ -85,36 +85,26 @@ class Context:
     @cached_property
     def by_op(self) -> dict[int, Group]:
         """The fusion group of every op; each op its own when the target does not fuse."""
+        return _once(self.program, ("groups", self.fuse), lambda: self._groups())
+
+    def _groups(self):
         found = {}
-
-        def visit(block: Block):
+        for block in _blocks(self.program.body):
             for g in groups(self.program, block, fuse=self.fuse):
-                for op in g.ops:
-                    found[op.id] = g
-            for op in block.ops:
-                if op.kind != "kernel":
-                    for inner in op.blocks:
-                        visit(inner)
-
-        visit(self.program.body)
+                found.update(dict.fromkeys((op.id for op in g.ops), g))
         return found
 
     @cached_property
     def attention(self) -> dict[int, Pattern]:
         """The attention pattern of every op that is in one; none when the target does not fuse."""
-        found = {}
+        return _once(self.program, "attention", lambda: self._attention()) if self.fuse else {}
 
-        def visit(block: Block):
+    def _attention(self):
+        found = {}
+        for block in _blocks(self.program.body):
             for p in patterns(self.program, block):
                 if p.name == "attention":
                     found.update(dict.fromkeys(p.ops, p))
-            for op in block.ops:
-                if op.kind != "kernel":
-                    for inner in op.blocks:
-                        visit(inner)
-
-        if self.fuse:
-            visit(self.program.body)
         return found
 
     def inputs(self, op: Op) -> list[Tensor]:
@@ -185,3 +175,20 @@ class Context:
     def is_resident(self, tensor: Tensor) -> bool:
         """Is it a weight or a constant, there before the program starts."""
         return tensor.role in ("weight", "const")
+
+
+def _blocks(block: Block):
+    """A block and those inside it, kernel bodies left closed."""
+    yield block
+    for op in block.ops:
+        if op.kind != "kernel":
+            for inner in op.blocks:
+                yield from _blocks(inner)
+
+
+def _once(program, key, find):
+    """What `find` gives, found once a program: targets share it. It lives and dies with the program."""
+    memo = program.__dict__.setdefault("_found", {})
+    if key not in memo:
+        memo[key] = find()
+    return memo[key]

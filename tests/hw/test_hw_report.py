@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,8 @@ from hw.report import UNITS, OpCost, summarise
 from hw.roofs import dots, roofs
 from hw.targets import presets
 from hw.usage import on_chip, usage
+from tests.claims import hw_report as claims
+from tests.claims import record
 
 TARGETS = (
     "h200",
@@ -350,3 +353,67 @@ def c_ratios(a, c):
     rows = ("seconds", "energy_j", "macs", "peak_memory")
     both = sum(bool(getattr(a, n) and getattr(c, n)) for n in rows) + 2
     return both + sum(bool(a.bytes_by_level.get(k) and v) for k, v in c.bytes_by_level.items())
+
+
+# Speed
+
+
+def calls(program, target):
+    """Python calls of one estimate of a program that was never priced: work, without a clock."""
+    count, fresh = 0, replace(program)
+
+    def note(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        hw.estimate(fresh, target)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", ["h200", "xeon_6154", "gddr6_aim", "zcu102"])
+def test_hw_report_pricing_follows_ops_not_trips(name):
+    """As many calls for a loop of 10 trips as of a million; twice the layers, twice the calls more."""
+    target = presets()[name]()
+    body = lambda _, x: x @ x + x
+    fori = lambda n: hw.trace(lambda x: jax.lax.fori_loop(0, n, body, x), ("float32", (8, 8)))
+    hw.estimate(fori(3), target)  # schedules of a shape are kept
+    assert calls(fori(10), target) == calls(fori(1_000_000), target)
+
+    def network(n):
+        def run(x, w):
+            for _ in range(n):
+                x = x + jax.nn.silu(x @ w) @ w
+            return x
+
+        return calls(hw.trace(run, ("float32", (4, 64)), ("float32", (64, 64)), weights=("w",)), target)
+
+    few, some, many = (network(n) for n in (8, 16, 32))
+    assert many - some <= 2.2 * (some - few)
+
+
+def test_hw_report_targets_share_what_a_program_holds():
+    """Fusion groups are found once a program, whoever prices it first, and change no price."""
+    p = replace(program("layers"))
+    first = hw.estimate(p, hw.h200())
+    assert hw.estimate(p, hw.zcu102()) == hw.estimate(replace(p), hw.zcu102())
+    assert hw.estimate(p, hw.h200()) == first == hw.estimate(replace(p), hw.h200())
+    assert hw.Program.from_json(p.to_json()) == p
+
+
+def test_hw_report_stored_speed():
+    """One decode step of SmolLM2, thirty layers: under two seconds in either form, whatever the trips."""
+    assert record.is_fresh("hw_report")
+    r = record.load("hw_report")["results"]
+    for form in r["decode"].values():
+        assert set(form["seconds"]) == set(claims.TARGETS)
+        assert max(form["seconds"].values()) < 2
+    assert r["decode"]["30 layers written out"]["ops"] > 20 * r["decode"]["one loop"]["ops"]
+    assert [g["layers"] for g in r["growth"]] == list(claims.DEPTHS)
+    assert [t["trips"] for t in r["trips"]] == list(claims.TRIPS)
+    small = claims.decode(1, loop=True)
+    assert claims.seconds(small, hw.h200(), repeats=1) > 0
+    assert len(claims.looped(3).ops) == len(claims.looped(30).ops)
