@@ -12,7 +12,9 @@ from math import ceil
 from hw.errors import DoesNotFit, UnsupportedPrimitive
 from hw.kernel_counts import CORES, PROFILES, instructions  # noqa: F401
 from hw.mcu_arena import SWITCHES, MemoryPlan, plan_memory
-from hw.mcu_int8 import Int8Policy, QuantPlan, calibrate
+from hw.mcu_calibrate import QuantPlan, calibrate
+from hw.mcu_emit import emit_c  # noqa: F401
+from hw.mcu_int8 import Int8Policy
 from hw.mcu_parts import ALL_REGIONS, BORROWED, MCUS
 from hw.mcu_price import work
 from hw.mcu_run import run_arena as _run_arena
@@ -286,14 +288,12 @@ class Mcu(Target):
             ctx.memo["mcu units"] = self._units(ctx.program)
             plan = self.memory(ctx.program)
             ctx.memo["mcu plan"] = plan
-            ctx.memo["mcu rows"] = {
-                plan.flow.steps[s].op.id: g.rows for g in plan.segments for s in range(g.first, g.last + 1)
-            }
-        units, rows = ctx.memo["mcu units"], ctx.memo["mcu rows"].get(op.id, 1)
+            ctx.memo["mcu rows"] = _rows(plan)
+        units, by_rows = ctx.memo["mcu units"], ctx.memo["mcu rows"].get(op.id, {})
         unit = units.unit(op)
         if unit.kind == "free" and all(o in units.static for o in op.outputs):
             return OpCost(basis=self._basis)
-        w = work(unit, units, self.core, self.weight_bits, rows)
+        w = work(unit, units, self.core, self.weight_bits, **by_rows)
         done, total = self.formats.near.get(op.id, (1, 1)) if self.formats is not None else (1, 1)
         cycles = w.cycles(self.core, self.profile, self.cpi, done / total if total else 1.0)
         moved = _moved(unit, units)
@@ -339,6 +339,19 @@ class Mcu(Target):
 
 
 _LAST = {}  # the last memory plan: place and cost ask for the same one
+
+
+def _rows(plan):
+    """{op: how its unit runs} of the units that run by rows."""
+    found = {}
+    for g in plan.segments:
+        for n in range(g.first, g.last + 1):
+            step = plan.flow.steps[n]
+            if g.rows > 1 and step.unit is not None:
+                aside = any(("row", o) in g.inner for o in step.writes)
+                held = 0 if g.streamed is None or g.streamed not in step.reads else plan.flow.size(g.streamed)
+                found[step.op.id] = {"rows": g.rows, "aside": aside, "streamed": held}
+    return found
 
 
 def _moved(unit, units):

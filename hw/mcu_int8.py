@@ -1,4 +1,4 @@
-"""Int8 execution of any program on a microcontroller: ranges, scales, and every unit in integers.
+"""Int8 execution of any program on a microcontroller: every unit in integers, by the plan of `calibrate`.
 
 Values are int8 codes, carried between ops as the real numbers they stand for (float64 holds them exactly).
 Every unit of `hw.mcu_units` takes codes and gives codes by the operators of `ref.blocks.int8_ops`: sums in
@@ -12,178 +12,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hw import numerics
-from hw.interpret import FloatPolicy, run_program
-from hw.mcu_units import INTO, MOST, SAME, Unit, Units
+from hw.mcu_calibrate import FILL, SOFTMAX, QuantPlan, row
+from hw.mcu_units import INTO, SAME, Unit, Units
 from hw.program import Program, is_float, numpy_dtype
 from ref.blocks import int8_ops
 from ref.blocks.integer import quantize_multiplier, requantize
-from ref.blocks.quantize import EPS, affine_params, init_range, symmetric_params, update_range
+from ref.blocks.quantize import EPS, affine_params, symmetric_params
 
-FILL = 1e8  # what is larger stands for infinity: the fill of a mask
-MASK_MARGIN = 8.0  # a fill lies so far beyond the range: e^-8 of a probability is below half a code
-SOFTMAX = (1 / 256, -128)  # scale and zero point of probabilities
 _SUMS = frozenset("reduce_sum cumsum reduce_window_sum".split())
 _PRODUCTS = frozenset("product ragged_dot_general conv_general_dilated".split())
 _COMMON = SAME | INTO | frozenset("select_n max min clamp concatenate stack sort top_k while".split())
 _FREE_OF_SCALE = frozenset("eq ne lt le gt ge eq_to le_to lt_to argmax argmin is_finite iota empty".split())
 _ADDS = {"add": 1, "add_any": 1, "sub": -1}
-
-
-@dataclass(frozen=True)
-class QuantPlan:
-    """Scales of a program: {tensor: (scale, zero point)}, one for all tensors that only pass values on.
-
-    rejected: ops at which a softmax or norm is not what its shape promises, by the values seen. bits of the
-    weights: 8 or 4, symmetric, one scale an output channel. key: of the program it was made for.
-    """
-
-    scales: dict
-    rejected: frozenset = frozenset()
-    weight_bits: int = 8
-    observer: str = "minmax"
-    key: tuple = ()
-
-    def __post_init__(self):
-        if self.weight_bits not in (4, 8):
-            raise ValueError(f"weight_bits must be 4 or 8, got {self.weight_bits}")
-        for i, (scale, zero) in self.scales.items():
-            if not (np.isfinite(scale) and scale > 0):
-                raise ValueError(f"scale of tensor {i} must be positive and finite, got {scale}")
-            if not -128 <= zero <= 127:
-                raise ValueError(f"zero point of tensor {i} must be in -128..127, got {zero}")
-
-    def check(self, program):
-        """Raise ValueError unless the plan is of this program."""
-        if self.key != program_key(program):
-            raise ValueError(f"plan was calibrated for another program than {program.name}")
-
-
-def program_key(program: Program) -> tuple:
-    """What tells two programs apart: name, tensors, shapes of the inputs."""
-    shapes = tuple(program.tensors[i].shape for i in program.body.inputs)
-    return program.name, len(program.tensors), shapes
-
-
-def calibrate(program: Program, batches, *, observer="minmax", weight_bits=8) -> QuantPlan:
-    """The plan whose ranges cover what float runs on `batches` have seen.
-
-    Args: batches: sequence of the arguments of a run. observer: of `quantization`: "minmax", the union of the
-        batches' ranges, or "ema", their moving average. weight_bits: 8 or 4.
-    Raises: ValueError for no batch, an unknown observer, or arguments that are not finite.
-    """
-    units = Units(program)
-    if observer not in ("minmax", "ema"):
-        raise ValueError(f'observer must be "minmax" or "ema", got {observer!r}')
-    watch = _Watch(units, observer)
-    for args in batches:
-        run_program(program, args, policy=watch)
-        watch.next_batch()
-    if not watch.batches:
-        raise ValueError("batches must hold the arguments of at least one run")
-    rejected = frozenset(watch.rejected)
-    units = Units(program, rejected)
-    return QuantPlan(_scales(units, watch), rejected, weight_bits, observer, program_key(program))
-
-
-def _scales(units, watch):
-    """One affine grid a class of tensors; probabilities keep theirs."""
-    ranges, filled, members = {}, {}, {}
-    for t in units.tensors.values():
-        if units.dynamic(t.id):
-            r = units.root(t.id)
-            members.setdefault(r, []).append(t.id)
-            if t.id in watch.states:
-                lo, hi = (float(v) for v in watch.states[t.id][:2])
-                a, b = ranges.get(r, (lo, hi))
-                ranges[r] = min(a, lo), max(b, hi)
-            low, high = watch.fills.get(t.id, (False, False))
-            a, b = filled.get(r, (False, False))
-            filled[r] = a or low, b or high
-    softmax = {units.root(u.out) for u in units.of.values() if u.kind == "softmax"}
-    scales = {}
-    for r, ids in members.items():
-        if r not in ranges and not any(filled.get(r, ())):
-            continue
-        lo, hi = ranges.get(r, (0.0, 0.0))
-        lo, hi = lo - MASK_MARGIN * filled[r][0], hi + MASK_MARGIN * filled[r][1]
-        if r in softmax and lo >= 0 and hi <= 1.01:
-            found = SOFTMAX
-        else:
-            scale, zero = affine_params(lo, hi, bits=8, signed=True)
-            found = float(scale), int(zero)
-        scales.update(dict.fromkeys(ids, found))
-    return scales
-
-
-class _Watch(FloatPolicy):
-    """Float arithmetic that keeps ranges, fills of masks, and patterns that are not what they look like."""
-
-    def __init__(self, units, observer):
-        self.units, self.observer = units, observer
-        self.states, self.now, self.fills = {}, {}, {}
-        self.rejected, self.env, self.batches = set(), {}, 0
-
-    def enter(self, tensor, value, trace=None):
-        if tensor.role == "input" and is_float(tensor.dtype):
-            if np.isnan(np.asarray(value, np.float64)).any():
-                raise ValueError(f"{tensor.name or 'an input'} holds NaN: a range needs numbers")
-        self.note(tensor, value)
-        return value
-
-    def compute(self, op, args, ins, outs, trace):
-        self.env.update(zip(op.inputs, args, strict=True))
-        results = super().compute(op, args, ins, outs, trace)
-        for t, r in zip(outs, results, strict=True):
-            self.note(t, r)
-        unit = self.units.of.get(op.id)
-        if unit is not None and unit.kind in ("softmax", "layer_norm"):
-            want = _definition(unit, self.env)
-            got = np.asarray(results[0], np.float64)
-            narrow = outs[0].dtype in ("bfloat16", "float16")
-            room = (0.02 if narrow else 2e-3) * max(np.abs(want).max(initial=0.0), 1e-6)
-            if not (np.abs(got - want) <= room).all():
-                self.rejected.add(op.id)
-        return results
-
-    def note(self, tensor, value):
-        if not is_float(tensor.dtype) or not self.units.dynamic(tensor.id):
-            return
-        value = np.asarray(value).astype(np.float64)
-        low, high = self.fills.get(tensor.id, (False, False))
-        low, high = low or bool((value <= -FILL).any()), high or bool((value >= FILL).any())
-        if low or high:
-            self.fills[tensor.id] = low, high
-        value = value[np.abs(value) < FILL]  # NaN is left out as well
-        if value.size:
-            lo, hi = self.now.get(tensor.id, (np.inf, -np.inf))
-            self.now[tensor.id] = min(lo, value.min()), max(hi, value.max())
-
-    def next_batch(self):
-        for i, seen in self.now.items():
-            state = self.states.get(i) or init_range()
-            self.states[i] = update_range(state, np.array(seen), kind=self.observer)
-        self.now, self.batches = {}, self.batches + 1
-
-
-def _definition(unit, env):
-    """What a softmax or a norm should give for the values that it reads."""
-    x = np.asarray(env[unit.source], np.float64)
-    with np.errstate(all="ignore"):
-        if unit.kind == "softmax":
-            e = np.exp(x - x.max(-1, keepdims=True, initial=-np.inf))
-            return e / e.sum(-1, keepdims=True)
-        d = x - x.mean(-1, keepdims=True) if unit.center else x
-        y = d / np.sqrt((d * d).mean(-1, keepdims=True))
-        gamma, beta = _row(env, unit.gamma, x.shape[-1], 1.0), _row(env, unit.beta, x.shape[-1], 0.0)
-        return y * gamma + beta
-
-
-def _row(env, i, n, default):
-    """A static vector that an op applies to every row."""
-    if i is None:
-        return np.full(n, default)
-    v = np.asarray(env[i], np.float64)
-    return np.full(n, v.reshape(-1)[0]) if v.size == 1 else v.reshape(-1, v.shape[-1])[0]
 
 
 def _any(x):
@@ -335,8 +175,8 @@ class Int8Policy:
         y = requantize(np.clip(acc, -room, room), m, shift).astype(np.int64) + zero
         return self.reals(out, np.clip(y, -128, 127))
 
-    def _lut(self, unit, trace):
-        """A table of what the chain makes of each of the 256 codes."""
+    def table(self, unit):
+        """What the chain makes of each of the 256 codes, from the least up: codes, or whole numbers."""
         out = self.program.tensors[unit.out]
         scale, zero = self.grid(unit.source)
         values = {unit.source: scale * (np.arange(-128, 128.0) - zero)}
@@ -346,10 +186,16 @@ class Int8Policy:
             outs = [_Wide((256,), o.dtype) for o in _wide([self.program.tensors[o] for o in op.outputs])]
             made = numerics.compute(op, args, outs)
             values.update((o, np.broadcast_to(v, (256,))) for o, v in zip(op.outputs, made, strict=True))
-        table, codes = values[unit.out], self.codes(unit.source, self.env[unit.source])
+        found = values[unit.out]
         if not is_float(out.dtype):
-            return numerics.cast(table[codes + 128], out.dtype)
-        return self.reals(unit.out, int8_ops.lut_s8(codes, self.codes(unit.out, table).astype(np.int8)))
+            return numerics.cast(found, out.dtype)
+        return self.codes(unit.out, found).astype(np.int8)
+
+    def _lut(self, unit, trace):
+        table, codes = self.table(unit), self.codes(unit.source, self.env[unit.source])
+        if not is_float(self.program.tensors[unit.out].dtype):
+            return table[codes + 128]
+        return self.reals(unit.out, int8_ops.lut_s8(codes, table))
 
     def _softmax(self, unit, trace):
         x = self.env[unit.source]
@@ -369,7 +215,7 @@ class Int8Policy:
         _, zero = self.grid(unit.source)
         scale, out_zero = self.grid(unit.out)
         n = np.shape(x)[-1]
-        gamma, beta = _row(self.env, unit.gamma, n, 1.0), _row(self.env, unit.beta, n, 0.0)
+        gamma, beta = row(self.env, unit.gamma, n, 1.0), row(self.env, unit.beta, n, 0.0)
         g, b, m, shift = int8_ops.norm_params_s8(gamma, beta, scale)
         y = int8_ops.layernorm_s8(
             self.codes(unit.source, x), g, b, input_offset=-zero, multiplier=m, shift=shift,
@@ -383,16 +229,16 @@ class Int8Policy:
         if unit.kind == "product":
             a, b = numerics.dot_operands(op, args)
             left, right = (i in self.units.static for i in op.inputs[:2])
-            qa, sa = self._factor(op.inputs[0], a, (1,) if left else None)  # scale a row of a static left
-            qb, sb = self._factor(op.inputs[1], b, (2,) if right else None)
+            qa, sa = self.factor(op.inputs[0], a, (1,) if left else None)  # scale a row of a static left
+            qb, sb = self.factor(op.inputs[1], b, (2,) if right else None)
             int8_ops._check_sum(a.shape[2] * (1 if left or right else 2), None)
             acc = np.rint(np.matmul(qa, qb)).astype(np.int64)
             real = np.broadcast_to(sa * sb, acc.shape)
         else:
-            qa, sa = self._factor(op.inputs[0], args[0], None)
+            qa, sa = self.factor(op.inputs[0], args[0], None)
             static = op.inputs[1] in self.units.static and unit.kind == "conv_general_dilated"
             axis = (op.attrs["rhs_spec"][0],) if static else None
-            qb, sb = self._factor(op.inputs[1], args[1], axis)
+            qb, sb = self.factor(op.inputs[1], args[1], axis)
             rest = args[2:]
             acc = np.rint(numerics.compute(op, [qa, qb, *rest], [_Wide(out.shape)])[0]).astype(np.int64)
             real = sa * sb
@@ -409,7 +255,7 @@ class Int8Policy:
             raise ValueError(f"a sum of {op.label} leaves int32: {np.abs(acc).max():,}")
         return self._finish(acc, real, out.id)
 
-    def _factor(self, i, x, axes):
+    def factor(self, i, x, axes):
         """(codes less the zero point as float64, scale): activations by their grid, weights symmetric, with a
         scale for every index of `axes`, or one.
         """
@@ -439,7 +285,7 @@ class Int8Policy:
             raise ValueError(f"a sum of {op.label} leaves int32")
         return self._finish(acc.astype(np.int64), scale, out)
 
-    def _operand(self, i, x, out):
+    def operand(self, i, x, out):
         """(codes, scale, zero point) of an operand of an elementwise op; a static one on a grid of its own,
         where a fill is what pushes any result to the end of its range.
         """
@@ -456,7 +302,7 @@ class Int8Policy:
     def _binary(self, op, args, out):
         shape = self.program.tensors[out].shape
         parts = [
-            self._operand(i, np.broadcast_to(a, shape), out) for i, a in zip(op.inputs, args, strict=True)
+            self.operand(i, np.broadcast_to(a, shape), out) for i, a in zip(op.inputs, args, strict=True)
         ]
         (a, sa, za), (b, sb, zb) = parts
         so, zo = self.grid(out)
@@ -522,6 +368,3 @@ def add_multipliers(scale1, scale2, out_scale):
     (m1, s1), (m2, s2) = multiplier(scale1 / twice), multiplier(abs(scale2) / twice)
     mo, so = multiplier(twice / (2.0**20 * out_scale))
     return int(m1), int(s1), int(np.sign(scale2) * m2), int(s2), int(mo), int(so)
-
-
-assert MOST == 4096  # of `layernorm_s8`

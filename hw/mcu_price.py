@@ -44,8 +44,29 @@ class Work:
         return total
 
 
-def work(unit, units, core, weight_bits=8, rows=1) -> Work:
-    """What one execution of a unit does. rows: pieces that it is run in, one row (or some) each."""
+def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0) -> Work:
+    """What one execution of a unit does. rows: pieces that it is run in, one row (or some) each; aside: a row
+    is written beside its place and copied; streamed: bytes that come from the camera piece by piece.
+    """
+    w = _whole(unit, units, core, weight_bits, rows)
+    if rows > 1:
+        w.calls = [c if "k" in c[2] else _cut(*c, rows) for c in w.calls]
+        if aside:
+            w.calls.append((rows, "copy_s8", {"n": units.tensors[unit.out].size // rows}))
+        if streamed:
+            w.calls.append((rows, "copy_s8", {"n": streamed // rows}))
+    return w
+
+
+def _cut(times, kernel, dims, rows):
+    """A call in so many pieces."""
+    first = "n" if "n" in dims else "rows"
+    if dims[first] % rows:
+        return times, kernel, dims
+    return times * rows, kernel, dims | {first: dims[first] // rows}
+
+
+def _whole(unit, units, core, weight_bits, rows):
     program, op = units.program, unit.op
     t, c = program.tensors, op_counts(program, op)
     out = t[unit.out] if unit.out >= 0 else (t[op.outputs[0]] if op.outputs else None)
@@ -82,8 +103,8 @@ def work(unit, units, core, weight_bits=8, rows=1) -> Work:
     elif op.prim in ("reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin"):
         length = op.dims.length
         kernel = "reduce_sum_s8" if op.prim == "reduce_sum" else "reduce_max_s8"
-        if op.attrs.get("axes", (0,))[-1:] != (len(t[op.inputs[0]].shape) - 1,) and n * length:
-            add("move_s8", rows=n, cols=length)  # gathered along another axis first
+        if op.attrs.get("axes", (0,))[-1:] != (len(t[op.inputs[0]].shape) - 1,):
+            w.extra = 2.0 * n * length  # strides of its own along another axis
         add(kernel, rows=op.dims.rows, cols=length)
     elif op.prim in ("cumsum", "cummax", "cummin") or op.prim.startswith("reduce_window"):
         add("rescale_s8", n=n)

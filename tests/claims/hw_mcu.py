@@ -21,6 +21,7 @@ from tests.claims.record import store
 
 FILES = (
     "hw/mcu_arena.py",
+    "hw/mcu_calibrate.py",
     "hw/mcu_flow.py",
     "hw/mcu_int8.py",
     "hw/mcu_run.py",

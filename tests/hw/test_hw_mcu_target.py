@@ -12,7 +12,8 @@ import pytest
 import hw
 import ref
 from hw.mcu_arena import SWITCHES
-from hw.mcu_int8 import SOFTMAX, Int8Policy, add_multipliers
+from hw.mcu_calibrate import SOFTMAX
+from hw.mcu_int8 import Int8Policy, add_multipliers
 from hw.targets import preset
 from ref.blocks import int8_ops as ops
 from ref.blocks.arena import overlaps
