@@ -55,6 +55,19 @@ class AttentionParams(NamedTuple):
     b_o: np.ndarray | None = None
 
 
+class SelfAttentionParams(NamedTuple):
+    """Maps [in, C] to queries, keys and values, and w_o [C, C], each with a bias [C]."""
+
+    w_q: np.ndarray
+    b_q: np.ndarray
+    w_k: np.ndarray
+    b_k: np.ndarray
+    w_v: np.ndarray
+    b_v: np.ndarray
+    w_o: np.ndarray
+    b_o: np.ndarray
+
+
 def init_block(rng, dim, hidden, *, std=0.02):
     """BlockParams drawn by a NumPy Generator: normal weights (std), zero biases, unit norms."""
     w = lambda *shape: std * rng.standard_normal(shape)

@@ -25,6 +25,7 @@ from ref.blocks.separable import (
 )
 from ref.blocks.transformer import (
     BlockParams,
+    SelfAttentionParams,
     init_block,
     self_attention,
     self_attention_vjp,
@@ -37,12 +38,12 @@ from ref.example import Example
 from ref.models.mobilevit import MobileViTParams, init_mobilevit, mobilevit_block, mobilevit_block_vjp
 
 __all__ = [
-    "BN", "KERNELS", "AlbertParams", "AttentionParams", "BlockParams", "ConvBN", "Cost", "FNetParams",
-    "LsraParams", "MobileViTParams", "SeparableParams", "albert_encoder", "albert_encoder_vjp", "block_cost",
-    "example", "fnet_block", "fnet_block_vjp", "fourier_mix", "hard_swish", "init_albert", "init_fnet",
-    "init_lsra", "init_mobilevit", "init_separable_mlp", "light_conv", "light_conv_vjp", "lsra_block",
-    "lsra_block_vjp", "lsra_branches", "lsra_kernel", "mobilevit_block", "mobilevit_block_vjp",
-    "separable_mlp", "separable_mlp_vjp",
+    "BN", "KERNELS", "AlbertParams", "BlockParams", "ConvBN", "Cost", "FNetParams", "LsraParams",
+    "MobileViTParams", "SelfAttentionParams", "SeparableParams", "albert_encoder", "albert_encoder_vjp",
+    "block_cost", "example", "fnet_block", "fnet_block_vjp", "fourier_mix", "hard_swish", "init_albert",
+    "init_fnet", "init_lsra", "init_mobilevit", "init_separable_mlp", "light_conv", "light_conv_vjp",
+    "lsra_block", "lsra_block_vjp", "lsra_branches", "lsra_kernel", "mobilevit_block",
+    "mobilevit_block_vjp", "separable_mlp", "separable_mlp_vjp",
 ]  # fmt: skip
 
 KERNELS = (3, 7, 15, 31)  # of the short-range branch, growing with depth (as recalled; our choice)
@@ -69,26 +70,13 @@ class AlbertParams(NamedTuple):
     groups: tuple[BlockParams, ...]
 
 
-class AttentionParams(NamedTuple):
-    """The four maps of an attention layer, [C, C] and [C]."""
-
-    w_q: np.ndarray
-    b_q: np.ndarray
-    w_k: np.ndarray
-    b_k: np.ndarray
-    w_v: np.ndarray
-    b_v: np.ndarray
-    w_o: np.ndarray
-    b_o: np.ndarray
-
-
 class LsraParams(NamedTuple):
     """Both branches of width D/2 = h, and an MLP of width D.
 
     w_g [h, 2 h] (value, then gate); kernel [c, k], or [h, c, k] to make one from every token; w_z [h, h].
     """
 
-    attention: AttentionParams
+    attention: SelfAttentionParams
     w_g: np.ndarray
     b_g: np.ndarray
     kernel: np.ndarray
@@ -197,7 +185,7 @@ def lsra_block_vjp(x, params: LsraParams, dy, *, num_heads, causal=False, mask=N
         du, dkernel = du + through, dkernel.reshape(p.kernel.shape)
     du = np.concatenate([du * gate, du * value * gate * (1 - gate)], axis=-1)
     dnear, grads["w_g"], grads["b_g"] = linear_vjp(near, p.w_g, du)
-    dparams = LsraParams(attention=AttentionParams(**dattention), kernel=dkernel, **grads)
+    dparams = LsraParams(attention=SelfAttentionParams(**dattention), kernel=dkernel, **grads)
     return d + np.concatenate([dfar, dnear], axis=-1), dparams
 
 
@@ -225,7 +213,9 @@ def init_lsra(rng, dim, *, heads, kernel=3, dynamic=False, std=0.02):
     half = _even(dim) // 2
     block, narrow = init_block(rng, dim, dim, std=std), init_block(rng, half, half, std=std)
     return LsraParams(
-        attention=AttentionParams(**{name: getattr(narrow, name) for name in AttentionParams._fields}),
+        attention=SelfAttentionParams(
+            **{name: getattr(narrow, name) for name in SelfAttentionParams._fields}
+        ),
         w_g=std * rng.standard_normal((half, dim)),
         b_g=np.zeros(dim),
         kernel=np.zeros((half, heads, kernel) if dynamic else (heads, kernel)),

@@ -18,6 +18,7 @@ from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert import BertParams
 from ref.models.pairs import (
+    LIMITS,
     TINY,
     Linear,
     MatchParams,
@@ -181,7 +182,7 @@ class Reranker:
     @property
     def limits(self):
         """The keywords of `encode_pairs`."""
-        return {n: getattr(self, n) for n in ("max_len", "claim_max", "cls_id", "sep_id", "pad_id")}
+        return {n: getattr(self, n) for n in LIMITS}
 
     def select(self, claim, sentences) -> Selection:
         """Key sentences of an article for a claim, lists of ids. Raises: ValueError for an empty text."""

@@ -14,6 +14,7 @@ from ref.blocks.attention import attention_dense, join_heads, split_heads
 from ref.blocks.mlp import gelu, linear, silu
 from ref.blocks.norms import layer_norm
 from ref.blocks.positions import sinusoidal_positions
+from ref.blocks.transformer import SelfAttentionParams
 from ref.checks import check_ids
 from ref.dims import dims, float64
 from ref.models.vit import patchify
@@ -41,31 +42,18 @@ class DiTConfig:
     frames: int = 1
 
 
-class AttentionWeights(NamedTuple):
-    """Maps [in, C] and biases [C] of queries, keys, values and output."""
-
-    w_q: np.ndarray
-    b_q: np.ndarray
-    w_k: np.ndarray
-    b_k: np.ndarray
-    w_v: np.ndarray
-    b_v: np.ndarray
-    w_o: np.ndarray
-    b_o: np.ndarray
-
-
 class DiTBlockParams(NamedTuple):
     """w_mod [C, 6C], b_mod: shift, scale, gate of attention, then of the MLP; the parts they modulate."""
 
     w_mod: np.ndarray
     b_mod: np.ndarray
-    attn: AttentionWeights
+    attn: SelfAttentionParams
     w_fc1: np.ndarray
     b_fc1: np.ndarray
     w_fc2: np.ndarray
     b_fc2: np.ndarray
-    temporal: AttentionWeights | None = None
-    cross: AttentionWeights | None = None
+    temporal: SelfAttentionParams | None = None
+    cross: SelfAttentionParams | None = None
 
 
 class DiTParams(NamedTuple):
@@ -212,7 +200,7 @@ def init_dit(rng, cfg: DiTConfig, *, std=0.02, zero=True) -> DiTParams:
 
     def attention(keys=C):
         zero = np.zeros(C)
-        return AttentionWeights(w(C, C), zero, w(keys, C), zero, w(keys, C), zero, w(C, C), zero)
+        return SelfAttentionParams(w(C, C), zero, w(keys, C), zero, w(keys, C), zero, w(C, C), zero)
 
     def block():
         F = cfg.mlp_ratio * C

@@ -15,6 +15,7 @@ from ref.checks import check_num_heads
 from ref.dims import dims, float64
 from ref.models.bert import BertParams, bert_encode, bert_encode_vjp, bert_pool, bert_pool_vjp, init_bert
 
+LIMITS = ("max_len", "claim_max", "cls_id", "sep_id", "pad_id")  # the keywords of `encode_pairs`
 TINY = 1e-8  # the released code's guard of every division
 
 
@@ -160,13 +161,7 @@ def match_score(
     max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
 ):  # fmt: skip
     """Logits [2] of one article, sentence_ids lists of ids in their own order. Rank articles by logit 1."""
-    special = {
-        "max_len": max_len,
-        "claim_max": claim_max,
-        "cls_id": cls_id,
-        "sep_id": sep_id,
-        "pad_id": pad_id,
-    }
+    special = dict(zip(LIMITS, (max_len, claim_max, cls_id, sep_id, pad_id), strict=True))
     inputs = selected_pairs(claim_ids, sentence_ids, selection, top, special)
     options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
     return match_forward(*inputs, memory, params, **options)[0]
@@ -177,13 +172,7 @@ def match_score_backward(
     max_len=256, claim_max=180, cls_id=101, sep_id=102, pad_id=103, activation_between=False, eps=1e-12,
 ) -> MatchParams:  # fmt: skip
     """Gradients of the parameters for dlogits [2]; selection and memory are constants."""
-    special = {
-        "max_len": max_len,
-        "claim_max": claim_max,
-        "cls_id": cls_id,
-        "sep_id": sep_id,
-        "pad_id": pad_id,
-    }
+    special = dict(zip(LIMITS, (max_len, claim_max, cls_id, sep_id, pad_id), strict=True))
     inputs = selected_pairs(claim_ids, sentence_ids, selection, top, special)
     options = {"num_heads": num_heads, "activation_between": activation_between, "eps": eps}
     return match_forward_backward(*inputs, memory, params, float64(dlogits)[None], **options)

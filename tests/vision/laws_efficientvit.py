@@ -28,6 +28,7 @@ from ref.vision.efficientvit import (
     window_attention,
 )
 from tests.slopes import slope_of
+from tests.vision.pyramid import Shapes
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -234,13 +235,6 @@ def law_efficientvit_folds_and_counts():
     tally = Tally()
     efficientvit_forward(count(tally, img), net._replace(head_dist=None), SMALL)
     assert tally.macs == sum(row.macs for row in efficientvit_cost(SMALL, batch=2, image=72))
-
-
-class Shapes:
-    """Stands for a Generator where only shapes matter."""
-
-    standard_normal = staticmethod(lambda shape: np.broadcast_to(0.0, shape))
-    uniform = staticmethod(lambda low, high, shape: np.broadcast_to(0.0, shape))
 
 
 def law_efficientvit_variants_have_the_published_sizes():

@@ -27,6 +27,7 @@ from ref.vision.shvit import (
     stem_cost,
 )
 from tests.slopes import slope_of
+from tests.vision.pyramid import Shapes
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
@@ -207,13 +208,6 @@ def law_shvit_folds_counts_and_takes_any_size():
     tally = Tally()
     shvit_forward(count(tally, rng.standard_normal((2, 72, 72, 3))), net, SMALL)
     assert tally.macs == sum(row.macs for row in shvit_cost(SMALL, batch=2, image=72))
-
-
-class Shapes:
-    """Stands for a Generator where only shapes matter."""
-
-    standard_normal = staticmethod(lambda shape: np.broadcast_to(0.0, shape))
-    uniform = staticmethod(lambda low, high, shape: np.broadcast_to(0.0, shape))
 
 
 def law_shvit_variants_have_the_published_sizes():

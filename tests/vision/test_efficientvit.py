@@ -6,29 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 
 import ref
-from ref.vision.efficientvit import EfficientViTConfig, EfficientViTParams
+from ref.vision.efficientvit import EfficientViTConfig
 from tests.golden_runner import backward, call_args, compare_gradients, golden, run
 from tests.laws import law_tests, rejects
 from tests.vision import laws_efficientvit
+from tests.vision.pyramid import config_of, released
 
 globals().update(law_tests(laws_efficientvit))
 E = ref.efficientvit
 
 
-def released(img, params: EfficientViTParams, cfg, **options):
-    """The released network: its last linear maps are stored [out, in]."""
-    turn = lambda head: None if head is None else head._replace(w=head.w.T)
-    params = params._replace(head=turn(params.head), head_dist=turn(params.head_dist))
-    return E.efficientvit_forward(img, params, cfg, **options)
-
-
-def config(fields):
-    return EfficientViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
 @golden("efficientvit")
 def test_efficientvit_golden_ref(case):
-    run(case, SimpleNamespace(**{**vars(E), "efficientvit_forward": released}), build={"cfg": config})
+    as_released = {**vars(E), "efficientvit_forward": released(E.efficientvit_forward)}
+    run(case, SimpleNamespace(**as_released), build={"cfg": config_of(EfficientViTConfig)})
 
 
 @golden("efficientvit", only=("cascaded_group_attention",))

@@ -6,29 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 
 import ref
-from ref.vision.shvit import SHViTConfig, SHViTParams
+from ref.vision.shvit import SHViTConfig
 from tests.golden_runner import golden, run, run_backward
 from tests.laws import law_tests, rejects
 from tests.vision import laws_shvit
+from tests.vision.pyramid import config_of, released
 
 globals().update(law_tests(laws_shvit))
 V = ref.shvit
 
 
-def released(img, params: SHViTParams, cfg, **options):
-    """The released network: its last linear maps are stored [out, in]."""
-    turn = lambda head: None if head is None else head._replace(w=head.w.T)
-    params = params._replace(head=turn(params.head), head_dist=turn(params.head_dist))
-    return V.shvit_forward(img, params, cfg, **options)
-
-
-def config(fields):
-    return SHViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
 @golden("shvit")
 def test_shvit_golden_ref(case):
-    run(case, SimpleNamespace(**{**vars(V), "shvit_forward": released}), build={"cfg": config})
+    as_released = {**vars(V), "shvit_forward": released(V.shvit_forward)}
+    run(case, SimpleNamespace(**as_released), build={"cfg": config_of(SHViTConfig)})
 
 
 @golden("shvit", only=("single_head_attention",))
