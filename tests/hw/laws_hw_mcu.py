@@ -3,11 +3,15 @@
 from fractions import Fraction
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hw.interpret import run_program
 from hw.kernel_counts import CORES, DIMS, instructions
+from hw.mcu import calibrate, stm32f746
+from hw.program import Block, ElementwiseDims, MatmulDims, MoveDims, Op, Program, Tensor
 from ref.blocks import int8_ops as ops
+from ref.blocks.arena import overlaps
 from ref.blocks.integer import quantize_multiplier, requantize
 
 seeds = st.integers(0, 2**32 - 1)
@@ -150,3 +154,76 @@ def law_hw_mcu_instructions_grow_with_every_size(kernel, sizes, axis):
             )
     if kernel in ("fully_connected_s8", "matmul_s8"):
         assert instructions(kernel, dims, "cortex_m3") > instructions(kernel, dims, "cortex_m7")
+
+
+def random_program(rng, steps):
+    """A graph of products with weights, tables, sums, products and transposes on [n, n] values; all unused
+    values are results.
+    """
+    n = int(rng.integers(2, 7))
+    tensors, made, program_ops = {0: Tensor(0, (n, n), "float32", "input", "x")}, [0], []
+
+    def new(role="activation", data=None):
+        i = len(tensors)
+        tensors[i] = Tensor(i, (n, n), "float32", role, data=data)
+        return i
+
+    for _ in range(steps):
+        kind = rng.choice(["tanh", "add", "sub", "mul", "dot_general", "transpose", "weight"])
+        a, b = (int(v) for v in rng.choice(made[-4:], 2))
+        attrs, dims = {}, ElementwiseDims(n * n, 1, "add")
+        inputs = (a, b)
+        if kind == "tanh":
+            inputs, dims = (a,), ElementwiseDims(n * n, 1, "transcendental")
+        elif kind == "transpose":
+            inputs, attrs, dims = (a,), {"permutation": (1, 0)}, MoveDims(n * n, n * n)
+        elif kind in ("dot_general", "weight"):
+            if kind == "weight" or a == b:
+                b = new("const", (rng.standard_normal((n, n)) / n).astype(np.float32).tobytes())
+            inputs, attrs = (a, b), {"dimension_numbers": (((1,), (0,)), ((), ()))}
+            dims, kind = MatmulDims(1, n, n, n), "dot_general"
+        out = new()
+        family = {"dot_general": "matmul", "transpose": "move"}.get(str(kind), "elementwise")
+        program_ops.append(Op(len(program_ops), family, str(kind), inputs, (out,), dims, attrs=attrs))
+        made.append(out)
+    read = {i for op in program_ops for i in op.inputs}
+    outs = tuple(i for i in made[1:] if i not in read)
+    names = tuple(f"[{i}]" for i in range(len(outs))) if len(outs) > 1 else ("result",)
+    return Program("graph", tensors, Block((0,), tuple(program_ops), outs), ("x",), names, ("x",))
+
+
+@settings(max_examples=40)
+@given(seeds, st.integers(1, 14), st.tuples(*[st.booleans()] * 4))
+def law_hw_mcu_plans_run_in_their_arena(seed, steps, on):
+    """Any graph, any switches: sound, never above greedy by size without them, and no dead byte is read."""
+    rng = np.random.default_rng(seed)
+    program = random_program(rng, steps)
+    switches = dict(zip(("integrate", "decompose_patch", "overwrite", "reorder"), on, strict=True))
+    args = (rng.standard_normal(program.tensors[0].shape).astype(np.float32),)
+    plain = stm32f746(**dict.fromkeys(switches, False)).memory(program)
+    target = stm32f746(**switches).prepared(program, args)
+    plan = target.memory(program)
+    assert not overlaps(plan.arena)
+    assert plan.bound <= plan.total <= plain.total
+    want, _ = run_program(program, args, policy=target.formats)
+    got, ran = target.run_arena(program, args)
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert -(-max(ran.touched.values()) // 16) * 16 == plan.total
+
+
+@given(seeds, st.integers(1, 6))
+def law_hw_mcu_codes_cover_what_calibration_saw(seed, steps):
+    """Every value of a run is within half a step of its code, and 0 is a code."""
+    rng = np.random.default_rng(seed)
+    program = random_program(rng, steps)
+    args = (rng.standard_normal(program.tensors[0].shape).astype(np.float32),)
+    plan = calibrate(program, [args])
+    _, seen = run_program(program, args, per_op=True)
+    for record in seen.records:
+        for o, x in zip(record.op.outputs, record.outputs, strict=True):
+            scale, zero = plan.scales[o]
+            code = np.rint(np.asarray(x, np.float64) / scale) + zero
+            assert (-128.5 <= code).all()
+            assert (code <= 127.5).all()
+            assert -128 <= zero <= 127
