@@ -21,9 +21,8 @@ from ref.catalog import BY_SLUG
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-for laws in Path(__file__).parent.rglob(
-    "laws_*.py"
-):  # plain functions, but their asserts should explain themselves
+# plain functions, but their asserts should explain themselves
+for laws in Path(__file__).parent.rglob("laws_*.py"):
     pytest.register_assert_rewrite(
         ".".join(laws.relative_to(Path(__file__).parent.parent).with_suffix("").parts)
     )

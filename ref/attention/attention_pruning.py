@@ -19,6 +19,7 @@ from ref.blocks.attention import (
     split_heads,
     sum_groups,
 )
+from ref.blocks.importance import without_smallest
 from ref.blocks.masks import causal_mask
 from ref.blocks.softmax import softmax, weigh
 from ref.blocks.transformer import QKVParams, qkv, qkv_vjp
@@ -256,7 +257,7 @@ def to_block_mask(keep_mask, avg, *, block_q, block_k, rule="any", fraction=None
     if fraction is None or not 0 <= fraction < 1:
         raise ValueError(f'fraction must be in [0, 1) with rule="mean", got {fraction}')
     cells = np.minimum(block_q, n["N"] - rows)[:, None] * np.minimum(block_k, n["M"] - cols)
-    return _without_smallest(total / cells, fraction)
+    return _without_share(total / cells, fraction)
 
 
 def random_keep_mask(uniforms, fraction, *, visible=None):
@@ -265,18 +266,16 @@ def random_keep_mask(uniforms, fraction, *, visible=None):
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
     uniforms = float64(uniforms)
     if visible is None:
-        return _without_smallest(uniforms, fraction)
+        return _without_share(uniforms, fraction)
     _check_visible(visible, uniforms.shape[-2:])
     keep = np.zeros(uniforms.shape, bool)
-    keep[..., visible] = _without_smallest(uniforms[..., visible], fraction)
+    keep[..., visible] = _without_share(uniforms[..., visible], fraction)
     return keep
 
 
-def _without_smallest(x, fraction):
+def _without_share(x, fraction):
     """bool, the shape of x: False for the floor(fraction n + 1/2) smallest, the first of equals first."""
-    keep = np.ones(x.size, bool)
-    keep[np.argsort(x, axis=None, kind="stable")[: int(np.floor(fraction * x.size + 0.5))]] = False
-    return keep.reshape(x.shape)
+    return without_smallest(x, int(np.floor(fraction * x.size + 0.5)))
 
 
 def pruning_report(keep_mask):

@@ -45,6 +45,13 @@ def pool_scores(scores, *, pool, kernel):
     return around.max(axis=-1) if pool == "max" else around.sum(axis=-1) / kernel
 
 
+def without_smallest(x, count):
+    """bool, the shape of x: False for its `count` smallest entries, of equals the first in flat order."""
+    keep = np.ones(x.size, bool)
+    keep[np.argsort(x, axis=None, kind="stable")[:count]] = False
+    return keep.reshape(x.shape)
+
+
 def top_indices(scores, count):
     """The indices of the `count` largest along the last axis, falling; of equals the lowest first. int32."""
     return np.argsort(-float64(scores), axis=-1, kind="stable")[..., :count].astype(np.int32)

@@ -94,9 +94,8 @@ def orthogonal_features(rng, m, dim):
     groups = []
     for _ in range(-(-m // dim)):
         Q, R = np.linalg.qr(rng.standard_normal((dim, dim)))
-        groups.append(
-            Q * np.sign(np.diag(R))
-        )  # without the signs Q is not uniform, and the features are biased
+        # without the signs Q is not uniform, and the features are biased
+        groups.append(Q * np.sign(np.diag(R)))
     return np.concatenate(groups)[:m] * np.linalg.norm(rng.standard_normal((m, dim)), axis=-1)[:, None]
 
 

@@ -22,8 +22,9 @@ from ref.blocks.evolution import (
     random_gene,
     random_search,
 )
+from ref.blocks.losses import cross_entropy
 from ref.blocks.norms import layer_norm
-from ref.blocks.softmax import logsumexp
+from ref.blocks.softmax import softmax
 from ref.blocks.transformer import transformer_block
 from ref.checks import one_of
 from ref.dims import dims, float64
@@ -233,14 +234,7 @@ def _backward(params, a, delta):
 
 def _gradients(params, x, labels):
     a = _forward(params, x)
-    return _backward(params, a, _loss_gradient(a[-1], labels))[0]
-
-
-def _loss_gradient(logits, labels):
-    """d mean cross-entropy / d logits."""
-    p = np.exp(logits - logsumexp(logits)[:, None])
-    p[np.arange(len(p)), labels] -= 1
-    return p / len(p)
+    return _backward(params, a, cross_entropy(a[-1], labels)[1])[0]
 
 
 def _hessian_product(params, x, labels, v):
@@ -249,8 +243,8 @@ def _hessian_product(params, x, labels, v):
     for n, (w, d) in enumerate(zip(params.w, v, strict=True)):
         z = moved[-1] @ w.T + a[n] @ d.T
         moved.append(z if n == len(params.w) - 1 else z * (a[n + 1] > 0))
-    p = np.exp(a[-1] - logsumexp(a[-1])[:, None])
-    delta = _loss_gradient(a[-1], labels)
+    p = softmax(a[-1])
+    delta = cross_entropy(a[-1], labels)[1]
     delta_moved = p * (moved[-1] - (p * moved[-1]).sum(axis=1, keepdims=True)) / len(p)
     out = []
     for n in reversed(range(len(params.w))):

@@ -8,6 +8,7 @@ kept; weights are [out, in], because N:M groups run along a row's inputs.
 
 import numpy as np
 
+from ref.blocks.importance import without_smallest
 from ref.blocks.mlp import sigmoid
 from ref.dims import dims, float64
 from ref.example import Example
@@ -20,7 +21,7 @@ def magnitude_mask(w, *, sparsity):
     """
     _check_sparsity(sparsity)
     w = np.asarray(w)
-    return _drop_smallest(np.abs(w).ravel(), round(sparsity * w.size)).reshape(w.shape)
+    return without_smallest(np.abs(w), round(sparsity * w.size))
 
 
 def global_magnitude_masks(ws, *, sparsity):
@@ -28,7 +29,7 @@ def global_magnitude_masks(ws, *, sparsity):
     _check_sparsity(sparsity)
     sizes = [np.size(w) for w in ws]
     flat = np.concatenate([np.abs(np.asarray(w)).ravel() for w in ws])
-    mask = _drop_smallest(flat, round(sparsity * flat.size))
+    mask = without_smallest(flat, round(sparsity * flat.size))
     parts = np.split(mask, np.cumsum(sizes)[:-1])
     return tuple(m.reshape(np.shape(w)) for m, w in zip(parts, ws, strict=True))
 
@@ -43,7 +44,7 @@ def structured_mask(w, *, sparsity, axis, order=2):
     if not -w.ndim <= axis < w.ndim:
         raise ValueError(f"axis must be in {-w.ndim}..{w.ndim - 1}, got {axis}")
     slices = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
-    kept = _drop_smallest(np.linalg.norm(slices, ord=order, axis=1), round(sparsity * len(slices)))
+    kept = without_smallest(np.linalg.norm(slices, ord=order, axis=1), round(sparsity * len(slices)))
     shape = [1] * w.ndim
     shape[axis] = -1
     return np.broadcast_to(kept.reshape(shape), w.shape).copy()
@@ -238,13 +239,6 @@ def sparse_bytes(shape, *, kind="bitmap", sparsity, itemsize, n=2, m=4, block=32
         packed = rows * (cols // m) * n
         return packed * itemsize + -(-packed * (m - 1).bit_length() // 8)
     raise ValueError(f'kind must be "dense", "bitmap", "csr", "bsr" or "nm", got {kind!r}')
-
-
-def _drop_smallest(size, count):
-    """Mask of a flat array without its `count` smallest entries, the first of equals dropped first."""
-    mask = np.ones(len(size), bool)
-    mask[np.argsort(size, kind="stable")[:count]] = False
-    return mask
 
 
 def _nm_groups(w, n, m):

@@ -186,9 +186,8 @@ def spec_kv_generate(target: LlamaWeights, draft: LlamaWeights, tokens, *, max_n
         if L <= c.sparse_window + c.sparse_columns:
             return attention_dense(q, k, v, causal=True)
         scores = kv_importance(q, k, window=c.window + ahead + 1, **options)
-        columns = vertical_band_mask(
-            top_indices(scores, c.sparse_columns), length=L, band=c.sparse_window
-        )  # [Hkv, L, L]
+        # [Hkv, L, L]
+        columns = vertical_band_mask(top_indices(scores, c.sparse_columns), length=L, band=c.sparse_window)
         return attention_dense(q, k, v, mask=np.repeat(columns, len(q) // len(k), axis=0))
 
     forward_with(target, np.concatenate([tokens, guess]), attend)

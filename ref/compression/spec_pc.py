@@ -11,7 +11,7 @@ import numpy as np
 
 from ref.blocks.attention import attention_dense
 from ref.blocks.importance import pool_scores, top_indices, window_attention
-from ref.blocks.softmax import logsumexp
+from ref.blocks.losses import negative_log_likelihood
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.llama import LlamaWeights, forward, forward_with, generate, llama_costs
@@ -150,9 +150,7 @@ def perplexity_tokens(nll, *, capacity):
 def token_nll(model: LlamaWeights, tokens):
     """-log p of each token [S] after those before it; the first, which nothing precedes, counts as 0."""
     logits, _ = forward(model, tokens)
-    tokens = np.asarray(tokens)
-    own = np.take_along_axis(logits[:-1], tokens[1:, None], axis=-1)[:, 0]
-    return np.concatenate([[0.0], logsumexp(logits[:-1]) - own])
+    return np.concatenate([[0.0], negative_log_likelihood(logits[:-1], np.asarray(tokens)[1:])])
 
 
 def ttft_flops(length, capacity, *, draft, target):
@@ -190,9 +188,8 @@ def _watch(window, seen):
     """An attention for `forward_with` that notes what the last `window` queries look at, block by block."""
 
     def attend(l, q, k, v):
-        front = np.zeros(
-            (len(q), k.shape[-2] - q.shape[-2], q.shape[-1])
-        )  # earlier queries are not looked at
+        # earlier queries are not looked at
+        front = np.zeros((len(q), k.shape[-2] - q.shape[-2], q.shape[-1]))
         seen.append(window_attention(np.concatenate([front, q], axis=-2), k, window=window))
         return attention_dense(q, k, v, causal=True)
 

@@ -191,13 +191,9 @@ def cct_classify_vjp(
         concepts, start = _concepts(name, stream, x, variant, fixed, options, noise)
         n, dattn = tokens.shape[1], given[name]
         every = np.broadcast_to(float64(dlogits)[:, None] / n, (len(dlogits), n, dlogits.shape[-1]))
+        dattn = None if dattn is None else dattn[:, None] / heads
         dtokens, dconcepts, dcross = concept_cross_attention_vjp(
-            tokens,
-            concepts,
-            stream.cross,
-            every,
-            None if dattn is None else dattn[:, None] / heads,
-            heads=heads,
+            tokens, concepts, stream.cross, every, dattn, heads=heads
         )
         d["patches" if name == "spatial" else "cls"] += dtokens
         if fixed:
@@ -226,12 +222,8 @@ def concept_consistency(attn, labels, attn_augmented):
         raise ValueError("labels must hold a class twice, and two classes")
     within, between = cosine[same & pairs].mean(), cosine[~same].mean()
     flipped = a.argmax(axis=-1) != float64(attn_augmented).argmax(axis=-1)
-    return {
-        "within": within,
-        "between": between,
-        "consistency": within - between,
-        "flip_rate": flipped.mean(),
-    }
+    gap = within - between
+    return {"within": within, "between": between, "consistency": gap, "flip_rate": flipped.mean()}
 
 
 def _attend(tokens, concepts, params, heads):

@@ -64,8 +64,7 @@ def condition(q, k, v, *, rule="hebb", beta=None, log_decay=None, state=None, ke
 def condition_vjp(q, k, v, cotangent, *, rule="hebb", beta=None, log_decay=None, state=None, scale=1.0):
     """{argument: gradient} of `condition` for the cotangent [..., T, dv] of o; rule "hebb" or "delta".
 
-    Holds q, k, v and those of beta, log_decay and state that were given. All states are kept: T dk dv
-    numbers.
+    Holds q, k, v and those of beta, log_decay and state that were given. All T states are kept.
     """
     lead = check_condition(q, k, v, rule, beta, log_decay, state, None, False, 1)
     if rule not in CHUNKED:
@@ -307,9 +306,8 @@ def check_condition(q, k, v, rule, beta, log_decay, state, key_sum, normalize, c
             raise ValueError(f"log_decay belongs to rules {', '.join(CHUNKED)}, got rule {rule!r}")
         spec = "... T" if log_decay.ndim < k.ndim else "... T dk"
         dims(k=(k, "... T dk"), log_decay=(log_decay, spec))
-        if (
-            isinstance(log_decay, np.ndarray) and not (log_decay <= 0).all()
-        ):  # traced values cannot be looked at
+        # traced values cannot be looked at
+        if isinstance(log_decay, np.ndarray) and not (log_decay <= 0).all():
             raise ValueError("log_decay must not be above 0: a memory does not grow by forgetting")
     return n["..."]
 

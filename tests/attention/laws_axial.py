@@ -112,9 +112,8 @@ def law_axial_shift_and_its_adjoint(seed, num, axis):
 def law_axial_logits_know_exactly_what_comes_before(seed, config):
     """A change at t leaves every logit up to t as it was, bit for bit; the first value reaches the last."""
     params, x, rng = model(config, seed)
-    shape = (
-        x.shape[1:] if config.channels == 1 else (x.shape[3], *x.shape[1:3])
-    )  # channels come first in order
+    # channels come first in order
+    shape = x.shape[1:] if config.channels == 1 else (x.shape[3], *x.shape[1:3])
     order = list(np.ndindex(*shape))
     at = lambda t: t if config.channels == 1 else (*t[1:], t[0])
     logits = axial_logits(params, x, config=config)
@@ -220,9 +219,8 @@ def law_axial_cond_is_added_everywhere(seed):
     c = rng.standard_normal(4)
     got = axial_logits(params, x, config=GRAY, cond=np.broadcast_to(c, (2, 3, 4, 4)))
     want = axial_logits(params._replace(pos_h=params.pos_h + c), x, config=GRAY)
-    np.testing.assert_allclose(
-        got, want, rtol=0, atol=1e-12
-    )  # one sum in another order, then well-scaled layers
+    # one sum in another order, then well-scaled layers
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
 @given(seeds)

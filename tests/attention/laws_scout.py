@@ -315,9 +315,8 @@ def law_scout_pairs_have_the_published_order():
 def law_scout_cache_is_a_segment_th_and_the_mixer(mixer, n):
     full, scout, mix = (cache_bytes(TINY, 3 * n, kind=k, mixer=mixer) for k in ("full", "scout", mixer))
     assert scout == full // 3 + mix
-    assert (
-        cache_bytes(TINY, 3 * n, kind="full") == 2 * 2 * 2 * 4 * 3 * n
-    )  # 2 bytes, 2 layers, k and v, 4 wide
+    # 2 bytes, 2 layers, k and v, 4 wide
+    assert cache_bytes(TINY, 3 * n, kind="full") == 2 * 2 * 2 * 4 * 3 * n
 
 
 def law_scout_flops_are_counted():

@@ -72,9 +72,8 @@ def test_conv_block_batch_norm_folds_and_differentiates():
     trained, moved = conv.conv_bn(x, p, padding=1, train=True)
     flat = trained.reshape(-1, 6)
     np.testing.assert_allclose(flat.mean(0), p.bn.beta, atol=1e-12)
-    np.testing.assert_allclose(
-        flat.std(0), np.abs(p.bn.gamma), rtol=1e-5
-    )  # eps = 1e-5 beside a variance near 30
+    # eps = 1e-5 beside a variance near 30
+    np.testing.assert_allclose(flat.std(0), np.abs(p.bn.gamma), rtol=1e-5)
     raw = conv.conv2d(x, p.w, padding=1).reshape(-1, 6)
     np.testing.assert_allclose(moved.mean, 0.9 * p.bn.mean + 0.1 * raw.mean(0), rtol=1e-12)
     np.testing.assert_allclose(moved.var, 0.9 * p.bn.var + 0.1 * raw.var(0, ddof=1), rtol=1e-12)

@@ -365,9 +365,8 @@ def law_melt_heat_stays_between_the_air_and_its_end(watts, r, falls):
     assert (trace.frequency >= device.floor).all()
     assert ((trace.frequency == 1) | (trace.temperature > device.limit_c)).all()
     np.testing.assert_array_equal(trace.power, [power(f) for f in trace.frequency])
-    if (
-        not falls
-    ):  # constant power: the exact exponential, Euler's error is below step / (2 R C e) of the rise
+    # constant power: the exact exponential, Euler's error is below step / (2 R C e) of the rise
+    if not falls:
         want = device.ambient_c + watts * r * (1 - np.exp(-trace.t / (r * 10.0)))
         assert np.abs(trace.temperature - want).max() <= 2 * watts * r / (2 * r * 10.0 * np.e)
 

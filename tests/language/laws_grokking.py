@@ -308,9 +308,8 @@ def law_grokking_accuracy_is_that_of_greedy_decoding():
     data = composition_data(rng, entities=8, relations=4, out_degree=3, ratio=1, holdout=0.1)
     params = init_grokking(rng, vocab=len(data.vocab), context=5, dim=16, depth=1)
     ids, labels = data.train
-    params, losses, _ = train_steps(
-        ids, labels, params, steps=25, lr=0.03, warmup_steps=2, **HEADS
-    )  # so that some answers are right
+    # so that some answers are right
+    params, losses, _ = train_steps(ids, labels, params, steps=25, lr=0.03, warmup_steps=2, **HEADS)
     assert losses[-1] < losses[0]
     for name, (ids, labels) in data.tests.items():
         right = []

@@ -337,9 +337,8 @@ def law_verbatim_memory_shuffling_attention_keeps_weights_and_values(seed):
                 else:
                     np.testing.assert_array_equal(w, new[name])
         one, many = np.array([3]), np.array([3, 1, 4, 1, 5])
-        np.testing.assert_array_equal(
-            logits(mixed, one), logits(params, one)
-        )  # alone, a token attends to itself
+        # alone, a token attends to itself
+        np.testing.assert_array_equal(logits(mixed, one), logits(params, one))
         assert np.abs(logits(mixed, many) - logits(params, many)).max() > 0
         again = shuffle_qk(params, seed)
         np.testing.assert_array_equal(layers(again)[1]["w_k"], layers(mixed)[1]["w_k"])

@@ -346,9 +346,8 @@ def law_atlas_kernel_memory_is_the_scan_on_its_series(seed, window):
     tail = exp(1) / factorial(13)
     np.testing.assert_allclose(got, want, rtol=0, atol=49 * tail * (1 + np.abs(v).max()) ** 2 + tol(want))
     one = dot_memory(k, k, v, window=1)
-    np.testing.assert_allclose(
-        one, v, rtol=0, atol=64 * 7 * EPS * np.abs(v).max() * exp(1) * 7
-    )  # stored exactly
+    # stored exactly
+    np.testing.assert_allclose(one, v, rtol=0, atol=64 * 7 * EPS * np.abs(v).max() * exp(1) * 7)
 
 
 def deep_case(seed, T=6, dk=3, dv=2, hidden=4):

@@ -219,10 +219,11 @@ def law_gtrxl_shut_gates_make_the_network_its_embedding(seed, kind):
     embedded = np.maximum(x @ params.w_embed, 0)
     y, _ = gtrxl(x, memory, params, heads=2, gate=kind)
     np.testing.assert_allclose(y, embedded, rtol=0, atol=1e-5)
+    # a norm, or a gate without bias, stands in the way
     for other, norm in (
         (kind, "post"),
         ("input", "identity"),
-    ):  # a norm, or a gate without bias, stands in the way
+    ):
         params = init_gtrxl(rng, inputs=3, width=6, layers=3, heads=2, head_dim=4, gate=other, bias=30)
         y, _ = gtrxl(x, memory, params, heads=2, gate=other, norm=norm)
         assert np.abs(y - np.maximum(x @ params.w_embed, 0)).max() > 1e-2

@@ -316,9 +316,8 @@ def law_memmamba_scorer_learns_straight_through():
 
         np.testing.assert_allclose(loss(0), np.sum(dy * y), rtol=0, atol=4096 * EPS * np.abs(dy).sum())
         total += slope_of(loss, 1e-5)[0] * scores[i] * (1 - scores[i])
-    np.testing.assert_allclose(
-        grads.notes.b2, total, rtol=1e-6, atol=1e-8
-    )  # truncation and cancellation of 1e-5
+    # truncation and cancellation of 1e-5
+    np.testing.assert_allclose(grads.notes.b2, total, rtol=1e-6, atol=1e-8)
 
 
 def law_memmamba_tiny_model_learns():

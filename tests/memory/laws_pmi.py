@@ -144,9 +144,8 @@ def law_pmi_gates_keep_or_replace_and_bound_the_slots(seed):
     _, x, wm, _, p = case(seed)
     options, p = {"heads": 2, "topk": 2}, p.write
     shut = p._replace(forget_bias=np.array(40.0), input_bias=np.array(-40.0))
-    np.testing.assert_allclose(
-        competitive_write(x, wm, shut, **options), wm, rtol=0, atol=1e-6
-    )  # the card's bound
+    # the card's bound
+    np.testing.assert_allclose(competitive_write(x, wm, shut, **options), wm, rtol=0, atol=1e-6)
     opened = p._replace(forget_bias=np.array(-40.0), input_bias=np.array(40.0))
     assert (np.abs(competitive_write(x, wm, opened, **options)) <= 1 + 1e-6).all()
     state, start = wm, np.abs(wm).max()
@@ -261,9 +260,8 @@ def law_pmi_layer_gradients_agree_with_differences(seed, share_memory, own_maps)
 def law_pmi_networks_gradients_agree_with_differences(seed, share_memory, ids):
     """Few seeds: of some hundred ReLUs one lies within the step of the quotient now and then."""
     rng = np.random.default_rng(seed)
-    moved = lambda p: tree_map(
-        lambda t: t + 0.2 * rng.standard_normal(np.shape(t)), p
-    )  # biases of 0 are kinks
+    # biases of 0 are kinks
+    moved = lambda p: tree_map(lambda t: t + 0.2 * rng.standard_normal(np.shape(t)), p)
     net = moved(
         init_pmi_transformer(0, vocab=7, positions=6, width=D, classes=3, heads=2, slots=N, segments=S)
     )

@@ -80,12 +80,10 @@ def test_models_vit_accel_matches_ref(global_pool):
 def test_models_vit_positions_resize():
     table = RNG.standard_normal((49, 5))
     np.testing.assert_array_equal(resize_positions(table, 7), table)
-    linear = np.add.outer(2.0 * np.arange(7), np.arange(7)).reshape(
-        49, 1
-    )  # a cubic kernel keeps straight lines
-    got = resize_positions(linear, 3).reshape(
-        3, 3
-    )  # samples at 2/3, 3, 16/3, clear of the edge but for one tap
+    # a cubic kernel keeps straight lines
+    linear = np.add.outer(2.0 * np.arange(7), np.arange(7)).reshape(49, 1)
+    # samples at 2/3, 3, 16/3, clear of the edge but for one tap
+    got = resize_positions(linear, 3).reshape(3, 3)
     np.testing.assert_allclose(got[1, 1], 9.0, rtol=1e-14)
     np.testing.assert_allclose(resize_positions(np.ones((49, 1)), 4), 1.0, rtol=1e-14)
 

@@ -237,9 +237,8 @@ def law_logah_normalised_matrices_keep_the_variance():
     rng = np.random.default_rng(0)
     w = normalize_params(rng.standard_normal((512, 256)))
     variance = np.var(rng.standard_normal((64, 256)) @ w.T)
-    assert abs(variance - 2) <= 5 * 2 * np.sqrt(
-        2 / 64 / 256 + 2 / 512 / 256
-    )  # five deviations of the estimate
+    # five deviations of the estimate
+    assert abs(variance - 2) <= 5 * 2 * np.sqrt(2 / 64 / 256 + 2 / 512 / 256)
 
 
 @given(st.integers(1, 4000))
@@ -301,9 +300,8 @@ def law_logah_counts():
     total = {name: sum(count_parameters(c).values()) for name, c in VARIANTS.items()}
     published = {"tiny": 2.5e6, "small": 21.4e6, "base": 78.2e6, "large": 289.4e6}
     for name, n in published.items():
-        assert (
-            abs(total[name] / n - 1) < 0.03
-        )  # the variants differ by factors; ours has an own graph and tables
+        # the variants differ by factors; ours has an own graph and tables
+        assert abs(total[name] / n - 1) < 0.03
     d, r, K = 64, 32, 32768
     assert count_parameters(VARIANTS["tiny"])["decoder"] == (
         36 * d**2 + 12 * d + 2 * r**2 * (8 * d + 1) + r**2 + r + (r + 1) * K

@@ -157,9 +157,8 @@ def law_softmax_free_one_outlier_slows_the_batch():
     A = gaussian_kernel(q, q)
     alone, together = (newton_residuals(A, iters=8, normalize=True, batch_alpha=b) for b in (False, True))
     assert alone[-1, 0] < 1e-6 < together[-1, 0]
-    np.testing.assert_array_equal(
-        newton_inverse(A[:1], batch_alpha=True), newton_inverse(A[:1])
-    )  # one matrix is its own batch
+    # one matrix is its own batch
+    np.testing.assert_array_equal(newton_inverse(A[:1], batch_alpha=True), newton_inverse(A[:1]))
 
 
 @given(seeds, st.sampled_from((0.1, 1.0, 30.0)))
