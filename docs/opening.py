@@ -71,7 +71,7 @@ class Figure:
         name = "fig-" + re.sub(r"\W+", "-", title.lower())[:40].strip("-")
         return (
             f'<figure><svg viewBox="0 0 {width} {height}" role="{role}" aria-labelledby="{name}" fill="none" '
-            f'stroke="currentColor" font-size="{size}" style="width: 100%; max-width: {width}px">'
+            f'stroke="currentColor" font-size="{size}" width="{width}">'
             f'<title id="{name}">{escape(title)}</title>{"".join(self.parts)}</svg>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
@@ -85,12 +85,15 @@ def axis_letters(folder="ref"):
     return found
 
 
-def source(path, name):
-    """The source of a function in a file of the project, as a Markdown code block; nothing is imported."""
+def source(path, name, doc=True):
+    """The source of a function in a file, as a Markdown code block; doc=False leaves its docstring out."""
     text = (ROOT / path).read_text()
     node = next(n for n in ast.parse(text).body if getattr(n, "name", None) == name)
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return "```python\n" + "\n".join(text.splitlines()[first - 1 : node.end_lineno]) + "\n```"
+    lines = text.splitlines()[: node.end_lineno]
+    if not doc and ast.get_docstring(node):
+        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+    return "```python\n" + "\n".join(lines[first - 1 :]) + "\n```"
 
 
 def kernels():

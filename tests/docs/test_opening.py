@@ -148,6 +148,8 @@ def test_opening_kernels_are_all_listed():
     names = {name for name, *_ in opening.kernels()}
     assert names == {p.name for p in (ROOT / "accel/kernels").glob("*.py")} - {"__init__.py", "rum_step.py"}
     assert "def _forward_kernel" in opening.source("accel/kernels/flash_triton.py", "_forward_kernel")
+    bare = opening.source("ref/blocks/softmax.py", "merge", doc=False)
+    assert bare.startswith("```python\ndef merge(a, b):\n    m = np.maximum")
 
 
 def test_opening_costs_rows_to_corner():
@@ -304,6 +306,15 @@ def test_opening_sources_name_every_chapter():
         assert title, page
         assert ledger.section(text, "Sources"), page
         assert page.startswith("hw/") or ledger.citation(text), page
+
+
+def test_opening_glossary_is_in_order_and_its_links_lead_somewhere():
+    text = (ROOT / "docs/start/glossary.md").read_text()
+    terms = re.findall(r"^(\S[^\n]*)\n:   ", text, re.MULTILINE)
+    assert terms == sorted(terms, key=lambda t: t.lower().replace("(", ""))
+    assert len(set(terms)) == len(terms) > 50
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / "docs/start" / link).resolve().exists(), link
 
 
 @pytest.mark.parametrize("letter", opening.LETTERS)
