@@ -25,7 +25,7 @@ PLAN = {
     "devices": "pim_gpt edge_moe mcuformer melt",
 }
 START = ("notation", "attention", "numerics", "kernels", "costs", "agreement", "which", "paths", "recipes")
-HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "accelerators")
+HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "report", "accelerators")
 REFERENCE = ("glossary", "claims", "sources")
 
 

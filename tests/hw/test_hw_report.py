@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -102,6 +102,29 @@ def test_hw_report_one_resource_has_no_range():
     r = summarise("core", [cost], peak_memory=0, regions={}, clock_hz=1.0)
     assert r.seconds_range == (2.0, 2.0)
     assert "from" not in r.table()
+
+
+def test_hw_report_exercises():
+    """The numbers in the folded solutions of the chapter."""
+
+    @dataclass(frozen=True)
+    class Two(hw.target.Target):
+        def cost(self, op, ctx):
+            first = op.prim == "sin"
+            busy = {"matrix": 3e-6, "memory": 4e-6} if first else {"matrix": 1e-6, "memory": 1e-6}
+            return OpCost(busy_s=busy, overhead_s=2e-6, basis="roofline, by hand")
+
+    r = hw.estimate(hw.trace(lambda x: jnp.cos(jnp.sin(x)), ("float32", (4,))), Two(fuse=False))
+    assert (r.seconds, *r.seconds_range) == pytest.approx((9e-6, 5e-6, 13e-6))
+    product = hw.trace(jnp.dot, ("bfloat16", (64, 4096)), ("bfloat16", (4096, 4096)), weights=("b",))
+    ideal = hw.h200(ideal=True, l2_gbps=0)
+    found = hw.sweep_fields(product, ideal, hbm_gbps=[15_800, 16_000, 40_000])
+    assert [r["bound_by"] for r in found] == ["hbm", "tensor", "tensor"]
+    assert found.rows[1]["seconds"] == found.rows[2]["seconds"] == pytest.approx(2.17e-6, rel=0.01)
+    step = claims.decode(30, loop=True)
+    slow, fast = hw.sweep_fields(step, hw.gddr6_aim(), t_mode=[32, 0])
+    assert 1 - fast["seconds"] / slow["seconds"] == pytest.approx(0.07, abs=0.005)
+    assert hw.estimate(step, hw.gddr6_aim()).utilisation["pins"] == pytest.approx(0.46, abs=0.01)
 
 
 # Roofs
