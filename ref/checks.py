@@ -16,6 +16,12 @@ def at_least_one(**sizes):
             raise ValueError(f"{name} must be at least 1, got {n}")
 
 
+def check_share(name, x):
+    """Raise ValueError unless x is in [0, 1]; NaN is not."""
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {x}")
+
+
 def check_num_heads(width, num_heads, *, name="num_heads"):
     """Raise ValueError unless the width splits into that many heads."""
     if num_heads < 1 or width % num_heads:

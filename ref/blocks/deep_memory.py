@@ -84,8 +84,7 @@ def _deep_gradient(k, v, weight, W, loss):
     a = k @ W.w_in
     h = gelu(a)
     d = weight[..., None] * (h @ W.w_out - v) * (1.0 if loss == "l2" else 2 / v.shape[-1])
-    flip = lambda x: np.swapaxes(x, -1, -2)
-    return DeepMemory(flip(k) @ (d @ flip(W.w_out) * gelu_grad(a)), flip(h) @ d)
+    return DeepMemory(k.mT @ (d @ W.w_out.mT * gelu_grad(a)), h.mT @ d)
 
 
 def check_deep(k, v, weights0, lr, decay, momentum, chunk, window, loss, momentum0):

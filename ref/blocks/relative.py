@@ -64,18 +64,17 @@ def relative_attention_vjp(x, memory, params: RelativeParams, dy, *, heads, u, v
     source, dy = np.concatenate([float64(memory), float64(x)], axis=1), float64(dy)
     q, k, v, r = _project(source, asked, p_, heads)
     p = _weights(q, k, r, u, v_bias, mask)
-    flip = lambda z: np.swapaxes(z, -1, -2)
     do, dw_o, db_o = linear_vjp(join_heads(p @ v), p_.w_o, dy, bias=p_.b_o is not None)
     do = split_heads(do, heads)
-    ds = softmax_vjp(p, do @ flip(v)) / np.sqrt(q.shape[-1])
+    ds = softmax_vjp(p, do @ v.mT) / np.sqrt(q.shape[-1])
     dshift = unshift(ds)
     dq_content, dq_position = ds @ k, dshift @ r
-    dk = flip(ds) @ (q + u[:, None])
-    dr = (flip(dshift) @ (q + v_bias[:, None])).sum(axis=0)
+    dk = ds.mT @ (q + u[:, None])
+    dr = (dshift.mT @ (q + v_bias[:, None])).sum(axis=0)
     parts = (
         (asked, p_.w_q, p_.b_q, join_heads(dq_content + dq_position)),
         (source, p_.w_k, p_.b_k, join_heads(dk)),
-        (source, p_.w_v, p_.b_v, join_heads(flip(p) @ do)),
+        (source, p_.w_v, p_.b_v, join_heads(p.mT @ do)),
         (descending_sinusoids(source.shape[1], source.shape[2]), p_.w_r, p_.b_r, join_heads(dr)),
     )
     (dasked, dw_q, db_q), (d1, dw_k, db_k), (d2, dw_v, db_v), (_, dw_r, db_r) = (

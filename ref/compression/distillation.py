@@ -13,7 +13,7 @@ import numpy as np
 from ref.blocks.losses import cross_entropy
 from ref.blocks.softmax import log_softmax, logsumexp
 from ref.blocks.transformer import block_parameters
-from ref.checks import check_num_heads, one_of
+from ref.checks import check_num_heads, check_share, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert_cost import encoder_macs
@@ -53,8 +53,7 @@ def kd_loss(student_logits, teacher_logits, labels, *, temperature=2.0, alpha=0.
     T^2 keeps the soft gradient's size as T grows (Hinton et al. 2015, section 2.1).
     Raises: ValueError for alpha outside [0, 1] or a label outside 0..K-1.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check_share("alpha", alpha)
     soft, grad_soft = soft_kl(student_logits, teacher_logits, temperature=temperature)
     hard, grad_hard = cross_entropy(student_logits, labels)
     weight = alpha * (temperature**2 if scale_by_t2 else 1.0)

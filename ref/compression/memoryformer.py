@@ -13,7 +13,7 @@ from ref.blocks.mlp import linear_vjp, sigmoid
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.quantize import check_finite
 from ref.blocks.rope import rope, rope_angles
-from ref.checks import check_ids, check_num_heads, one_of
+from ref.checks import check_ids, check_num_heads, check_share, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -310,8 +310,7 @@ def _qkv(u, p, num_heads, fraction):
 
 def _turn(x, fraction, direction=1):
     """Rotary embedding of the first `fraction` of the channels (an even number); direction -1 turns back."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"rope_fraction must be in [0, 1], got {fraction}")
+    check_share("rope_fraction", fraction)
     L, R = x.shape[-2], int(x.shape[-1] * fraction) // 2 * 2
     turned = rope(x[..., :R], direction * rope_angles(np.arange(L), R), pairs="halves") if R else x[..., :0]
     return np.concatenate([turned, x[..., R:]], axis=-1)

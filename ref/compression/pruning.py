@@ -10,6 +10,7 @@ import numpy as np
 
 from ref.blocks.importance import without_smallest
 from ref.blocks.mlp import sigmoid
+from ref.checks import check_share
 from ref.dims import dims, float64
 from ref.example import Example
 
@@ -19,14 +20,14 @@ def magnitude_mask(w, *, sparsity):
 
     Raises: ValueError if sparsity is outside [0, 1].
     """
-    _check_sparsity(sparsity)
+    check_share("sparsity", sparsity)
     w = np.asarray(w)
     return without_smallest(np.abs(w), round(sparsity * w.size))
 
 
 def global_magnitude_masks(ws, *, sparsity):
     """A tuple of masks with one threshold for all weights: layers of small weights lose more than others."""
-    _check_sparsity(sparsity)
+    check_share("sparsity", sparsity)
     sizes = [np.size(w) for w in ws]
     flat = np.concatenate([np.abs(np.asarray(w)).ravel() for w in ws])
     mask = without_smallest(flat, round(sparsity * flat.size))
@@ -39,7 +40,7 @@ def structured_mask(w, *, sparsity, axis, order=2):
 
     Raises: ValueError for a sparsity outside [0, 1] or an axis w does not have.
     """
-    _check_sparsity(sparsity)
+    check_share("sparsity", sparsity)
     w = np.asarray(w)
     if not -w.ndim <= axis < w.ndim:
         raise ValueError(f"axis must be in {-w.ndim}..{w.ndim - 1}, got {axis}")
@@ -137,7 +138,7 @@ def movement_mask(scores, *, keep=None, threshold=None):
         raise ValueError(f"give exactly one of keep and threshold, got {keep=}, {threshold=}")
     if threshold is not None:
         return sigmoid(scores) > threshold
-    _check_sparsity(keep, "keep")
+    check_share("keep", keep)
     mask = np.zeros(scores.size, bool)
     mask[np.argsort(-scores.ravel(), kind="stable")[: int(keep * scores.size)]] = True
     return mask.reshape(scores.shape)
@@ -221,7 +222,7 @@ def sparse_bytes(shape, *, kind="bitmap", sparsity, itemsize, n=2, m=4, block=32
     `block` a side with the same two indices. nm: in * n / m values a row and ceil(log2 m) bits each.
     Raises: ValueError for an unknown kind or a sparsity outside [0, 1].
     """
-    _check_sparsity(sparsity)
+    check_share("sparsity", sparsity)
     rows, cols = shape
     size = rows * cols
     kept = size - round(sparsity * size)
@@ -248,11 +249,6 @@ def _nm_groups(w, n, m):
     if columns % m:
         raise ValueError(f"w has {columns} inputs, not a multiple of m={m}")
     return np.asarray(w).reshape(len(w), columns // m, m)
-
-
-def _check_sparsity(s, name="sparsity"):
-    if not 0 <= s <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {s}")
 
 
 def example(seed=0):

@@ -102,8 +102,7 @@ def outlier_free_attention_vjp(
     else:
         ds = clipped_softmax_vjp(s, dp, gamma=gamma, zeta=zeta, mask=mask)
     ds = ds * (q.shape[-1] ** -0.5 if scale is None else scale)
-    turned = lambda x: np.swapaxes(x, -1, -2)
-    return weigh(ds, k), weigh(turned(ds), q), weigh(turned(p), g * grad), dgate
+    return weigh(ds, k), weigh(ds.mT, q), weigh(p.mT, g * grad), dgate
 
 
 def _scores(q, k, v, gate, scale):

@@ -15,7 +15,7 @@ import numpy as np
 from ref.blocks.bit_plan import LayerSensitivity, allocate_bits, sensitivity
 from ref.blocks.quantize import init_range, update_range
 from ref.blocks.rotation import block_for, hadamard_matrix, hadamard_transform, rotation_for
-from ref.checks import one_of
+from ref.checks import check_share, one_of
 from ref.dims import dims
 from ref.example import Example
 from ref.models.dit import (
@@ -339,8 +339,7 @@ def _check_quant(x, bits, granularity, pool_batch):
 def _check_balance(act_max, weight, alpha):
     """Largest |W| of every channel [C]."""
     dims(act_max=(act_max, "C"), weight=(weight, "out C"))
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check_share("alpha", alpha)
     if not (np.asarray(act_max) > 0).all():
         raise ValueError("act_max must be positive")
     wmax = np.abs(weight).max(axis=0)

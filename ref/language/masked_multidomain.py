@@ -13,7 +13,7 @@ import numpy as np
 
 from ref.blocks.losses import cross_entropy, macro_f1
 from ref.blocks.softmax import logsumexp, softmax
-from ref.checks import check_ids, one_of
+from ref.checks import check_ids, check_share, one_of
 from ref.dims import dims, float64
 from ref.example import Example
 from ref.models.bert_cost import BertConfig, encoder_parameters
@@ -138,8 +138,7 @@ def predict(z, problem, *, sizes):
 def reject(local_class, routing_mass, *, threshold):
     """The local class, or -1 (unknown) where the routing mass is below the threshold (ours)."""
     dims(local_class=(local_class, "B"), routing_mass=(routing_mass, "B"))
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    check_share("threshold", threshold)
     return np.where(np.asarray(routing_mass) < threshold, UNKNOWN, local_class)
 
 
@@ -168,13 +167,13 @@ def masked_loss_backward(z, y, problem, dloss=1.0, *, sizes):
 
 def mixed_loss(z, y, problem, *, sizes, alpha):
     """alpha full + (1 - alpha) masked (ours). Raises: ValueError for alpha outside [0, 1]."""
-    _check_share("alpha", alpha)
+    check_share("alpha", alpha)
     return alpha * full_loss(z, y) + (1 - alpha) * masked_loss(z, y, problem, sizes=sizes)
 
 
 def mixed_loss_backward(z, y, problem, dloss=1.0, *, sizes, alpha):
     """Gradient [B, C] of `mixed_loss` times dloss."""
-    _check_share("alpha", alpha)
+    check_share("alpha", alpha)
     inside = masked_loss_backward(z, y, problem, dloss, sizes=sizes)
     return alpha * full_loss_backward(z, y, dloss) + (1 - alpha) * inside
 
@@ -321,11 +320,6 @@ def _check_labels(y, problem, sizes):
     if y.dtype.kind not in "iu" or ((y < start[problem]) | (y >= start[problem + 1])).any():
         raise ValueError(f"y must be global classes of their problems, got {y} for problem {problem}")
     return y
-
-
-def _check_share(name, x):
-    if not 0 <= x <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {x}")
 
 
 def example(seed=0):

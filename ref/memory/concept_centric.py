@@ -69,9 +69,8 @@ def concept_cross_attention_vjp(tokens, concepts, params: CrossParams, dlogits, 
     do = split_heads(do, heads)
     da = do @ np.swapaxes(v, -1, -2)
     ds = q.shape[-1] ** -0.5 * softmax_vjp(attn, da if dattn is None else da + dattn)
-    T = lambda x: np.swapaxes(x, -1, -2)
     dtokens, dw_q, _ = linear_vjp(float64(tokens), p.w_q, join_heads(ds @ k))
-    dkv = np.concatenate([join_heads(T(ds) @ q), join_heads(T(attn) @ do)], axis=-1)
+    dkv = np.concatenate([join_heads(ds.mT @ q), join_heads(attn.mT @ do)], axis=-1)
     dconcepts, dw_kv, _ = linear_vjp(float64(concepts), p.w_kv, dkv)
     return dtokens, dconcepts, CrossParams(dw_q, dw_kv, dw_proj, db_proj)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ref.blocks.conv import BN, init_bn
-from ref.checks import one_of
+from ref.checks import check_share, one_of
 
 
 class HiLoParams(NamedTuple):
@@ -110,8 +110,7 @@ def split_heads_hilo(num_heads, alpha):
 
     Raises: ValueError for alpha outside [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check_share("alpha", alpha)
     low = int(num_heads * alpha)
     return num_heads - low, low
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.checks import check_share
+
 # Families of documents: a label, and the modules whose public names it takes.
 FAMILIES = (
     "scipy.stats", "scipy.special", "scipy.signal", "scipy.linalg", "scipy.ndimage", "scipy.interpolate",
@@ -72,8 +74,7 @@ def docstring_corpus(*, min_words=200, limit=None, families=FAMILIES) -> Corpus:
 
 def held_out(names, *, share=0.2):
     """bool [n], True for the test: by a checksum of the name, so that it is the same on every machine."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share}")
+    check_share("share", share)
     return np.array([zlib.crc32(n.encode()) < share * 2**32 for n in names], bool)
 
 

@@ -108,12 +108,11 @@ def soft_attention(q, q_tilde, v, *, normalize=False, iters=20, ridge=None, batc
 
 def soft_attention_vjp(q, q_tilde, v, dy, *, normalize=False, iters=20, ridge=None, batch_alpha=False):
     """-> (dq, dq_tilde, dv) of `soft_attention` for dy [..., N, Dv], the inverse by its closed form."""
-    T = lambda x: np.swapaxes(x, -1, -2)
     K, A, W, V = _factors(q, q_tilde, v, normalize, iters, ridge, batch_alpha)
-    u = T(K) @ v
-    w, dw = W @ u, T(K) @ dy
-    du, dW = T(W) @ dw, dw @ T(u)
-    dK, dv = dy @ T(w) + v @ T(du), K @ du
+    u = K.mT @ v
+    w, dw = W @ u, K.mT @ dy
+    du, dW = W.mT @ dw, dw @ u.mT
+    dK, dv = dy @ w.mT + v @ du.mT, K @ du
     if normalize:
         total = A.sum(axis=-1)
         s = total**-0.5
