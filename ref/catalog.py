@@ -961,6 +961,22 @@ CATALOG = (
         ),
     ),
     Technique(
+        slug="mcuformer",
+        part="devices",
+        title="MCUFormer",
+        paper="MCUFormer: Deploying Vision Transformers on Microcontrollers with Limited Memory",
+        year=2023,
+        arxiv="2310.16898",
+        idea="Low-rank factors, a search under a memory limit, int8 tokens that overwrite their inputs: a ViT "
+        "in 320 KB.",
+        core=(
+            "low_rank_linear",
+            "slice_qkv_rows",
+            "relative_position_embedding",
+            "mcuformer_forward",
+        ),
+    ),
+    Technique(
         slug="melt",
         part="devices",
         title="MELT",
