@@ -42,8 +42,8 @@ def trace_events(report) -> dict:
 
 
 def _alive(report):
-    """{op: bytes alive while it runs}."""
-    if report.program is None or not report.program.body.ops:
+    """{op: bytes alive while it runs}; none for a target with a plan of its own, whose steps are not ops."""
+    if report.program is None or not report.program.body.ops or hasattr(report.device, "memory"):
         return {}
     return {m.op.id: m.nbytes for m in _timeline(report)[0]}
 

@@ -206,9 +206,14 @@ def _with_shapes(report):
 
 
 def memory(report) -> str | None:
-    """Bytes alive over the time of the program, its largest buffers as bands, a loop's body once."""
+    """Bytes alive over the time of the program, its largest buffers as bands, a loop's body once; the planned
+    arena of a target that plans one.
+    """
     if report.program is None or not report.program.body.ops:
         return None
+    if hasattr(report.device, "memory"):
+        plan = report.device.memory(report.program)
+        return arena(plan.arena, plan.names, f"{report.target}: the arena, {plan.total:,} B")
     moments, left_out = _timeline(report)
     seconds = {}
     for c in report.by_op:
@@ -281,6 +286,53 @@ def memory(report) -> str | None:
         out.append(_text(14, row, f"{_cut(_name(t), 40)} {list(t.shape)} {t.dtype}: {size:,} B"))
     out.append(_text(0, low + 54 + 18 * len(largest), left_out, font_size=12))
     return "".join([*out, "</svg>"])
+
+
+_PALE = '"currentColor" fill-opacity="0.2"'
+
+
+def arena(plan, names, title: str) -> str | None:
+    """A planned arena: steps to the right, addresses upward, a rectangle a buffer, a panel a region."""
+    buffers = [b for b in plan.buffers if b[1]]
+    if not buffers:
+        return None
+    regions = plan.totals or {"": plan.total}
+    largest = sorted(buffers, key=lambda b: -b[1])[:7]
+    colour = {b[0]: COLOURS[n] for n, b in enumerate(largest)}
+    steps = max(b[3] for b in buffers) + 1
+    tall = 200 if len(regions) == 1 else 130
+    x = lambda step: 1 + step / steps * (WIDTH - 2)
+    out, top = [], 28
+    for name, total in regions.items():
+        if name:
+            out.append(_text(0, top + 10, f"{name}: {total:,} B"))
+            top += 16
+        y = lambda address, top=top, total=total: top + tall - address / max(total, 1) * tall
+        for i, size, first, last in buffers:
+            if plan.region.get(i, "") != name:
+                continue
+            at = plan.offsets[i]
+            shade = (
+                f'"{colour[i]}" fill-opacity="0.8"' if i in colour else '"currentColor" fill-opacity="0.2"'
+            )
+            out.append(
+                f'<rect x="{x(first):.1f}" y="{y(at + size):.1f}" width="{x(last + 1) - x(first):.1f}" '
+                f'height="{y(at) - y(at + size):.1f}" fill={shade} stroke="currentColor" stroke-width="0.6">'
+                f"<title>{escape(names.get(i, str(i)))}: {size:,} B at {at:,}, steps {first} to {last}"
+                "</title></rect>"
+            )
+        out.append(_line(0, top + tall, WIDTH, top + tall))
+        top += tall + 8
+    out.append(_text(0, top + 10, "step 0") + _text(WIDTH, top + 10, f"step {steps - 1}", "end"))
+    top += 30
+    for n, (i, size, first, last) in enumerate(largest):
+        row = top + 18 * n
+        out.append(f'<rect x="0" y="{row - 9}" width="9" height="9" fill="{colour[i]}"/>')
+        out.append(_text(14, row, f"{_cut(names.get(i, str(i)), 46)}: {size:,} B, steps {first} to {last}"))
+    foot = f"{plan.lower_bound:,} B are alive at once; addresses upward"
+    out.append(_text(0, top + 18 * len(largest), foot, font_size=12))
+    label = f"Arena over {steps} steps, one rectangle a buffer: {title}"
+    return "".join([_open(top + 18 * len(largest) + 8, label), _head(title), *out, "</svg>"])
 
 
 def _timeline(report):

@@ -87,6 +87,8 @@ def test_cli_run_shows_three_panels(capsys, slug):
     assert all(c["within"] and c["error"] <= c["bound"] for c in r["accel"]["calls"])
     assert [t["target"] for t in r["hw"]["targets"]] == ["h200", "xeon_6154"]
     assert all(t["seconds"] > 0 and t["energy_j"] > 0 and t["bound_by"] for t in r["hw"]["targets"])
+    for t in r["hw"]["targets"]:
+        assert t["seconds_range"][0] <= t["seconds"] <= t["seconds_range"][1]
     assert r["hw"]["macs"] > 0
     assert r["claims"]["rows"]
     code, out, err = call(capsys, "run", slug, *TARGETS)

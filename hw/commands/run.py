@@ -165,6 +165,7 @@ def _row(report):
     return {
         "device": report.target,
         "seconds": report.seconds,
+        "seconds_range": list(report.seconds_range),
         "energy_j": report.energy_j,
         "bound_by": report.bound_by,
         "peak_bytes": report.peak_memory,
@@ -237,14 +238,14 @@ def _show_run(out, r):
 def _show_hw(out, panel):
     if panel["fn"]:
         head(out, f"hw: what {panel['fn']} costs, {panel['macs']:,} MACs (models, not measurements)")
-        table = columns("target", "time", "energy", "bound by", "peak memory")
+        table = columns("target", "time", "at least", "at most", "energy", "bound by", "memory")
         for c in panel["targets"]:
             if c["seconds"] is not None:
                 cells = (
-                    si(c["seconds"], "s"),
+                    *(si(s, "s") for s in (c["seconds"], *c["seconds_range"])),
                     si(c["energy_j"], "J"),
                     c["bound_by"],
-                    f"{c['peak_bytes']:,} B",
+                    si(c["peak_bytes"], "B"),
                 )
                 table.add_row(c["target"], *cells)
         out.print(table)

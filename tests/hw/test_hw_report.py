@@ -33,6 +33,7 @@ TARGETS = (
     "hbm2_pim",
     "pim_gpt",
     "zcu102",
+    "stm32h743",
 )
 
 
