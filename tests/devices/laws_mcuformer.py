@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from ref.blocks import live_arena
 from ref.blocks.arena import Plan, best_plan, overlaps
-from ref.blocks.int8_ops import lut_s8
+from ref.blocks.int8_ops import lut_s8, norm_params_s8
 from ref.blocks.live_arena import ArenaError, LiveArena, Phase, lifetimes, run_phases
 from ref.blocks.mlp import gelu
-from ref.blocks.vit_int8 import Near8, Softmax8, exponential_gelu
+from ref.blocks.vit_int8 import Near8, Norm8, Softmax8, exponential_gelu
 from ref.devices.mcuformer import (
     PATCHES,
     LowRank,
@@ -338,6 +338,18 @@ def law_mcuformer_weights_of_attention_are_within_a_code(seed, scale):
     # i_exp is off by 4.4e-3 of its value, z halvings by z steps of 0.0025 at weights of 2^-z: together less
     # than a code of 1/256, and each side is rounded
     assert np.abs(Softmax8(scale, "exponential")(x) - want).max() <= 2
+
+
+@FEW
+@given(seeds)
+def law_mcuformer_norm_is_within_two_codes(seed):
+    """Of the float norm of what the codes mean."""
+    rng = np.random.default_rng(seed)
+    gamma, beta, x = rng.uniform(0.5, 1.5, 24), rng.standard_normal(24) / 2, rng.integers(-128, 128, (5, 24))
+    q, offset, multiplier, shift = norm_params_s8(gamma, beta, 0.05)
+    got = Norm8(q, offset, 7, multiplier, shift, 3)(x.astype(np.int8))
+    y = (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True) * gamma + beta
+    assert np.abs(got - np.clip(np.rint(y / 0.05) + 3, -128, 127)).max() <= 2
 
 
 @given(st.floats(0.001, 0.2))

@@ -8,6 +8,7 @@ import accel
 import hw
 import ref
 from tests.claims import mcuformer as claims
+from tests.claims import record
 from tests.devices import laws_mcuformer
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
@@ -103,6 +104,18 @@ def test_mcuformer_search_end_to_end_on_few_digits(monkeypatch):
     np.testing.assert_allclose(masked, want, rtol=0, atol=512 * 2.0**-23 * np.abs(want).max())
     loss = claims.int8_loss(p, best, splits, patch, rho, most=2)
     assert loss["s8"]["cosine"] > 0.99
+
+
+def test_mcuformer_stored_results_are_fresh():
+    """And say what the chapter says: arenas as planned, searches alike, networks within limits, int8 too."""
+    assert record.is_fresh("mcuformer")
+    r = record.load("mcuformer")["results"]
+    for row in r["published"]["rows"]:
+        assert row["arena"] == row["alive"] == row["touched"] == row["closed_form"]
+    for found in r["runs"] + r["narrow"]["runs"]:
+        assert found["bytes"] <= r["limit"]
+        assert abs(found["evolved"][-1] - found["random"][-1]) < 2 * 100 / r["sizes"][1]  # an image or two
+    assert r["int8"]["float"] - r["int8"]["s8"]["accuracy"] < 1.0
 
 
 def test_mcuformer_on_the_microcontroller_target():
