@@ -6,17 +6,16 @@ mapping network is BLIP-2's query transformer (Li et al. 2023), the fusion ClipC
 al. 2021) with the user's words added to its sequence, and beam search ClipCap's.
 """
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from ref.blocks.beam import beam_search
 from ref.blocks.captions import bleu, cider, meteor, rouge_l
 from ref.blocks.losses import cross_entropy
 from ref.blocks.optim import adam, adam_init
-from ref.blocks.softmax import log_softmax
+from ref.blocks.tfidf import user_tfidf, user_words
 from ref.blocks.transformer import (
     BlockParams,
     block_parameters,
@@ -129,37 +128,6 @@ def prefix_lm_loss_backward(prefix, tokens, mask, lm_params: GPTParams, dloss, *
     return prefix_lm_logits_backward(prefix, tokens, mask, lm_params, dlogits, num_heads=num_heads, eps=eps)
 
 
-def beam_search(step_fn, prefix, *, beam, max_len, stop_id=None):
-    """Token lists, best first by mean log-probability; the stop token, where produced, ends one and is kept.
-
-    step_fn(prefix, tokens [b, t]) -> logits [b, V] of the next token. A finished list stays a candidate at
-    its own score. Not every list of V^t is seen: a wider beam may end with a worse best.
-    Raises: ValueError for beam or max_len below 1, or logits of which none is finite.
-    """
-    if beam < 1 or max_len < 1:
-        raise ValueError(f"beam and max_len must be at least 1, got {beam=} and {max_len=}")
-    tokens, score, length = np.zeros((1, 0), np.int64), np.zeros(1), np.zeros(1, int)
-    done = np.zeros(1, bool)
-    for _ in range(max_len):
-        log_p = log_softmax(step_fn(prefix, tokens))
-        log_p[done] = -np.inf
-        log_p[done, 0] = 0.0  # a finished list goes on in one way, for nothing
-        length = length + ~done
-        total = score[:, None] + log_p
-        mean = (total / length[:, None]).ravel()
-        best = np.argsort(-mean, kind="stable")[:beam]
-        best = best[np.isfinite(mean[best])]
-        if not best.size:
-            raise ValueError("step_fn must return at least one logit that is finite")
-        row, token = np.divmod(best, log_p.shape[1])
-        tokens, score = np.concatenate([tokens[row], token[:, None]], axis=1), total.ravel()[best]
-        length, done = length[row], done[row] | (token == stop_id)
-        if done.all():
-            break
-    order = np.argsort(-score / length, kind="stable")
-    return [tokens[i, : length[i]].tolist() for i in order]
-
-
 def generate_caption(prefix, lm_params: GPTParams, *, num_heads, beam=5, max_len=20, stop_id=None):
     """Lists of token ids, best first, for one prefix [n_p, d]; beam 1 is greedy. See `beam_search`."""
     n = dims(prefix=(prefix, "n_p d"), wte=(lm_params.wte, "V d"), wpe=(lm_params.wpe, "P d"))
@@ -205,35 +173,6 @@ def personalized_caption(image_tokens, user_id, model: CaptionModel, *, beam=5, 
     return generate_caption(
         prefix, model.lm, num_heads=model.heads[2], beam=beam, max_len=max_len, stop_id=model.stop_id
     )
-
-
-def user_tfidf(docs, *, smooth=True, norm="l2"):
-    """(weights [U, W], vocab): tf-idf of the users' documents, one string each; vocab sorted.
-
-    Tokens: two or more word characters, lower case. tf counts; idf = ln((1 + U) / (1 + df)) + 1, or with
-    smooth=False ln(U / df) + 1. norm "l2": rows of length 1; None: as they are.
-    Raises: ValueError for no document, or another norm.
-    """
-    if norm not in ("l2", None):
-        raise ValueError(f'norm must be "l2" or None, got {norm!r}')
-    if not docs:
-        raise ValueError("docs must hold at least one document")
-    counts = [Counter(re.findall(r"\b\w\w+\b", doc.lower())) for doc in docs]
-    vocab = sorted(set().union(*counts))
-    tf = np.array([[c[w] for w in vocab] for c in counts], float).reshape(len(docs), len(vocab))
-    df = (tf > 0).sum(axis=0)
-    weights = tf * (np.log((smooth + len(docs)) / (smooth + df)) + 1)
-    length = np.linalg.norm(weights, axis=1, keepdims=True)
-    return (weights / np.where(length > 0, length, 1.0) if norm == "l2" else weights), vocab
-
-
-def user_words(weights, vocab, k):
-    """The k words of highest weight of every user, ties by the alphabet; words of weight 0 never."""
-    dims(weights=(weights, f"U {len(vocab)}"))
-    if k < 0:
-        raise ValueError(f"k must not be negative, got {k}")
-    best = lambda row: sorted((w for w in range(len(vocab)) if row[w] > 0), key=lambda w: (-row[w], vocab[w]))
-    return [[vocab[w] for w in best(row)[:k]] for row in weights]
 
 
 def user_context(words, encode, wte, k):
