@@ -311,6 +311,7 @@ class Mcu(Target):
             bytes_by_level={k: v for k, v in (("sram", moved), ("flash", w.flash)) if v},
             macs=w.macs,
             flops=w.flops,
+            high=sum(busy.values()) / seconds if seconds else 1.0,
             basis=self._basis,
             warnings=warnings,
         )

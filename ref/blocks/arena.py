@@ -35,9 +35,8 @@ class Plan:
         panel = (height - 30) / len(regions)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            f'font-family="sans-serif" font-size="11" aria-label="Arena of {self.total:,} bytes over {end} '
-            'steps: one rectangle a buffer">'
-            "<style>text{fill:currentColor}.b{stroke:currentColor;stroke-width:.6;fill-opacity:.55}</style>"
+            'font-family="sans-serif" font-size="11" fill="currentColor" '
+            f'aria-label="Arena of {self.total:,} bytes over {end} steps: one rectangle a buffer">'
         ]
         for r, name in enumerate(regions):
             total = self.totals.get(name, self.total) or 1
@@ -48,12 +47,19 @@ class Plan:
                 if self.region.get(i, "") != name or not size:
                     continue
                 label = (names or {}).get(i, str(i))
+                left, top = 10 + x * first, base - y * (self.offsets[i] + size)
+                w, h = x * (last - first + 1), y * size
                 parts.append(
-                    f'<rect class="b" x="{10 + x * first:.1f}" y="{base - y * (self.offsets[i] + size):.1f}" '
-                    f'width="{x * (last - first + 1):.1f}" height="{y * size:.1f}" '
-                    f'fill="{_COLOURS[n % len(_COLOURS)]}"><title>{escape(label)}: {size:,} B at '
-                    f"{self.offsets[i]:,}, steps {first} to {last}</title></rect>"
+                    f'<rect x="{left:.1f}" y="{top:.1f}" width="{w:.1f}" height="{h:.1f}" '
+                    f'fill="{_COLOURS[n % len(_COLOURS)]}" fill-opacity="0.55" stroke="currentColor" '
+                    f'stroke-width="0.6"><title>{escape(label)}: {size:,} B at {self.offsets[i]:,}, '
+                    f"steps {first} to {last}</title></rect>"
                 )
+                fitting = label[: int((w - 4) / 6)]  # about 6 units a letter
+                if h >= 12 and len(fitting) >= min(len(label), 5):
+                    parts.append(
+                        f'<text x="{left + 3:.1f}" y="{top + h / 2 + 4:.1f}">{escape(fitting)}</text>'
+                    )
         parts.append(f'<text x="10" y="{height - 4}">step of the program, 0 to {end - 1}</text></svg>')
         return "".join(parts)
 

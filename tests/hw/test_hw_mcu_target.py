@@ -200,6 +200,7 @@ def test_hw_mcu_prices_follow_the_counts():
     slow = replace(target, flash_bytes_s=1e4)
     assert hw.estimate(program, slow).seconds == pytest.approx(32 * 76 / 1e4)
     assert hw.estimate(program, slow).bound_by == "flash"
+    assert r.seconds_range == pytest.approx((r.seconds, r.seconds + 32 * 76 / 200e6))
     assert hw.estimate(program, hw.stm32f427(overwrite=False)).cycles == pytest.approx(
         1.15 * hw.instructions("matmul_s8", {"m": 20, "k": 64, "n": 32}, "cortex_m4")
     )
@@ -358,6 +359,15 @@ def test_hw_mcu_says_what_does_not_fit_and_what_would():
     assert e.value.region == "flash"
     assert e.value.needed == plain.flash_bytes(program)
     assert any("weight_bits=4" in s or "KB of flash" in s for s in e.value.suggestions)
+
+
+def test_hw_mcu_exercise_of_the_chapter_on_tokens():
+    mlp = lambda x, a, b: x + jax.nn.gelu(x @ a, approximate=False) @ b
+    shapes = [("float32", s) for s in ((225, 192), (192, 768), (768, 192))]
+    program = hw.trace(mlp, *shapes, weights=("a", "b"))
+    beside = lambda **f: hw.stm32f746(profile="emitted", **f).memory(program).total - 225 * 192
+    assert beside() == 1536
+    assert beside(integrate=False) == 225 * (768 + 192)
 
 
 def test_hw_mcu_plan_is_drawn():
