@@ -259,13 +259,18 @@ def memory(report) -> str | None:
         f'<polygon points="{left},{y(0):.1f} {points} {right},{y(0):.1f}" fill="currentColor" '
         'fill-opacity="0.16" stroke="currentColor" stroke-width="1"/>'
     )
-    for i in largest:
-        for a, b, lo, hi in _joined(bands[i]):
+    for n, i in enumerate(largest):
+        joined = _joined(bands[i])
+        for a, b, lo, hi in joined:
             box = f'width="{max(b - a, 0.8):.1f}" height="{y(lo) - y(hi):.1f}"'
             out.append(
                 f'<rect x="{a:.1f}" y="{y(hi):.1f}" {box} '
-                f'fill="{colour[i]}" fill-opacity="0.8"><title>{escape(_name(tensors[i]))}</title></rect>'
+                f'fill="{colour[i]}" fill-opacity="0.8" stroke="currentColor" stroke-width="0.5">'
+                f"<title>{escape(_name(tensors[i]))}</title></rect>"
             )
+        if joined:
+            a, b, lo, hi = max(joined, key=lambda r: r[1] - r[0])
+            out.append(_number(n + 1, (a + b) / 2, y(hi), b - a, y(lo) - y(hi)))
     if held:
         out.append(
             f'<rect x="{left}" y="{low - floor_h + 3}" width="{right - left}" height="{floor_h - 3}" '
@@ -283,7 +288,8 @@ def memory(report) -> str | None:
         row = low + 54 + 18 * n
         size = dict(peak.buffers)[i]
         out.append(f'<rect x="0" y="{row - 9}" width="9" height="9" fill="{colour[i]}"/>')
-        out.append(_text(14, row, f"{_cut(_name(t), 40)} {list(t.shape)} {t.dtype}: {size:,} B"))
+        words = f"{n + 1}  {_cut(_name(t), 40)} {list(t.shape)} {t.dtype}: {size:,} B"
+        out.append(_text(14, row, words))
     out.append(_text(0, low + 54 + 18 * len(largest), left_out, font_size=12))
     return "".join([*out, "</svg>"])
 
@@ -299,6 +305,7 @@ def arena(plan, names, title: str) -> str | None:
     regions = plan.totals or {"": plan.total}
     largest = sorted(buffers, key=lambda b: -b[1])[:7]
     colour = {b[0]: COLOURS[n] for n, b in enumerate(largest)}
+    rank = {b[0]: n + 1 for n, b in enumerate(largest)}
     steps = max(b[3] for b in buffers) + 1
     tall = 200 if len(regions) == 1 else 130
     x = lambda step: 1 + step / steps * (WIDTH - 2)
@@ -321,6 +328,9 @@ def arena(plan, names, title: str) -> str | None:
                 f"<title>{escape(names.get(i, str(i)))}: {size:,} B at {at:,}, steps {first} to {last}"
                 "</title></rect>"
             )
+            if i in colour:
+                middle, wide = (x(first) + x(last + 1)) / 2, x(last + 1) - x(first)
+                out.append(_number(rank[i], middle, y(at + size), wide, y(at) - y(at + size)))
         out.append(_line(0, top + tall, WIDTH, top + tall))
         top += tall + 8
     out.append(_text(0, top + 10, "step 0") + _text(WIDTH, top + 10, f"step {steps - 1}", "end"))
@@ -328,11 +338,20 @@ def arena(plan, names, title: str) -> str | None:
     for n, (i, size, first, last) in enumerate(largest):
         row = top + 18 * n
         out.append(f'<rect x="0" y="{row - 9}" width="9" height="9" fill="{colour[i]}"/>')
-        out.append(_text(14, row, f"{_cut(names.get(i, str(i)), 46)}: {size:,} B, steps {first} to {last}"))
+        words = f"{n + 1}  {_cut(names.get(i, str(i)), 44)}: {size:,} B, steps {first} to {last}"
+        out.append(_text(14, row, words))
     foot = f"{plan.lower_bound:,} B are alive at once; addresses upward"
     out.append(_text(0, top + 18 * len(largest), foot, font_size=12))
     label = f"Arena over {steps} steps, one rectangle a buffer: {title}"
     return "".join([_open(top + 18 * len(largest) + 8, label), _head(title), *out, "</svg>"])
+
+
+def _number(n, middle, top, width, height):
+    """The number of a band, if there is room for it: colours are not told apart on grey paper."""
+    if width < 9 or height < 9:
+        return ""
+    size = min(12, height)
+    return _text(middle, top + height / 2 + 0.36 * size, str(n), "middle", font_size=f"{size:.0f}")
 
 
 def _timeline(report):
@@ -388,6 +407,10 @@ def gantt(spans, target, *, title: str = "commands of one channel", most: int = 
     x = lambda t: left + t / end * (right - left)
     tracks = [t for t in TRACKS if any(s.track == t for s in shown)]
     colour = colours(dict.fromkeys(s.name if not s.name.startswith("row ") else "row" for s in shown))
+    shade = {}  # the second kind of a track is paler, so that grey paper tells them apart
+    for track in tracks:
+        names = dict.fromkeys("row" if track == "row open" else s.name for s in shown if s.track == track)
+        shade |= {name: 0.9 if n % 2 == 0 else 0.3 for n, name in enumerate(names)}
     height = 62 + 34 * len(tracks) + 20
     out = [_open(height, f"Gantt chart: {title}"), _head(title)]
     for n, track in enumerate(tracks):
@@ -400,7 +423,7 @@ def gantt(spans, target, *, title: str = "commands of one channel", most: int = 
             tip = f"{s.name}: from {si(s.start * target.tick_s, 's')}, {si(s.ticks * target.tick_s, 's')}"
             out.append(
                 f'<rect x="{a:.1f}" y="{y}" width="{w:.1f}" height="24" fill="{colour[name]}" '
-                'fill-opacity="0.85" stroke="currentColor" stroke-width="0.5">'
+                f'fill-opacity="{shade[name]}" stroke="currentColor" stroke-width="0.5">'
                 f"<title>{escape(tip)}</title></rect>"
             )
     y = 32 + 34 * len(tracks) + 8
@@ -410,7 +433,8 @@ def gantt(spans, target, *, title: str = "commands of one channel", most: int = 
     at = 0
     for name, fill in colour.items():
         word = {"row": "a row is open"}.get(name, name)
-        out.append(f'<rect x="{at}" y="{y + 15}" width="9" height="9" fill="{fill}"/>')
+        box = f'fill="{fill}" fill-opacity="{shade[name]}" stroke="currentColor" stroke-width="0.5"'
+        out.append(f'<rect x="{at}" y="{y + 15}" width="9" height="9" {box}/>')
         out.append(_text(at + 13, y + 24, word))
         at += 28 + 7 * len(word)
     return "".join([*out, "</svg>"])
