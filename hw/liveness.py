@@ -52,6 +52,11 @@ def _peak(program, ops, inner=frozenset()):
 
 def fused_peak_bytes(program: Program) -> int:
     """The same when what passes inside a fusion group takes no memory."""
+    return _peak(program, program.body.ops, inside_groups(program))
+
+
+def inside_groups(program: Program) -> frozenset[int]:
+    """Tensors that pass inside fusion groups, loop bodies included."""
     from hw.fusion import groups
 
     inner = set()
@@ -65,7 +70,7 @@ def fused_peak_bytes(program: Program) -> int:
                     visit(b)
 
     visit(program.body)
-    return _peak(program, program.body.ops, frozenset(inner))
+    return frozenset(inner)
 
 
 def _held(program):

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from hw.fusion import groups
-from hw.liveness import _held, _State
-from hw.program import Block, Op, Program, walk
+from hw.liveness import _held, _State, inside_groups
+from hw.program import Op, Program, walk
 from hw.target import Context
 
 
@@ -33,23 +32,12 @@ def usage(program: Program, *, inner=frozenset()) -> list[Moment]:
 
 def on_chip(program: Program, *, attention=False) -> frozenset[int]:
     """Tensors that stay inside fusion groups, and with `attention` inside attention patterns too."""
-    found = set()
-
-    def visit(block: Block):
-        for g in groups(program, block):
-            found.update(o for op in g.ops for o in op.outputs if o not in g.outputs)
-        for op in block.ops:
-            if op.kind != "kernel":
-                for b in op.blocks:
-                    visit(b)
-
-    visit(program.body)
-    if attention:
-        unit = Context(program).attention
-        found.update(
-            o for op in walk(program.body) if (p := unit.get(op.id)) for o in op.outputs if o not in p.outputs
-        )
-    return frozenset(found)
+    found = inside_groups(program)
+    if not attention:
+        return found
+    unit = Context(program).attention
+    inside = ((op, unit[op.id]) for op in walk(program.body) if op.id in unit)
+    return found | {o for op, p in inside for o in op.outputs if o not in p.outputs}
 
 
 class _Watch(_State):

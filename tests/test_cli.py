@@ -131,9 +131,9 @@ def test_cli_prices_the_readers_own_function(capsys, mine):
 def test_cli_prices_on_kinds_and_says_what_does_not_fit(capsys, mine):
     """A kind is a target's name; a target that cannot take the program is a line, unless all are such."""
     argv = ["price", "my_model:product", "--shape", "1x64x128:f32", "--shape", "128x32:f32"]
-    kinds = [x for k in ("gpu", "cpu", "pim", "fpga") for x in ("--target", k)]
+    kinds = [x for k in ("gpu", "cpu", "pim", "fpga", "mcu") for x in ("--target", k)]
     reports = json.loads(call(capsys, *argv, *kinds, "--json")[1])
-    assert [r["target"] for r in reports] == ["h200", "xeon_6154", "gddr6_aim", "zcu102"]
+    assert [r["target"] for r in reports] == ["h200", "xeon_6154", "gddr6_aim", "zcu102", "stm32f746"]
     assert all(r["units"]["seconds"] == "s" for r in reports)
     out = call(capsys, *argv, *kinds, "--compare")[1]
     assert "at least" in out
