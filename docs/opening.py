@@ -38,8 +38,8 @@ LETTERS = {
 class Figure:
     """A drawing in the text's own colour, so that it serves a light and a dark page: print(Figure(..))."""
 
-    def __init__(self, width, height, title, caption, size=14, role="img"):
-        self.head = width, height, title, caption, size, role  # links inside need role="group"
+    def __init__(self, width, height, title, caption, size=14):
+        self.head = width, height, title, caption, size
         self.parts = []
 
     def line(self, x1, y1, x2, y2, **style):
@@ -67,10 +67,10 @@ class Figure:
         return self
 
     def __str__(self):
-        width, height, title, caption, size, role = self.head
+        width, height, title, caption, size = self.head
         name = "fig-" + re.sub(r"\W+", "-", title.lower())[:40].strip("-")
         return (
-            f'<figure><svg viewBox="0 0 {width} {height}" role="{role}" aria-labelledby="{name}" fill="none" '
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}" fill="none" '
             f'stroke="currentColor" font-size="{size}" width="{width}">'
             f'<title id="{name}">{escape(title)}</title>{"".join(self.parts)}</svg>'
             f"<figcaption>{caption}</figcaption></figure>"
@@ -217,7 +217,7 @@ def reading_order():
 
 
 def prerequisite_graph():
-    """The tree of first prerequisites as a drawing, further ones named behind a title; titles are links."""
+    """The tree of first prerequisites as a drawing, further ones named behind a title."""
     from ref.catalog import READ_FIRST
 
     rows, step, indent = list(reading_order()), 25, 19
@@ -225,9 +225,7 @@ def prerequisite_graph():
         440,
         step * len(rows) + 12,
         "What to read before what",
-        "Each chapter hangs on the one to read before it. What else it builds on stands behind a plus. "
-        "Titles are links.",
-        role="group",
+        "Each chapter hangs on the one to read before it. What else it builds on stands behind a plus.",
     )
     at = {}
     for i, (name, depth) in enumerate(rows):
@@ -236,14 +234,22 @@ def prerequisite_graph():
         if depth:
             px, py = at[READ_FIRST[name][0]]
             fig.path([(px + 4, py + 8), (px + 4, y - 4), (x, y - 4)], stroke_width=1)
-        title, page = title_and_page(name)
         more = [title_and_page(n)[0] for n in READ_FIRST[name][1:]]
-        link = "../../" + page.removesuffix(".md") + "/"
-        words = escape(title) + "".join(f'<tspan font-size="11"> + {escape(m)}</tspan>' for m in more)
+        words = escape(title_and_page(name)[0])
+        words += "".join(f'<tspan font-size="11"> + {escape(m)}</tspan>' for m in more)
         bold = ' font-weight="bold"' if name in START else ""
-        text = f'<text x="{x + 4}" y="{y}" fill="currentColor" stroke="none"{bold}>{words}</text>'
-        fig.parts.append(f'<a href="{link}">{text}</a>')
+        fig.parts.append(f'<text x="{x + 4}" y="{y}" fill="currentColor" stroke="none"{bold}>{words}</text>')
     return fig
+
+
+def prerequisite_list():
+    """The same tree as lines of a nested Markdown list, with links."""
+    from ref.catalog import READ_FIRST
+
+    for name, depth in reading_order():
+        title, page = title_and_page(name)
+        more = "".join(f" + {title_and_page(n)[0]}" for n in READ_FIRST[name][1:])
+        yield f"{' ' * 4 * depth}- [{title}](../{page}){more}"
 
 
 def path_rows(names):
