@@ -364,6 +364,9 @@ def test_pim_gpt_machine_refuses(name):
 def test_pim_gpt_claims_are_fresh_and_have_their_shape():
     """Stored results are of this code; with an overhead on each operator the smallest model gains most."""
     assert record.is_fresh("pim_gpt")
+    assert record.is_fresh("pim_gpt_model")
+    exact, half, units = (row["kl"] for row in record.load("pim_gpt_model")["results"]["rows"])
+    assert exact == 0 < units < 2 * half < 0.05  # the trees cost no more than bfloat16 does
     rows = record.load("pim_gpt")["results"]["models"]
     for other in ("t4", "xeon_6154"):
         eager = [
