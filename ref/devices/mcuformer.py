@@ -474,9 +474,9 @@ def check_memory(img, patch, rank_ratio, schedule, weights, allow_any):
 def example(seed=0):
     """A supernet of width 12 on two images of 10 x 10 pixels (padded to 12), and a smaller subnet of it."""
     rng = np.random.default_rng(seed)
-    params = init_mcuformer(rng, image_size=10, patch=4, embed_dim=12, depth=2, heads=2, mlp_ratio=2.0,
+    params = init_mcuformer(rng, image_size=10, patch=4, embed_dim=12, depth=1, heads=2, mlp_ratio=2.0,
                             rank_ratio=0.75, num_classes=3, max_distance=2, head_dim=4, std=0.3)  # fmt: skip
-    subnet = SubnetConfig(10, (1, 2), (2.0, 1.5))
+    subnet = SubnetConfig(10, (2,), (1.5,))
     options = {"subnet": subnet, "patch": 4, "rank_ratio": 0.75, "max_distance": 2, "head_dim": 4}
     f, t = params.blocks[0].fc1, params.blocks[0].rel_k
     img = rng.random((2, 10, 10, 3))
