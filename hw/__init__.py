@@ -34,7 +34,8 @@ _HOME = {
         ("DoesNotFit", "UnsupportedPrimitive", "UnknownTripCount", "NonConsecutiveRevisit"), "hw.errors"
     ),
     **dict.fromkeys(
-        "simulate_token simulate_generation sweep map_vmm map_kv check_capacity PimReport GptShape".split(),
+        "simulate_token simulate_generation sweep map_vmm map_kv check_capacity PimReport GptShape GPTS "
+        "gpt2_small gpt2_medium gpt2_large gpt2_xl gpt3_small gpt3_medium gpt3_large gpt3_xl".split(),
         "hw.pim_decode",
     ),
     **dict.fromkeys(("NotTraceable", "DynamicShape", "SideEffect"), "hw.errors"),

@@ -348,7 +348,7 @@ class _Run:
         possible = t.channels * t.units * t.lanes * self.now / t.t_ccd
         return PimReport(
             t.name, self.now, self.now * t.tick_ps / 1e3, sum(energy.values()), dict(self.by_op), by_part,
-            energy, n["mac"] + n["write"] - n["rows"], n["rows"], n["pins"], n["useful"] / possible,
+            energy, n["mac"] + n["write"] - n["rows"], n["rows"], round(n["pins"]), n["useful"] / possible,
             self.asic_busy, list(line), tuple(self.times),
         )  # fmt: skip
 
@@ -384,23 +384,23 @@ def simulate_generation(shape: GptShape, n_prompt, n_new, target) -> PimReport:
     return run.report(line)
 
 
-def sweep(shape: GptShape, name, values, target, *, position=511) -> list[dict]:
+def sweep(shape: GptShape, field, values, target, *, position=511) -> list[dict]:
     """A token's ticks, microseconds, millijoules and shares for values of a field of the machine.
 
-    name: a field of `Pim`, or of its chip as "asic.ghz". A width in lanes takes columns as wide with it,
+    field: a field of `Pim`, or of its chip as "asic.ghz". A width in lanes takes columns as wide with it,
     through the pins too.
     """
     found = []
     for value in values:
-        if name.startswith("asic."):
-            machine = replace(target, asic=replace(target.asic, **{name[5:]: value}))
-        elif name == "lanes":
+        if field.startswith("asic."):
+            machine = replace(target, asic=replace(target.asic, **{field[5:]: value}))
+        elif field == "lanes":
             machine = replace(target, lanes=value, column_bytes=value * VALUE_BYTES)
         else:
-            machine = replace(target, **{name: value})
+            machine = replace(target, **{field: value})
         r = simulate_token(shape, position, machine)
         found.append({
-            name: value, "ticks": r.ticks, "us": r.ns / 1e3, "mj": r.energy_j * 1e3, "hit_rate": r.hit_rate,
+            field: value, "ticks": r.ticks, "us": r.ns / 1e3, "mj": r.energy_j * 1e3, "hit_rate": r.hit_rate,
             "asic_share": r.asic_share,
         })  # fmt: skip
     return found
