@@ -293,7 +293,7 @@ CHOICES = {
         },
     ),
     "The target is not a GPU": (
-        "Start with [how to read a cost model](costs.md) and price your own function: `triptych price`.",
+        "Start with [how to read a cost model](../costs/) and price your own function: `triptych price`.",
         {
             "melt": (
                 "language models on phones and boards",
@@ -328,4 +328,4 @@ def rows(cases):
     yield "|---|---|---|---|"
     for slug, words in cases.items():
         if t := BY_SLUG.get(slug):
-            yield f"| [{t.title}](../{t.part}/{slug}.md) | " + " | ".join(words) + " |"
+            yield f"| [{t.title}](../../{t.part}/{slug}/) | " + " | ".join(words) + " |"

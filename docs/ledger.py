@@ -85,10 +85,16 @@ def undecided(text):
     return [p for p in points if re.search(words, p, re.IGNORECASE)]
 
 
+def address(page):
+    """The address of docs/<page> from a page of docs/start: what links that code prints must be."""
+    path, mark, anchor = page.partition("#")
+    return f"../../{path.removesuffix('.md').removesuffix('index')}/{mark}{anchor}"
+
+
 def moved(markdown, page):
     """The Markdown of docs/<page> with its links made to work from docs/start/."""
     folder = page.split("/")[0]
-    return _LINK.sub(lambda m: f"](../{os.path.normpath(f'{folder}/{m[1]}')})", markdown)
+    return _LINK.sub(lambda m: f"]({address(os.path.normpath(f'{folder}/{m[1]}'))})", markdown)
 
 
 def records():

@@ -99,8 +99,8 @@ def source(path, name, doc=True):
 def kernels():
     """(file, backend, lines, first sentence of its docstring) of every kernel, read from the sources."""
     for path in sorted((ROOT / "accel" / "kernels").glob("*_*.py")):
-        backend = path.stem.rsplit("_", 1)[1]
-        if backend in ("triton", "tpu", "hopper"):
+        backend = next((b for b in ("triton", "tpu", "hopper") if f"_{b}" in path.stem), None)
+        if backend:
             text = path.read_text()
             words = " ".join(ast.get_docstring(ast.parse(text)).split("\n\n")[0].split())
             yield path.name, backend, len(text.splitlines()), words.split(": ", 1)[-1].rstrip(".")
@@ -189,20 +189,23 @@ PATHS = {
 }
 
 
-def title_and_page(name):
-    """(title, page relative to docs/) of a slug or an opening chapter; None for what is only planned."""
+def title_and_url(name):
+    """(title, address from docs/start/<page>) of a slug or an opening chapter; None for what is planned.
+
+    Links that code prints are not rewritten by the site generator: they are addresses, not files.
+    """
     from ref.catalog import BY_SLUG
 
     if name in START:
-        return START[name], f"start/{name}.md"
-    return (BY_SLUG[name].title, f"{BY_SLUG[name].part}/{name}.md") if name in BY_SLUG else None
+        return START[name], f"../{name}/"
+    return (BY_SLUG[name].title, f"../../{BY_SLUG[name].part}/{name}/") if name in BY_SLUG else None
 
 
 def reading_order():
     """(name, depth) of all chapters in the tree of first prerequisites, parents first."""
     from ref.catalog import READ_FIRST
 
-    here = [n for n in READ_FIRST if title_and_page(n)]
+    here = [n for n in READ_FIRST if title_and_url(n)]
     below = {n: [m for m in here if READ_FIRST[m][:1] == (n,)] for n in here}
     size = lambda n: 1 + sum(map(size, below[n]))
 
@@ -234,8 +237,8 @@ def prerequisite_graph():
         if depth:
             px, py = at[READ_FIRST[name][0]]
             fig.path([(px + 4, py + 8), (px + 4, y - 4), (x, y - 4)], stroke_width=1)
-        more = [title_and_page(n)[0] for n in READ_FIRST[name][1:]]
-        words = escape(title_and_page(name)[0])
+        more = [title_and_url(n)[0] for n in READ_FIRST[name][1:]]
+        words = escape(title_and_url(name)[0])
         words += "".join(f'<tspan font-size="11"> + {escape(m)}</tspan>' for m in more)
         bold = ' font-weight="bold"' if name in START else ""
         fig.parts.append(f'<text x="{x + 4}" y="{y}" fill="currentColor" stroke="none"{bold}>{words}</text>')
@@ -247,9 +250,9 @@ def prerequisite_list():
     from ref.catalog import READ_FIRST
 
     for name, depth in reading_order():
-        title, page = title_and_page(name)
-        more = "".join(f" + {title_and_page(n)[0]}" for n in READ_FIRST[name][1:])
-        yield f"{' ' * 4 * depth}- [{title}](../{page}){more}"
+        title, url = title_and_url(name)
+        more = "".join(f" + {title_and_url(n)[0]}" for n in READ_FIRST[name][1:])
+        yield f"{' ' * 4 * depth}- [{title}]({url}){more}"
 
 
 def path_rows(names):
@@ -265,6 +268,6 @@ def path_rows(names):
         "agreement": "Laws, golden vectors, gradients, counts.",
     }
     for n in names.split():
-        if found := title_and_page(n):
-            title, page = found
-            yield f"1. [{title}](../{page}): {about[n] if n in about else BY_SLUG[n].idea}"
+        if found := title_and_url(n):
+            title, url = found
+            yield f"1. [{title}]({url}): {about[n] if n in about else BY_SLUG[n].idea}"

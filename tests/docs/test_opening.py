@@ -297,8 +297,25 @@ def test_opening_ledger_moves_links():
 
     text = "[a](flash.md) [b](../hw/gpu.md#claims) [c](https://arxiv.org/abs/1)"
     assert ledger.moved(text, "attention/lean.md") == (
-        "[a](../attention/flash.md) [b](../hw/gpu.md#claims) [c](https://arxiv.org/abs/1)"
+        "[a](../../attention/flash/) [b](../../hw/gpu/#claims) [c](https://arxiv.org/abs/1)"
     )
+
+
+def test_opening_links_that_code_prints_are_addresses():
+    """The site generator rewrites links to files in what is written, not in what code prints."""
+    from choices import CHOICES, rows
+
+    printed = [*opening.prerequisite_list(), *opening.path_rows(" ".join(READ_FIRST))]
+    printed += [line for words, cases in CHOICES.values() for line in (words, *rows(cases))]
+    for page in (ROOT / "docs/index.md", *(ROOT / "docs/start").glob("*.md")):
+        printed += re.findall(
+            r'^ *```python exec="on"[^\n]*\n(.*?)```', page.read_text(), re.MULTILINE | re.DOTALL
+        )
+    for text in printed:
+        assert not re.search(r"\]\([^)]*\.md[)#]", text), text
+        for url in re.findall(r"\]\((\.\.[^){]*/)(?:#[^)]*)?\)", text):
+            path = (ROOT / "docs/start/x" / url).resolve()
+            assert path.with_suffix(".md").exists(), url
 
 
 def test_opening_sources_name_every_chapter():
