@@ -929,7 +929,7 @@ CATALOG = (
         paper="PIM-GPT: A Hybrid Process-in-Memory Accelerator for Autoregressive Transformers",
         year=2023,
         arxiv="2310.09385",
-        idea="DRAM banks multiply weights and cache where they lie; a small chip adds, exponentiates, norms.",
+        idea="DRAM banks multiply weights and cache where they lie; a small chip does softmax, norms and GELU.",
         core=(
             "vmm_bf16",
             "softmax_asic",
