@@ -34,6 +34,7 @@ from ref.devices.mcuformer import (
     example,
     extract_subnet,
     fold_factors,
+    framed,
     init_mcuformer,
     mcuformer_int8,
     nearest_points,
@@ -106,10 +107,8 @@ def _low(x, f):
 )
 def _forward(img, params, *, subnet, patch, rank_ratio, pooling, max_distance, head_dim, eps):
     p = extract_subnet(params, subnet, rank_ratio=rank_ratio, head_dim=head_dim, rows=slice_qkv_rows)
-    before, after = divmod(-img.shape[-2] % patch, 2)
-    pad = [(0, 0)] * (img.ndim - 3) + [(before, before + after)] * 2 + [(0, 0)]
     E = subnet.embed_dim
-    x = patchify(jnp.pad(img, pad) if before + after else img, patch)
+    x = patchify(framed(img, patch, jnp.pad), patch)
     x = linear(x, p.w_patch.transpose(2, 3, 1, 0).reshape(-1, E), p.b_patch)
     first = jnp.broadcast_to(lift(p.cls_token.astype(x.dtype), x.ndim), (*x.shape[:-2], 1, E))
     x = jnp.concatenate([first, x], axis=-2)

@@ -185,6 +185,18 @@ class QModel(NamedTuple):
         return sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
 
 
+def frame(image, patch):
+    """(zeros before the first pixel, patches a side) of an image of image x image pixels.
+
+    As released for patches of 28 and 32: always 6 and 8 zeros on each side, and what no whole patch covers is
+    cut; at 240 pixels nothing is. Other patches: as many zeros as make the grid whole.
+    """
+    if patch in (28, 32):
+        before = {28: 6, 32: 8}[patch]
+        return before, (image + 2 * before) // patch
+    return (-image % patch) // 2, -(-image // patch)
+
+
 # From real numbers to codes
 
 

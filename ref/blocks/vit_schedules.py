@@ -13,7 +13,7 @@ from ref.blocks.arena import Plan, best_plan
 from ref.blocks.int8_ops import lut_s8
 from ref.blocks.integer import requantize
 from ref.blocks.live_arena import Phase, lifetimes, live_bytes, run_phases
-from ref.blocks.vit_int8 import PIXEL, Layer8, Linear8, QModel
+from ref.blocks.vit_int8 import PIXEL, Layer8, Linear8, QModel, frame
 
 
 class Trace(NamedTuple):
@@ -48,30 +48,25 @@ def _row(i):
 
 def _patch_row(q, image, r):
     """Pixels of the r-th row of patches, int8 [<= p, S C], and how many rows of zeros come before them."""
-    before = (-q.image % q.patch) // 2
-    start = r * q.patch - before
+    start = r * q.patch - frame(q.image, q.patch)[0]
     rows = image[max(start, 0) : start + q.patch]
     return rows.reshape(len(rows), -1).astype(np.int8), max(-start, 0)
 
 
 def _patch(q, rows, skipped, c):
     """The c-th patch [1, p p C] of rows of pixels; what lies outside the image has the code of 0."""
-    p, before = q.patch, (-q.image % q.patch) // 2
+    p = q.patch
     tile = np.full((p, p, q.channels), PIXEL[1], np.int8)
-    start = c * p - before
+    start = c * p - frame(q.image, p)[0]
     pixels = rows.reshape(len(rows), q.image, q.channels)[:, max(start, 0) : start + p]
     left = max(-start, 0)
     tile[skipped : skipped + len(rows), left : left + pixels.shape[1]] = pixels
     return tile.reshape(1, -1)
 
 
-def _grid(q):
-    return -(-q.image // q.patch)
-
-
 def _embed(a, q, image, source):
     """Tokens into x. source "row": one row of patches at a time; "image": the whole image is held."""
-    n, C = _grid(q), q.channels
+    (before, n), C = frame(q.image, q.patch), q.channels
     a.put("x", 0, q.first)
     if source == "image":
         a.put("image", slice(None), image.reshape(q.image, -1).astype(np.int8))
@@ -81,7 +76,7 @@ def _embed(a, q, image, source):
             a.put("row", slice(len(rows)), rows)
             rows = a.get("row", slice(len(rows)))
         else:
-            start = max(r * q.patch - (-q.image % q.patch) // 2, 0)
+            start = max(r * q.patch - before, 0)
             rows = a.get("image", slice(start, start + len(rows)))
         assert rows.shape[1] == q.image * C
         for c in range(n):

@@ -24,7 +24,7 @@ from ref.blocks.space_search import (
     nearest_points,
     search_subnet,
 )
-from ref.blocks.vit_int8 import FORMS, QModel, build_int8
+from ref.blocks.vit_int8 import FORMS, QModel, build_int8, frame
 from ref.blocks.vit_schedules import Trace, plan_int8, run_int8
 from ref.dims import dims, float64
 from ref.example import Example
@@ -125,7 +125,7 @@ def mcuformer_forward(
 ):  # fmt: skip
     """Logits [..., K] of images [..., S, S, C] by the subnet's slice of the supernet.
 
-    Images are padded with zeros to a multiple of the patch. Attention: softmax of (q k^T + q r_k) / sqrt(d)
+    Images are framed by zeros for whole patches (`frame`). Attention: softmax of (q k^T + q r_k) / sqrt(d)
     on v, plus the same weights on r_v. pooling: "patch_mean" (as trained) or "class_token", after the norm.
     Raises: ValueError naming the argument.
     """
@@ -338,8 +338,17 @@ def released_predicate(img, patch, rho, embed_dim, mlp_ratio, *, limit_bytes=327
 
 
 def token_count(image, patch):
-    """Patches of the image, padded to a multiple of the patch, and the class token."""
-    return (-(-image // patch)) ** 2 + 1
+    """Patches of the framed image and the class token."""
+    return frame(image, patch)[1] ** 2 + 1
+
+
+def framed(img, patch, pad):
+    """Images [..., S, S, C] with zeros around them, or cut, so that patches tile them; pad: np or jnp."""
+    before, n = frame(img.shape[-2], patch)
+    after = n * patch - before - img.shape[-2]
+    if before or after > 0:
+        img = pad(img, [(0, 0)] * (img.ndim - 3) + [(before, max(after, 0))] * 2 + [(0, 0)])
+    return img[..., : n * patch, : n * patch, :] if after < 0 else img
 
 
 def distances(n_tokens, max_distance):
@@ -364,10 +373,8 @@ def _chain(x, f, name, tap):
 
 def _network(img, p, heads, patch, pooling, max_distance, eps, tap=lambda name, v: v):
     """Logits; tap(name, value) sees every activation. max_distance 0 leaves out relative positions."""
-    before, after = divmod(-img.shape[-2] % patch, 2)
-    pad = [(0, 0)] * (img.ndim - 3) + [(before, before + after)] * 2 + [(0, 0)]
     E = p.cls_token.shape[0]
-    x = patchify(np.pad(float64(img), pad), patch)
+    x = patchify(framed(float64(img), patch, np.pad), patch)
     x = tap("patches", linear(x, p.w_patch.transpose(2, 3, 1, 0).reshape(-1, E), p.b_patch))
     first = np.broadcast_to(p.cls_token, (*x.shape[:-2], 1, E))
     tap("positions", p.pos_embed)

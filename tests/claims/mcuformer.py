@@ -23,6 +23,7 @@ from ref.devices.mcuformer import (
     SubnetSpace,
     distances,
     evolve_space,
+    framed,
     init_mcuformer,
     mcuformer_forward,
     mcuformer_int8,
@@ -102,9 +103,10 @@ def masked_forward(img, p: MCUFormerParams, genes, *, patch, rho):
         var = (jnp.square(x - mean) * E).sum(-1, keepdims=True) / genes["E"]
         return ((x - mean) * jax.lax.rsqrt(var + 1e-5) * w + b) * E
 
-    total = -SIDE % patch
-    pad = [(0, 0), *[(total // 2, total - total // 2)] * 2, (0, 0)]
-    x = patchify(jnp.pad(img, pad), patch) @ p.w_patch.transpose(2, 3, 1, 0).reshape(-1, width) + p.b_patch
+    x = (
+        patchify(framed(img, patch, jnp.pad), patch) @ p.w_patch.transpose(2, 3, 1, 0).reshape(-1, width)
+        + p.b_patch
+    )
     x = jnp.concatenate([jnp.broadcast_to(p.cls_token, (len(x), 1, width)), x], axis=1) + p.pos_embed
     x, N = x * E, p.pos_embed.shape[0]
     dy, dx = distances(N, most)

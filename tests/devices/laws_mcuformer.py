@@ -22,6 +22,7 @@ from ref.devices.mcuformer import (
     evolve_space,
     extract_subnet,
     fold_factors,
+    framed,
     init_mcuformer,
     low_rank_linear,
     mcuformer_forward,
@@ -34,6 +35,7 @@ from ref.devices.mcuformer import (
     search_subnet,
     slice_qkv_rows,
     svd_init,
+    token_count,
 )
 
 EPS = np.finfo(np.float64).eps
@@ -232,6 +234,24 @@ def law_mcuformer_of_an_empty_batch_and_of_one_patch():
     assert not np.allclose(got, mcuformer_forward(images(size=4)[0] / 255, one, subnet=deep, **SMALL))
 
 
+@given(st.integers(1, 250), st.integers(1, 33))
+def law_mcuformer_frames_are_whole(size, patch):
+    """240 pixels by the paper's patches; other sizes; and the two patches that are framed as released."""
+    img = np.arange(size * size, dtype=float).reshape(1, size, size, 1) + 1
+    got = framed(img, patch, np.pad)
+    n = math.isqrt(token_count(size, patch) - 1)
+    assert got.shape == (1, n * patch, n * patch, 1)
+    if patch in (28, 32):
+        before = {28: 6, 32: 8}[patch]
+        want = np.pad(img[0, :, :, 0], before)[: n * patch, : n * patch]
+        assert n == (size + 2 * before) // patch
+        np.testing.assert_array_equal(got[0, :, :, 0], want)
+    else:
+        assert (got != 0).sum() == size * size
+        assert n * patch - size < patch
+    assert [token_count(240, p) for p in PATCHES] == [226, 145, 101, 82, 65]
+
+
 # Int8 and its memory
 
 
@@ -260,6 +280,19 @@ def law_mcuformer_schedules_give_the_same_bits_in_exactly_their_bytes(seed, form
         assert trace.table == need.table
         assert need.bytes == trace.peak == trace.plan.total == trace.high == trace.plan.lower_bound
         assert not overlaps(trace.plan)
+
+
+def law_mcuformer_frame_cuts_alike_in_float_and_int8():
+    """Patches of 28 on 50 pixels: 6 zeros before, 62 places to 56, so the frame's last 6 are cut."""
+    p = supernet(image_size=50, patch=28, depth=1, std=0.05)
+    u8, options = images(n=2, size=50), {**SMALL, "patch": 28, "subnet": SubnetConfig(10, (2,), (1.5,))}
+    assert len(p.pos_embed) == 5
+    q = quantize_model(p, u8, **options)
+    runs = [mcuformer_int8(u8[0], q, schedule=s)[0] for s in ("integrated", "head_by_head", "naive")]
+    np.testing.assert_array_equal(np.ptp(runs, axis=0), 0)
+    want = mcuformer_forward(u8[:1] / 255, p, **options)[0]
+    got = runs[0] * q.logit_scale
+    assert got @ want / np.linalg.norm(got) / np.linalg.norm(want) > 0.99
 
 
 def law_mcuformer_one_byte_less_than_the_plan_raises():
