@@ -136,12 +136,12 @@ def backward(case, module, *, build=None, **options):
     args = call_args(case, getattr(module, name), build)
     given = {n: args.get(n) for n, p in known.items() if n in args or (n in forward and p.default is p.empty)}
     outs = case.meta["outs"]
-    outs = list(outs.values() if isinstance(outs, dict) else outs)
+    outs = [outs] if isinstance(outs, str) else list(outs.values() if isinstance(outs, dict) else outs)
     weights = case.meta["cotangents"]
     taken = [n for n in known if n not in forward and n not in options][: len(weights)]
     assert not any(weights[len(taken) :]), f"{name}: an output with a cotangent has no way back"
     arrays = [
-        case[key] if key is not None else None if out is None else np.zeros(case[out].shape)
+        case[key] if key is not None else np.zeros(case[out].shape) if isinstance(out, str) else None
         for key, out in zip(weights, outs, strict=True)
     ]
     cotangents = dict(zip(taken, arrays, strict=False))
