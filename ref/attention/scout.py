@@ -61,7 +61,7 @@ def checkpoint_attention(q, k, v, *, segment, scale=None):
 
 
 def checkpoint_attention_bwd(do, q, k, v, *, segment, scale=None):
-    """-> (dq, dk, dv) of `checkpoint_attention` for do [..., H, L, D].
+    """(dq, dk, dv) of `checkpoint_attention` for do [..., H, L, D].
 
     A checkpoint's gradient gathers that of all later tokens, and what it had from looking at itself.
     """
@@ -92,7 +92,7 @@ def scout_block(x, params: ScoutBlock, *, config, mixer="swa"):
 
 
 def scout_block_vjp(x, params: ScoutBlock, dy, *, config, mixer="swa"):
-    """-> (dx, dparams: ScoutBlock) of `scout_block` for dy [..., L, C]."""
+    """(dx, dparams: ScoutBlock) of `scout_block` for dy [..., L, C]."""
     check_scout(config, mixer)
     dims(x=(x, f"... L {config.dim}"), dy=(dy, "... L C"))
     p, c = params, config
@@ -122,7 +122,7 @@ def scout_logits(params: ScoutParams, ids, *, config, mixer="swa"):
 
 
 def scout_logits_vjp(params: ScoutParams, ids, dlogits, *, config, mixer="swa"):
-    """-> dparams of `scout_logits` for dlogits [..., L, V]; every block is run again."""
+    """dparams of `scout_logits` for dlogits [..., L, V]; every block is run again."""
     hidden = [_embed(params, ids, config, mixer)]
     for block in params.blocks:
         hidden.append(scout_block(hidden[-1], block, config=config, mixer=mixer))
@@ -247,7 +247,7 @@ def _checkpoints(x, p, c, keys=None, values=None, start=0):
 
 
 def _feed_vjp(x, norm, mlp, dy, eps):
-    """-> (dx, dnorm, SwiGLUParams) of x + swiglu(rms_norm(x))."""
+    """(dx, dnorm, SwiGLUParams) of x + swiglu(rms_norm(x))."""
     dh, *grads = swiglu_vjp(rms_norm(x, norm, eps=eps), *mlp, dy)
     dx, dnorm = rms_norm_vjp(x, norm, dh, eps=eps)
     return dy + dx, dnorm, SwiGLUParams(*grads)

@@ -115,7 +115,7 @@ def run_block(x, p, a, branch, option, *, num_heads, eps, norm="pre", activation
 
 
 def block_vjp(x, p, a, dy, branch, option, num_heads, eps):
-    """-> (dx, BlockParams of gradients, AdapterParams of gradients or None) of the pre-norm `run_block`."""
+    """(dx, BlockParams of gradients, AdapterParams of gradients or None) of the pre-norm `run_block`."""
     _check_block(p, num_heads, option)
     x, dy = float64(x, dy)
     h1 = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=eps)

@@ -36,7 +36,7 @@ def attention_dense(q, k, v, *, mask=None, key_lengths=None, causal=False, scale
 
 
 def attention_dense_vjp(q, k, v, do, *, mask=None, key_lengths=None, causal=False, scale=None):
-    """-> (dq, dk, dv) of `attention_dense` for the cotangent do [..., H, L, Dv], the probabilities
+    """(dq, dk, dv) of `attention_dense` for the cotangent do [..., H, L, Dv], the probabilities
     recomputed.
 
     dS = P * (dP - sum_j P dP) with dP = do v^T; a query that sees no key has zero gradients.

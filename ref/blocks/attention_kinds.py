@@ -108,7 +108,7 @@ def attend(q, k, v, *, kind="dense", mask=None, extras=None, options=None):
 
 
 def attend_vjp(q, k, v, do, *, kind="dense", mask=None, extras=None, options=None):
-    """-> (dq, dk, dv) of `attend` for do [..., H, T, D]: dense, the patterns, linear and linformer.
+    """(dq, dk, dv) of `attend` for do [..., H, T, D]: dense, the patterns, linear and linformer.
 
     Raises: ValueError as `attend`; NotImplementedError for the other kinds.
     """

@@ -92,7 +92,7 @@ def image_decoder(h_grid, params: ImageDecoderParams, *, image_size):
 
 
 def image_decoder_vjp(h_grid, params: ImageDecoderParams, dout, *, image_size):
-    """-> (dh_grid, ImageDecoderParams of gradients) of `image_decoder` for dout [B, S, S, 3]."""
+    """(dh_grid, ImageDecoderParams of gradients) of `image_decoder` for dout [B, S, S, 3]."""
     p, (up, z, y) = params, _decode(h_grid, params, image_size)
     out = sigmoid(conv2d(relu(y), p.w2, p.b2, padding=1))
     dy, dw2, db2 = conv2d_vjp(relu(y), p.w2, dout * out * (1 - out), padding=1)
@@ -142,7 +142,7 @@ def aux_classifier(h_grid, params: AuxParams):
 
 
 def aux_classifier_vjp(h_grid, params: AuxParams, dlogits):
-    """-> (dh_grid, AuxParams of gradients) of `aux_classifier` for dlogits [B, K]."""
+    """(dh_grid, AuxParams of gradients) of `aux_classifier` for dlogits [B, K]."""
     p = params
     z, y, pooled, hidden, _ = _classify(h_grid, p)
     dh, dw2, db2 = linear_vjp(relu(hidden), p.w2.T, float64(dlogits))
@@ -169,7 +169,7 @@ def feature_decoder(h, params: FeatureDecoderParams, *, kind="mlp"):
 
 
 def feature_decoder_vjp(h, params: FeatureDecoderParams, dy, *, kind="mlp"):
-    """-> (dh, FeatureDecoderParams of gradients) of `feature_decoder` for dy [B, N, P]."""
+    """(dh, FeatureDecoderParams of gradients) of `feature_decoder` for dy [B, N, P]."""
     _, (z, mid, hidden) = _decode_features(h, params, kind)
     p, dy, g = params, float64(dy), {}
     if kind == "mlp":

@@ -91,7 +91,7 @@ def conv2d(x, w, b=None, *, stride=1, padding=0, groups=1, dilation=1):
 
 
 def conv2d_vjp(x, w, dy, *, stride=1, padding=0, groups=1, dilation=1):
-    """-> (dx, dw, db) of `conv2d` for dy [B, H', W', O]."""
+    """(dx, dw, db) of `conv2d` for dy [B, H', W', O]."""
     O, per, kh, kw = _check_conv(x, w, groups)
     cols = im2col(float64(x), (kh, kw), stride=stride, padding=padding, dilation=dilation)
     n = cols.shape[:3]
@@ -165,7 +165,7 @@ def batch_norm(x, bn, *, train=False, eps=1e-5, momentum=0.1):
 
 
 def batch_norm_vjp(x, bn, dy, *, train=False, eps=1e-5):
-    """-> (dx, dgamma, dbeta) of `batch_norm`; in training the batch statistics take part in the gradient."""
+    """(dx, dgamma, dbeta) of `batch_norm`; in training the batch statistics take part in the gradient."""
     (x, dy), bn = float64(x, dy), BN(*float64(*bn))
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     mean, var = (rows.mean(axis=0), rows.var(axis=0)) if train else (bn.mean, bn.var)
@@ -190,7 +190,7 @@ def conv_bn(x, p: ConvBN, *, stride=1, padding=0, groups=1, train=False, eps=1e-
 
 
 def conv_bn_vjp(x, p, dy, *, stride=1, padding=0, groups=1, train=False, eps=1e-5):
-    """-> (dx, ConvBN of gradients, zero for the running statistics) of `conv_bn`."""
+    """(dx, ConvBN of gradients, zero for the running statistics) of `conv_bn`."""
     options = {"stride": stride, "padding": padding, "groups": groups}
     if isinstance(p, Conv):
         dx, *grads = conv2d_vjp(x, p.w, dy, **options)

@@ -31,7 +31,7 @@ def kernel_attention(fq, fk, v):
 
 
 def kernel_attention_vjp(fq, fk, v, do):
-    """-> (dfq, dfk, dv) of `kernel_attention`, for do [..., L, Dv]."""
+    """(dfq, dfk, dv) of `kernel_attention`, for do [..., L, Dv]."""
     fk_t = np.swapaxes(fk, -1, -2)
     mass, state = fk_t.sum(axis=-1)[..., None], fk_t @ v  # [..., m, 1], [..., m, Dv]
     total = fq @ mass
@@ -49,7 +49,7 @@ def linear_attention(q, k, v, *, mask=None):
 
 
 def linear_attention_vjp(q, k, v, do, *, mask=None):
-    """-> (dq, dk, dv) of `linear_attention`."""
+    """(dq, dk, dv) of `linear_attention`."""
     fk, v = _linear_keys(k, v, mask)
     dfq, dfk, dv = kernel_attention_vjp(elu_plus_one(q), fk, v, float64(do))
     slope = lambda x: np.exp(np.minimum(float64(x), 0))  # 1 for x > 0

@@ -23,7 +23,7 @@ def linformer_attention(q, k, v, e_k, e_v, *, scale=None, mask=None):
 
 
 def linformer_attention_vjp(q, k, v, e_k, e_v, do, *, scale=None, mask=None):
-    """-> (dq, dk, dv, de_k, de_v) of `linformer_attention` for do [..., L, D]."""
+    """(dq, dk, dv, de_k, de_v) of `linformer_attention` for do [..., L, D]."""
     k, v = zero_padding(mask, k, v)
     dq, dk, dv = attention_dense_vjp(q, float64(e_k).T @ k, float64(e_v).T @ v, do, scale=scale)
     over = tuple(range(k.ndim - 2))

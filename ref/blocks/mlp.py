@@ -97,7 +97,7 @@ def linear(x, w, b=None):
 
 
 def linear_vjp(x, w, dy, *, bias=True):
-    """-> (dx, dw, db) of `linear` for dy [..., F]; db is None without a bias."""
+    """(dx, dw, db) of `linear` for dy [..., F]; db is None without a bias."""
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return dy @ np.swapaxes(w, -1, -2), rows.T @ drows, drows.sum(axis=0) if bias else None
 
@@ -109,7 +109,7 @@ def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation="gelu"):
 
 
 def mlp_vjp(x, w_fc1, b_fc1, w_fc2, b_fc2, dy, *, activation="gelu"):
-    """-> (dx, dw_fc1, db_fc1, dw_fc2, db_fc2) of `mlp`, the hidden layer recomputed."""
+    """(dx, dw_fc1, db_fc1, dw_fc2, db_fc2) of `mlp`, the hidden layer recomputed."""
     f, df = activation_pair(activation)
     h = linear(x, w_fc1, b_fc1)
     da, dw_fc2, db_fc2 = linear_vjp(f(h), w_fc2, dy, bias=b_fc2 is not None)
@@ -124,7 +124,7 @@ def swiglu(x, w_gate, w_up, w_down):
 
 
 def swiglu_vjp(x, w_gate, w_up, w_down, dy):
-    """-> (dx, dw_gate, dw_up, dw_down) of `swiglu` for dy [..., C]."""
+    """(dx, dw_gate, dw_up, dw_down) of `swiglu` for dy [..., C]."""
     x = float64(x)
     gate, up = x @ w_gate, x @ w_up
     dh, dw_down, _ = linear_vjp(silu(gate) * up, w_down, dy, bias=False)

@@ -13,7 +13,7 @@ def layer_norm(x, weight, bias, *, eps=1e-5):
 
 
 def layer_norm_vjp(x, weight, dy, *, eps=1e-5):
-    """-> (dx, dweight, dbias) of `layer_norm` for the cotangent dy [..., C]."""
+    """(dx, dweight, dbias) of `layer_norm` for the cotangent dy [..., C]."""
     x, dy = float64(x, dy)
     centred = x - x.mean(axis=-1, keepdims=True)
     rstd = 1 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
@@ -30,7 +30,7 @@ def rms_norm(x, weight, *, eps=1e-5):
 
 
 def rms_norm_vjp(x, weight, dy, *, eps=1e-5):
-    """-> (dx, dweight) of `rms_norm` for the cotangent dy [..., C]."""
+    """(dx, dweight) of `rms_norm` for the cotangent dy [..., C]."""
     x, dy = float64(x, dy)
     r = 1 / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
     g = dy * weight

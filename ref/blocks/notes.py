@@ -108,7 +108,7 @@ def read_notes(x, history, p, chunk):
 
 
 def read_notes_vjp(u, p, history, chunk, dcontext, dpool):
-    """-> (du, dparams) of the notes: every slot of every chunk hands its gradient to the token it holds."""
+    """(du, dparams) of the notes: every slot of every chunk hands its gradient to the token it holds."""
     seen = pool_at(history, BEFORE)
     du, dkeys, grads = _read_vjp(_split(u, chunk), seen.summaries, seen.age >= 0, p, _split(dcontext, chunk))
     dpool = dpool.copy()
@@ -132,7 +132,7 @@ def read_layers(x, histories, p, chunk):
 
 
 def read_layers_vjp(u, histories, p, chunk, dcontext):
-    """-> (du, cotangents of each history's summaries, dparams) of `read_layers`."""
+    """(du, cotangents of each history's summaries, dparams) of `read_layers`."""
     pools = [pool_at(history, BEFORE) for history in histories]
     mapped = [pool.summaries @ w for pool, w in zip(pools, p.w_source, strict=True)]
     occupied = np.concatenate([pool.age >= 0 for pool in pools], axis=-1)
@@ -183,7 +183,7 @@ def _weights(x, keys, occupied, p):
 
 
 def _read_vjp(x, keys, occupied, p, dy):
-    """-> (dx, dkeys, gradients of w_q, w_k, w_v by name)."""
+    """(dx, dkeys, gradients of w_q, w_k, w_v by name)."""
     weights, q = _weights(x, keys, occupied, p), x @ p.w_q
     dread, dw_v, _ = linear_vjp(weights @ keys, p.w_v, dy, bias=False)
     dlogits = softmax_vjp(weights, dread @ np.swapaxes(keys, -1, -2)) / np.sqrt(keys.shape[-1])

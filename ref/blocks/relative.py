@@ -58,7 +58,7 @@ def relative_attention(x, memory, params: RelativeParams, *, heads, u, v_bias, q
 
 
 def relative_attention_vjp(x, memory, params: RelativeParams, dy, *, heads, u, v_bias, query=None, mask=None):
-    """-> RelativeGrads of `relative_attention` for the cotangent dy [B, T, D], the weights recomputed."""
+    """RelativeGrads of `relative_attention` for the cotangent dy [B, T, D], the weights recomputed."""
     check_relative(x, memory, params, heads, u, v_bias, query, mask)
     p_, M, asked = params, memory.shape[1], float64(x if query is None else query)
     source, dy = np.concatenate([float64(memory), float64(x)], axis=1), float64(dy)

@@ -47,7 +47,7 @@ def sliding_window(x, params: AttentionParams, past, *, num_heads, window, num_k
 
 def sliding_window_mixer_vjp(x, params: AttentionParams, dy, *, num_heads, window, num_kv_heads=None,
                              rope_base=1e6):  # fmt: skip
-    """-> (dx, AttentionParams) of `sliding_window_mixer` for dy [..., L, C]."""
+    """(dx, AttentionParams) of `sliding_window_mixer` for dy [..., L, C]."""
     check_window(window)
     mask = window_mask(x.shape[-2], x.shape[-2], left=window - 1, right=0)
     forth = lambda q, k, v: attention_dense(q, k, v, mask=mask)
@@ -70,7 +70,7 @@ def rotary_qkv(x, params: AttentionParams, *, num_heads, num_kv_heads=None, rope
 
 def rotary_attention_vjp(x, params: AttentionParams, dy, forth, back, *, num_heads, num_kv_heads=None,
                          rope_base=1e6):  # fmt: skip
-    """-> (dx, AttentionParams) of forth(q, k, v) w_o, whose backward pass is back(q, k, v, do)."""
+    """(dx, AttentionParams) of forth(q, k, v) w_o, whose backward pass is back(q, k, v, do)."""
     x, p = float64(x), params
     q, k, v = rotary_qkv(x, p, num_heads=num_heads, num_kv_heads=num_kv_heads, rope_base=rope_base)
     do, dw_o, _ = linear_vjp(join_heads(forth(q, k, v)), p.w_o, dy, bias=False)

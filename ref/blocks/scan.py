@@ -54,7 +54,7 @@ def selective_scan(u, delta, a, b, c, d=None, z=None, *, delta_bias=None, delta_
 
 def selective_scan_vjp(u, delta, a, b, c, d, z, dy, *, delta_bias=None, delta_softplus=True, state0=None,
                        dstate=None, chunk=32):  # fmt: skip
-    """-> ScanGrads of `selective_scan` for the cotangents dy [..., T, E] and dstate [..., E, N] (None: 0).
+    """ScanGrads of `selective_scan` for the cotangents dy [..., T, E] and dstate [..., E, N] (None: 0).
 
     The adjoint g_t = C_t dy_t + exp(Delta_{t+1} A) g_{t+1} runs backwards. One state in `chunk` steps is kept
     from the forward pass; those between are computed again.
@@ -114,7 +114,7 @@ def causal_conv(x, w, b=None, *, tail=None):
 
 
 def causal_conv_vjp(x, w, dy, *, tail=None):
-    """-> (dx, dw, db, dtail) of `causal_conv` for dy [..., T, E]."""
+    """(dx, dw, db, dtail) of `causal_conv` for dy [..., T, E]."""
     padded, (T, E) = _with_tail(x, w, None, tail), x.shape[-2:]
     dpadded, dw = np.zeros_like(padded), np.zeros(w.shape)
     for k in range(len(w)):

@@ -53,7 +53,7 @@ def concept_slot_attention(x, noise, params: SlotParams, *, iterations=1, eps=1e
 
 
 def concept_slot_attention_vjp(x, noise, params: SlotParams, dslots, *, iterations=1, eps=1e-8):
-    """-> (dx, dnoise, dparams) of `concept_slot_attention` for dslots [B, C, d], through every step."""
+    """(dx, dnoise, dparams) of `concept_slot_attention` for dslots [B, C, d], through every step."""
     start = _first_slots(x, noise, params)
     dx, dstart, grads = _back(x, start, params, dslots, _count(iterations, 1), 0, eps, "sa")
     sigma = np.exp(float64(params.log_sigma))
@@ -78,7 +78,7 @@ def concept_isa(x, slots0, params: SlotParams, *, iterations=3, eps=1e-8):
 
 
 def concept_isa_vjp(x, slots0, params: SlotParams, dslots, *, iterations=3, eps=1e-8):
-    """-> (dx, dslots0, dparams): the gradient of the last step from constant slots, so dslots0 = 0."""
+    """(dx, dslots0, dparams): the gradient of the last step from constant slots, so dslots0 = 0."""
     n = _count(iterations, 0)
     dx, dstart, grads = _back(x, slots0, params, dslots, n + 1, n, eps, "isa")
     return dx, np.zeros_like(dstart), grads
@@ -95,7 +95,7 @@ def concept_bo_qsa(x, slots0, params: SlotParams, *, iterations=2, eps=1e-8):
 
 
 def concept_bo_qsa_vjp(x, slots0, params: SlotParams, dslots, *, iterations=2, eps=1e-8):
-    """-> (dx, dslots0, dparams): the gradient of the last step, its slots' handed straight to slots0."""
+    """(dx, dslots0, dparams): the gradient of the last step, its slots' handed straight to slots0."""
     n = _count(iterations, 1)
     return _back(x, slots0, params, dslots, n, n - 1, eps, "qsa")
 
@@ -178,7 +178,7 @@ def _back(x, start, p, dslots, steps, first, eps, kind):
 
 
 def _step_vjp(slots, k, v, p, dslots, eps, kind):
-    """-> (dslots before the step, dk, dv, gradients by name) of one step."""
+    """(dslots before the step, dk, dv, gradients by name) of one step."""
     s, q, attn, share, u = _attend(slots, k, v, p, eps, kind)
     du, dbefore, *gru = gru_reset_after_cell_vjp(u, slots, p.w_ih, p.w_hh, p.b_ih, p.b_hh, dslots)
     dshare = v @ np.swapaxes(du, -1, -2)  # [B, T, C]

@@ -93,7 +93,7 @@ def qkv(x, params, *, num_heads):
 
 
 def qkv_vjp(x, params, dqkv):
-    """-> (dx, QKVParams) of `qkv` for dqkv, three cotangents [..., H, L, D]."""
+    """(dx, QKVParams) of `qkv` for dqkv, three cotangents [..., H, L, D]."""
     p = params
     maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
     dx, grads = np.zeros_like(x), []
@@ -138,7 +138,7 @@ def transformer_block(x, params, *, num_heads, norm="pre", causal=False, mask=No
 def self_attention_vjp(
     x, params, dy, *, num_heads, attention=attention_dense, attention_vjp=attention_dense_vjp, **options
 ):
-    """-> (dx, gradients of w_q .. b_o by name) of `self_attention`; attention_vjp takes (q, k, v, do)."""
+    """(dx, gradients of w_q .. b_o by name) of `self_attention`; attention_vjp takes (q, k, v, do)."""
     q, k, v = qkv(x, params, num_heads=num_heads)
     o = join_heads(attention(q, k, v, **options))
     do, dw_o, db_o = linear_vjp(o, params.w_o, dy, bias=params.b_o is not None)
@@ -151,7 +151,7 @@ def self_attention_vjp(
 def transformer_block_vjp(x, params, dy, *, num_heads, norm="pre", causal=False, mask=None,
                           eps=1e-5, activation="gelu", attention=attention_dense,
                           attention_vjp=attention_dense_vjp):  # fmt: skip
-    """-> (dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C], by the attention's vjp."""
+    """(dx, dparams: BlockParams) of `transformer_block` for dy [..., L, C], by the attention's vjp."""
     ln1, ln2 = _norms(params, eps)
     options = {"num_heads": num_heads, "mask": mask, "causal": causal, "attention": attention}
     weights = params.w_fc1, params.b_fc1, params.w_fc2, params.b_fc2

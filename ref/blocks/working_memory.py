@@ -128,7 +128,7 @@ def attend(queries, states, params: WriteParams, *, heads, scale=False):
 
 
 def attend_vjp(queries, states, params: WriteParams, du, *, heads, scale=False):
-    """-> (dqueries, dstates, WriteParams of gradients) of `attend`; 0 for what it does not read."""
+    """(dqueries, dstates, WriteParams of gradients) of `attend`; 0 for what it does not read."""
     q, k, v, factor = _heads(queries, states, params, heads, scale)
     a, do = softmax(factor * q @ k.swapaxes(-1, -2)), split_heads(float64(du), heads)
     dlogits = factor * softmax_vjp(a, do @ v.swapaxes(-1, -2))
@@ -197,7 +197,7 @@ def _write(x, wm, p, heads, topk, scale, gate, tie_mlp):
 
 
 def _competition(xp, wm, p, heads, topk, scale):
-    """-> (softmax weights [B, H, N, T], bool of the kept, q, k, v, factor); of equals the first wins."""
+    """(softmax weights [B, H, N, T], bool of the kept, q, k, v, factor); of equals the first wins."""
     q, k, v, factor = _heads(wm, xp, p, heads, scale)
     a = softmax(factor * q @ k.swapaxes(-1, -2))
     keep = np.ones(a.shape, bool)

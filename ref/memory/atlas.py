@@ -79,7 +79,7 @@ def omega_scan(phi_q, phi_k, v, *, eta, alpha, theta=None, gamma=None, window=16
 def omega_scan_vjp(phi_q, phi_k, v, dy, *, eta, alpha, theta=None, gamma=None, window=16, chunk=1, muon=False,
                    momentum_lr="outer", read="after", memory0=None, momentum0=None, tail0=None,
                    dmemory=None, dmomentum=None):  # fmt: skip
-    """-> OmegaGrads of `omega_scan` for the cotangents dy [..., T, dv], dmemory and dmomentum (None: 0).
+    """OmegaGrads of `omega_scan` for the cotangents dy [..., T, dv], dmemory and dmomentum (None: 0).
 
     The gradient through a gradient: what the memory descended depends on keys, values and the memory before.
     Kept from the forward pass: the memory and momentum at the start of every chunk. tail0 gets no gradient.
@@ -204,7 +204,7 @@ def atlas_layer(x, params: AtlasParams, *, heads, window=16, chunk=64, degree=2,
 def atlas_layer_vjp(
     x, params: AtlasParams, dy, *, heads, window=16, chunk=64, degree=2, muon=True, state=None
 ):
-    """-> (dx, AtlasParams of gradients) of y in `atlas_layer` for dy [B, T, d]; the state is a constant."""
+    """(dx, AtlasParams of gradients) of y in `atlas_layer` for dy [B, T, d]; the state is a constant."""
     p, state = params, _layer_state(x, params, heads, window, degree, state)
     dims(x=(x, "B T d"), dy=(dy, "B T d"))
     x = float64(x)

@@ -56,7 +56,7 @@ def bmojo_fading_attention(q, k, v, q_fading, k_fading, v_fading, *, window, sca
 
 
 def bmojo_fading_attention_vjp(q, k, v, q_fading, k_fading, v_fading, do, *, window, scale=None):
-    """-> gradients of the six arrays, q and q_fading apart, for do [..., H, T, D]."""
+    """Gradients of the six arrays, q and q_fading apart, for do [..., H, T, D]."""
     g = bmojo_attention_vjp(
         q, k, v, k_fading, v_fading, None, do, window=window, q_fading=q_fading, scale=scale
     )
@@ -81,7 +81,7 @@ def bmojo_attention(q, k, v, k_fading, v_fading, members, *, window, q_fading=No
 def bmojo_attention_vjp(q, k, v, k_fading, v_fading, members, do, *, window, q_fading=None, scale=None,
                         extra_k=None, extra_v=None, extra_mask=None, fading="window", stride=1,
                         count=None):  # fmt: skip
-    """-> {argument: gradient} of `bmojo_attention` for do [..., H, T, D]; without q_fading q has both parts.
+    """{argument: gradient} of `bmojo_attention` for do [..., H, T, D]; without q_fading q has both parts.
 
     All paths share P = exp(s - lse) with the lse of the union, and dS = P (dO V^T - sum(dO O)).
     """
@@ -118,7 +118,7 @@ def bmojo_layer(x, params: BmojoParams, *, window, capacity=0, select="topk", th
 
 def bmojo_layer_vjp(x, params: BmojoParams, dy, *, window, capacity=0, select="topk", threshold=None,
                     tied=True, rope_base=None, predict=0.0):  # fmt: skip
-    """-> (dx, dparams) of `bmojo_layer` with Mamba for dy [..., T, C]; plus the loss of the predictor.
+    """(dx, dparams) of `bmojo_layer` with Mamba for dy [..., T, C]; plus the loss of the predictor.
 
     Which tokens are stored carries no gradient; their keys and values do. predict: weight of
     `innovation_loss`, the only teacher of w_pred.
@@ -243,7 +243,7 @@ def _project(projection, p, rope_base, start=0):
 
 
 def _project_vjp(d, projection, p, rope_base):
-    """-> (name of the source, its gradient, that of the map, that of the gain or None)."""
+    """(name of the source, its gradient, that of the map, that of the gain or None)."""
     w, dgain = getattr(p, projection.weight), None
     if projection.norm is not None:
         if rope_base is not None:

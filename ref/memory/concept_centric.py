@@ -63,7 +63,7 @@ def concept_cross_attention(tokens, concepts, params: CrossParams, *, heads):
 
 
 def concept_cross_attention_vjp(tokens, concepts, params: CrossParams, dlogits, dattn=None, *, heads):
-    """-> (dtokens, dconcepts, dparams) for dlogits [B, N, classes] and, unless None, dattn [B, H, N, C]."""
+    """(dtokens, dconcepts, dparams) for dlogits [B, N, classes] and, unless None, dattn [B, H, N, C]."""
     p, (q, k, v, attn) = params, _attend(tokens, concepts, params, heads)
     do, dw_proj, db_proj = linear_vjp(join_heads(attn @ v), p.w_proj, float64(dlogits))
     do = split_heads(do, heads)
@@ -95,7 +95,7 @@ def explanation_loss(attn, target):
 
 
 def explanation_loss_vjp(attn, target, dloss=1.0):
-    """-> dattn [B, N, C] of `explanation_loss`; 0 in rows that are not known."""
+    """dattn [B, N, C] of `explanation_loss`; 0 in rows that are not known."""
     known, want = _targets(attn, target)
     return 2 * dloss * np.where(known[..., None], float64(attn) - want, 0.0) / max(known.sum(), 1)
 
@@ -107,7 +107,7 @@ def sparsity_loss(attn, *, eps=1e-8):
 
 
 def sparsity_loss_vjp(attn, dloss=1.0, *, eps=1e-8):
-    """-> dattn [B, N, C] of `sparsity_loss`."""
+    """dattn [B, N, C] of `sparsity_loss`."""
     a = float64(attn)
     return -dloss * (np.log(a + eps) + a / (a + eps)) / a.size
 
@@ -138,7 +138,7 @@ def cct_loss_vjp(
     logits, labels, concept_attn, concept_target, *, spatial_attn=None, spatial_target=None, lambda_e=1.0,
     lambda_s=0.5,
 ):  # fmt: skip
-    """-> (dlogits, dconcept_attn, dspatial_attn) of the loss; None for a stream that there is not."""
+    """(dlogits, dconcept_attn, dspatial_attn) of the loss; None for a stream that there is not."""
 
     def of_stream(attn, target):
         if attn is None:
@@ -180,7 +180,7 @@ def cct_classify_vjp(
     features_cls, features_patch, params: CctParams, dlogits, dconcept_attn=None, dspatial_attn=None, *,
     heads, variant="sa", slot_inputs="patches", slot_spatial=False, iterations=None, noise=None,
 ):  # fmt: skip
-    """-> (dfeatures_cls, dfeatures_patch, dparams) of `cct_classify`; None for an attention without one."""
+    """(dfeatures_cls, dfeatures_patch, dparams) of `cct_classify`; None for an attention without one."""
     options = _options(features_cls, features_patch, params, variant, slot_inputs, iterations)
     given = {"concepts": dconcept_attn, "spatial": dspatial_attn, "unsupervised": None}
     d = {"cls": np.zeros(features_cls.shape), "patches": np.zeros(features_patch.shape)}

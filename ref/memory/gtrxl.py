@@ -69,7 +69,7 @@ def gate(x, y, params: GateParams | None, *, kind="gru"):
 
 
 def gate_vjp(x, y, params: GateParams | None, dout, *, kind="gru"):
-    """-> (dx, dy, GateParams of gradients, None for kind None) of `gate` for dout [..., D]."""
+    """(dx, dy, GateParams of gradients, None for kind None) of `gate` for dout [..., D]."""
     check_gate(x, y, params, kind)
     x, y, dout, p = *float64(x, y, dout), params
     if kind is None:
@@ -120,7 +120,7 @@ def gtrxl_block(x, memory, params: GTrXLBlockParams, *, heads, u, v_bias, gate="
 
 def gtrxl_block_vjp(x, memory, params: GTrXLBlockParams, dy, *, heads, u, v_bias, gate="gru", norm="identity",
                     normalize_query=True, mask=None):  # fmt: skip
-    """-> (dx, GTrXLBlockParams of gradients, du, dv_bias) of `gtrxl_block`; no gradient into the memory."""
+    """(dx, GTrXLBlockParams of gradients, du, dv_bias) of `gtrxl_block`; no gradient into the memory."""
     _, (x, source, attended, mid, fed) = _block(
         x, memory, params, heads, u, v_bias, gate, norm, normalize_query, mask
     )
@@ -178,7 +178,7 @@ def gtrxl(x, memory: GTrXLMemory, params: GTrXLParams, *, heads, gate="gru", nor
 
 def gtrxl_vjp(x, memory: GTrXLMemory, params: GTrXLParams, dy, *, heads, gate="gru", norm="identity",
               normalize_query=True, done=None):  # fmt: skip
-    """-> (dx, GTrXLParams of gradients) of y in `gtrxl`, for the cotangent dy [B, T, D]."""
+    """(dx, GTrXLParams of gradients) of y in `gtrxl`, for the cotangent dy [B, T, D]."""
     mask, _ = _episodes(x, memory, params, done)
     options = {"heads": heads, "u": params.u, "v_bias": params.v_bias, "gate": gate, "norm": norm,
                "normalize_query": normalize_query, "mask": mask}  # fmt: skip

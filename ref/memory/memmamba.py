@@ -113,7 +113,7 @@ def memmamba_block(x, params: MemMambaBlock, pools, *, layer, every=4, capacity=
 
 def memmamba_block_vjp(x, params: MemMambaBlock, pools, dy, dpool, *, layer, every=4, capacity=50,
                        threshold=0.5, state_threshold=0.3, policy="priority", chunk=64):  # fmt: skip
-    """-> (dx, dparams, dpools) for dy [..., T, C] and dpool, that of pool.summaries; dpools: one a pool.
+    """(dx, dparams, dpools) for dy [..., T, C] and dpool, that of pool.summaries; dpools: one a pool.
 
     Straight-through (our choice): a summary counts as s_t (1 + score_t - stopgrad(score_t)), so its value is
     s_t and the scorer learns from <ds_t, s_t>. Which slot a note takes, and the gate of the state, carry no
@@ -148,7 +148,7 @@ def memmamba_lm(tokens, params: MemMambaParams, *, every=4, capacity=50, thresho
 
 def memmamba_lm_vjp(tokens, params: MemMambaParams, dlogits, *, every=4, capacity=50, threshold=0.5,
                     state_threshold=0.3, policy="priority", chunk=64):  # fmt: skip
-    """-> dparams of `memmamba_lm` for dlogits [..., T, V]; every block is run again."""
+    """dparams of `memmamba_lm` for dlogits [..., T, V]; every block is run again."""
     options = _options(every, capacity, threshold, state_threshold, policy, chunk)
     hidden, pools = _layers(tokens, params, options)
     dims(x=(hidden[-1], "... T C"), dlogits=(dlogits, f"... T {len(params.embedding)}"))
@@ -276,7 +276,7 @@ def _opens(z, p, state_threshold):
 
 
 def _fuse_vjp(context, gate, w, dy):
-    """-> (dcontext, dgate, dw) of gate * (context w)."""
+    """(dcontext, dgate, dw) of gate * (context w)."""
     dcontext, dw, _ = linear_vjp(context, w, gate * dy, bias=False)
     return dcontext, np.sum(dy * (context @ w)), dw
 

@@ -220,7 +220,7 @@ def ltm_bytes(width, segments, *, dtype_bytes=4):
 
 
 def _relations(wm, ltm, p, rho):
-    """-> (mixed slots, q, k, v, R, rho L + a1 R)."""
+    """(mixed slots, q, k, v, R, rho L + a1 R)."""
     dims(wm=(wm, "B N D"), ltm=(ltm, "B S D D"), mix=(p.mix, "S N"), a_q=(p.a_q, "D D"))
     wm = float64(wm)
     mixed = p.mix @ wm
@@ -277,7 +277,7 @@ def _transformer(tokens, p, heads, topk, layers, share_memory):
 
 
 def _layer_vjp(x, wm, ltm, p, dy, dwm, dltm, heads, topk, share_memory):
-    """-> (dx, dwm, dltm, BlockParams, PmiParams of gradients) of one layer of the transformer."""
+    """(dx, dwm, dltm, BlockParams, PmiParams of gradients) of one layer of the transformer."""
     b, options = p.block, {"heads": heads, "topk": topk, "share_memory": share_memory}
     sum1 = x + self_attention(x, b, num_heads=heads)
     h = layer_norm(sum1, b.ln1_scale, b.ln1_bias)

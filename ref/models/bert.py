@@ -82,7 +82,7 @@ def bert_pool(x, params):
 
 
 def bert_encode_vjp(ids, params, dy, *, num_heads, token_mask=None, types=None, eps=1e-12):
-    """-> BertParams of gradients of `bert_encode` for dy [..., T, d].
+    """BertParams of gradients of `bert_encode` for dy [..., T, d].
 
     The pooler's are None: see `bert_pool_vjp`.
     """
@@ -104,7 +104,7 @@ def bert_encode_vjp(ids, params, dy, *, num_heads, token_mask=None, types=None, 
 
 
 def bert_pool_vjp(x, params, dpooled):
-    """-> (dx, dw_pool, db_pool) of `bert_pool` for dpooled [..., d]."""
+    """(dx, dw_pool, db_pool) of `bert_pool` for dpooled [..., d]."""
     pooled = bert_pool(x, params)
     d0, dw, db = linear_vjp(
         x[..., 0, :], params.w_pool, dpooled * (1 - pooled**2), bias=params.b_pool is not None

@@ -50,7 +50,7 @@ def gpt_embed(ids, params, *, position=0):
 
 
 def gpt_embed_vjp(ids, params, dx):
-    """-> (dwte, dwpe) of `gpt_embed` at position 0 for dx [..., T, d]; tokens that occur twice add up."""
+    """(dwte, dwpe) of `gpt_embed` at position 0 for dx [..., T, d]; tokens that occur twice add up."""
     dwte, dwpe = np.zeros(np.shape(params.wte)), np.zeros(np.shape(params.wpe))
     np.add.at(dwte, np.asarray(ids), dx)
     dwpe[: dx.shape[-2]] = dx.reshape(-1, *dx.shape[-2:]).sum(axis=0)
@@ -80,7 +80,7 @@ def gpt_forward(ids, params, *, num_heads, mask=None, eps=1e-5):
 
 
 def gpt_head_vjp(x, params, dlogits, *, eps=1e-5):
-    """-> (dx, dwte, dlnf_scale, dlnf_bias) of `gpt_head`."""
+    """(dx, dwte, dlnf_scale, dlnf_bias) of `gpt_head`."""
     y = layer_norm(x, params.lnf_scale, params.lnf_bias, eps=eps)
     dwte = dlogits.reshape(-1, dlogits.shape[-1]).T @ y.reshape(-1, y.shape[-1])
     dx, dscale, dbias = layer_norm_vjp(x, params.lnf_scale, dlogits @ params.wte, eps=eps)
@@ -88,7 +88,7 @@ def gpt_head_vjp(x, params, dlogits, *, eps=1e-5):
 
 
 def gpt_blocks_vjp(hidden, params, dy, *, num_heads, mask=None, eps=1e-5):
-    """-> (dx, tuple of BlockParams) of `gpt_blocks`, from the hidden states it returned."""
+    """(dx, tuple of BlockParams) of `gpt_blocks`, from the hidden states it returned."""
     grads = []
     for x, p in zip(hidden[-2::-1], params.blocks[::-1], strict=True):
         dy, g = transformer_block_vjp(
@@ -99,7 +99,7 @@ def gpt_blocks_vjp(hidden, params, dy, *, num_heads, mask=None, eps=1e-5):
 
 
 def gpt_forward_vjp(ids, params, dlogits, *, num_heads, mask=None, eps=1e-5):
-    """-> GPTParams of gradients of `gpt_forward` for the cotangent dlogits [..., T, V]."""
+    """GPTParams of gradients of `gpt_forward` for the cotangent dlogits [..., T, V]."""
     hidden = gpt_blocks(gpt_embed(ids, params), params, num_heads=num_heads, mask=mask, eps=eps)
     dx, dwte, dscale, dbias = gpt_head_vjp(hidden[-1], params, dlogits, eps=eps)
     dx, blocks = gpt_blocks_vjp(hidden, params, dx, num_heads=num_heads, mask=mask, eps=eps)

@@ -131,7 +131,7 @@ def _positions(edges, params):
 
 
 def _forward(x, edges, node_mask, params, num_heads, eps):
-    """-> ([nodes before each block, and after the last], bias [B, H, N, N], pairs [B, 1, N, N])."""
+    """([nodes before each block, and after the last], bias [B, H, N, N], pairs [B, 1, N, N])."""
     n = dims(x=(x, "B N d"), edges=(edges, "B N N"), node_mask=(node_mask, "B N"))
     check_num_heads(n["d"], num_heads)
     mask, edges = np.asarray(node_mask, bool), np.asarray(edges)
@@ -150,7 +150,7 @@ def _weights(q, k, bias, pairs):
 
 
 def _block_vjp(x, p, bias, pairs, dy, num_heads, eps):
-    """-> (dx, cotangent of the bias, BlockParams of gradients) of one block."""
+    """(dx, cotangent of the bias, BlockParams of gradients) of one block."""
     h1 = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=eps)
     q, k, v = qkv(h1, p, num_heads=num_heads)
     w = _weights(q, k, bias, pairs)

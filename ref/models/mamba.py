@@ -68,7 +68,7 @@ def mamba_step(x_t, cache: MambaCache, params: MambaParams):
 
 
 def mamba_block_vjp(x, params: MambaParams, dy):
-    """-> (dx, dparams: MambaParams) of `mamba_block` for dy [..., T, C]."""
+    """(dx, dparams: MambaParams) of `mamba_block` for dy [..., T, C]."""
     check_mamba(x, params)
     dims(x=(x, "... T C"), dy=(dy, "... T C"))
     p, (E, _) = params, params.a_log.shape

@@ -116,7 +116,7 @@ def _queries(visual, params, num_heads, eps):
 
 
 def _mapping_block(x, visual, p, num_heads, eps):
-    """-> (sum before norm 1, x1, q, k, v, sum before norm 2, x2, sum before norm 3, output)."""
+    """(sum before norm 1, x1, q, k, v, sum before norm 2, x2, sum before norm 3, output)."""
     s1 = x + self_attention(x, p, num_heads=num_heads)
     x1 = layer_norm(s1, p.ln1_scale, p.ln1_bias, eps=eps)
     maps = (x1, p.w_cq, p.b_cq), (visual, p.w_ck, p.b_ck), (visual, p.w_cv, p.b_cv)
@@ -128,7 +128,7 @@ def _mapping_block(x, visual, p, num_heads, eps):
 
 
 def _mapping_block_vjp(x, visual, p, dy, num_heads, eps):
-    """-> (dx, dvisual, MappingBlock of gradients)."""
+    """(dx, dvisual, MappingBlock of gradients)."""
     s1, x1, q, k, v, s2, x2, s3, _ = _mapping_block(x, visual, p, num_heads, eps)
     g = {}
     d3, g["ln3_scale"], g["ln3_bias"] = layer_norm_vjp(s3, p.ln3_scale, dy, eps=eps)

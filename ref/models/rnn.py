@@ -112,7 +112,7 @@ def gru_reset_after_cell(x, h, w_ih, w_hh, b_ih, b_hh):
 
 
 def gru_reset_after_cell_vjp(x, h, w_ih, w_hh, b_ih, b_hh, dh):
-    """-> (dx, dh before the step, dw_ih, dw_hh, db_ih, db_hh) for the cotangent dh [..., N] of h'."""
+    """(dx, dh before the step, dw_ih, dw_hh, db_ih, db_hh) for the cotangent dh [..., N] of h'."""
     x, h = float64(x, h)
     r, z, n, from_h = _reset_after_gates(x, h, w_ih, w_hh, b_ih, b_hh)
     d_n = dh * (1 - z) * (1 - n**2)

@@ -104,7 +104,7 @@ def clip_as_image(clips, params):
 
 
 def embed_patches_vjp(images, params, dx):
-    """-> (dimages, gradients of w_patch, b_patch, cls_token and pos_embed by name) of `embed_patches`."""
+    """(dimages, gradients of w_patch, b_patch, cls_token and pos_embed by name) of `embed_patches`."""
     if params.w_patch.ndim == 5:
         return _clip_vjp(images, params, dx)
     p, _, C, d = params.w_patch.shape
@@ -154,7 +154,7 @@ def head(pooled, params, *, eps=1e-6):
 
 
 def head_vjp(pooled, params, dy, *, eps=1e-6):
-    """-> (dpooled, gradients of norm_scale, norm_bias, w_head and b_head by name) of `head`."""
+    """(dpooled, gradients of norm_scale, norm_bias, w_head and b_head by name) of `head`."""
     dw = db = None
     if params.w_head is not None:
         y = layer_norm(pooled, params.norm_scale, params.norm_bias, eps=eps)
@@ -183,7 +183,7 @@ def vit_forward(
 
 
 def vit_forward_vjp(images, params: ViTParams, dlogits, *, num_heads, global_pool=False, eps=1e-6):
-    """-> (dimages, ViTParams of gradients) of `vit_forward` with dense attention for dlogits [..., K]."""
+    """(dimages, ViTParams of gradients) of `vit_forward` with dense attention for dlogits [..., K]."""
     hidden, blocks = [embed_patches(images, params)], []
     for p in params.blocks:
         hidden.append(transformer_block(hidden[-1], p, num_heads=num_heads, eps=eps))

@@ -275,7 +275,7 @@ def _vit_vjp(
 
 
 def _head(x, params, global_pool, eps, train=False):
-    """-> (logits, moved running statistics by name): norm, batch norm where there is one, linear."""
+    """(logits, moved running statistics by name): norm, batch norm where there is one, linear."""
     if params.bn_mean is None:
         return vit.classify(x, params, global_pool=global_pool, eps=eps), {}
     y = vit.classify(x, params._replace(w_head=None), global_pool=global_pool, eps=eps)
@@ -285,7 +285,7 @@ def _head(x, params, global_pool, eps, train=False):
 
 
 def _head_vjp(x, params, dy, global_pool, eps, train):
-    """-> (dx, gradients of norm and head by name)."""
+    """(dx, gradients of norm and head by name)."""
     pooled, linear_grads = vit.pool(x, params, global_pool=global_pool), {}
     if params.bn_mean is not None:
         y = layer_norm(pooled, params.norm_scale, params.norm_bias, eps=eps)

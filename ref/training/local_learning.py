@@ -134,7 +134,7 @@ def local_loss(h, target, labels, aux: LocalAux, *, lambda_rec, lambda_cls, rec=
 def local_loss_vjp(
     h, target, labels, aux: LocalAux, *, lambda_rec, lambda_cls, rec="mse", cls="cross_entropy"
 ):
-    """-> (dh, LocalAux of gradients) of `local_loss`; that of a decoder which is not used is None."""
+    """(dh, LocalAux of gradients) of `local_loss`; that of a decoder which is not used is None."""
     check_local(h, labels, aux, lambda_rec, lambda_cls, rec, cls)
     dh, ddecoder = np.zeros(h.shape), None
     if aux.decoder is not None and lambda_rec:

@@ -187,7 +187,7 @@ def train_ghn(params: GHNParams, pool, data, *, steps, seed, config: GHNConfig, 
 
 
 def _factors(z, p, shape, rank):
-    """-> h1, h2, u [b, 2r, r], v [b, 2r, K], A [b, c_out k_h, r], B^T [b, c_in k_w, r], 4-D shape."""
+    """h1, h2, u [b, 2r, r], v [b, 2r, K], A [b, c_out k_h, r], B^T [b, c_in k_w, r], 4-D shape."""
     n = dims(z=(z, "b d"), w1=(p.w1, "d h"), w_k=(p.w_k, "r K"))
     if rank != n["r"] or p.w3.shape[1] != 2 * rank**2:
         raise ValueError(f"rank must be that of params, {n['r']}, got {rank}")
@@ -214,7 +214,7 @@ def _slots(graph):
 
 
 def _encode(graph, params, config):
-    """-> (x, index, features, z): operations, rows of shapes, both added, what the encoder makes of them."""
+    """(x, index, features, z): operations, rows of shapes, both added, what the encoder makes of them."""
     if graph.op.size and not (0 <= graph.op.min() and graph.op.max() < len(params.op)):
         raise ValueError(f"graph.op must be operations 0..{len(params.op) - 1}")
     options = {"num_classes": config.num_classes, "max_spatial": config.max_spatial, "llm": config.llm}

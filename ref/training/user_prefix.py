@@ -261,7 +261,7 @@ def trainable_count(config: CaptionSize):
 
 
 def _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps):
-    """-> ([sequence before each block, and after the last], mask of keys or None)."""
+    """([sequence before each block, and after the last], mask of keys or None)."""
     n = dims(visual_prefix=(visual_prefix, "B n_q d"), user=(user, "B n_u d"),
              constants=(params.constants, "n_p d"))  # fmt: skip
     if n["n_p"] < 1:
@@ -282,7 +282,7 @@ def _fusion_states(visual_prefix, user, params, num_heads, user_mask, eps):
 
 
 def _lm_states(prefix, tokens, mask, lm, num_heads, eps):
-    """-> ([hidden states of prefix and caption before each block, and after the last], mask of keys)."""
+    """([hidden states of prefix and caption before each block, and after the last], mask of keys)."""
     n = dims(prefix=(prefix, "B n_p d"), tokens=(tokens, "B n"), mask=(mask, "B n"), wte=(lm.wte, "V d"))
     total = n["n_p"] + n["n"]
     if n["n_p"] < 1:

@@ -57,7 +57,7 @@ def reversed_attention(q, k, v, *, head_weights=None, message=None, scale=None, 
 
 
 def reversed_attention_vjp(q, k, v, dout, *, head_weights=None, message=None, scale=None):
-    """-> (dq, dk, dv, dhead_weights, dmessage) of `reversed_attention` for dout [B, H, N, Dv]."""
+    """(dq, dk, dv, dhead_weights, dmessage) of `reversed_attention` for dout [B, H, N, Dv]."""
     A, P, M, scale = _prepare(q, k, v, head_weights, message, scale)
     q, k, v, dout = float64(q, k, v, dout)
     dsent = v @ np.swapaxes(dout, -1, -2)  # [B, H, senders, receivers]
@@ -98,7 +98,7 @@ def reversed_attention_layer(x, message_in, params: DependencyAttentionParams, *
 def reversed_attention_layer_backward(
     dout, dmessage, x, message_in, params: DependencyAttentionParams, *, num_heads, temperature=0.1
 ):
-    """-> (dx, dmessage_in, dparams) for dout [B, N, C] and dmessage [B, N], the cotangent of message_out."""
+    """(dx, dmessage_in, dparams) for dout [B, N, C] and dmessage [B, N], the cotangent of message_out."""
     p, x = params, float64(x)
     heads, P, m, message = _layer(x, message_in, p, num_heads, temperature)
     out = join_heads(reversed_attention(*heads, head_weights=P, message=message))

@@ -81,7 +81,7 @@ def hilo_attention(x, params: HiLoParams, *, num_heads, window=2, alpha=0.5, pad
 
 
 def hilo_attention_backward(dy, x, params: HiLoParams, *, num_heads, window=2, alpha=0.5, pad=False):
-    """-> (dx, dparams: HiLoParams) of `hilo_attention` for dy [B, H, W, C]; None where a parameter is."""
+    """(dx, dparams: HiLoParams) of `hilo_attention` for dy [B, H, W, C]; None where a parameter is."""
     filled, valid, hi, lo = _prepare(x, params, num_heads, window, alpha, pad)
     n = dims(x=(x, "B H W C"), dy=(dy, "B H W C"))
     x, dy = filled, np.pad(float64(dy), ((0, 0), *_fill(n, window), (0, 0)))

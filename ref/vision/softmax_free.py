@@ -107,7 +107,7 @@ def soft_attention(q, q_tilde, v, *, normalize=False, iters=20, ridge=None, batc
 
 
 def soft_attention_vjp(q, q_tilde, v, dy, *, normalize=False, iters=20, ridge=None, batch_alpha=False):
-    """-> (dq, dq_tilde, dv) of `soft_attention` for dy [..., N, Dv], the inverse by its closed form."""
+    """(dq, dq_tilde, dv) of `soft_attention` for dy [..., N, Dv], the inverse by its closed form."""
     K, A, W, V = _factors(q, q_tilde, v, normalize, iters, ridge, batch_alpha)
     u = K.mT @ v
     w, dw = W @ u, K.mT @ dy
@@ -127,7 +127,7 @@ def soft_attention_vjp(q, q_tilde, v, dy, *, normalize=False, iters=20, ridge=No
 
 
 def gaussian_kernel_vjp(a, b, K, dK, *, scale=1.0):
-    """-> (da, db) of K = `gaussian_kernel(a, b)`: with G = -scale K dK, da_i = sum_j G_ij (a_i - b_j)."""
+    """(da, db) of K = `gaussian_kernel(a, b)`: with G = -scale K dK, da_i = sum_j G_ij (a_i - b_j)."""
     G = -scale * K * dK
     da = G.sum(axis=-1)[..., None] * a - G @ b
     return da, G.sum(axis=-2)[..., None] * b - np.swapaxes(G, -1, -2) @ a
@@ -155,7 +155,7 @@ def soft_layer_backward(
     dout, x, params: SoftParams, *, height, width, num_heads, ratio, conv_size, normalize=False, iters=20,
     ridge=None, batch_alpha=False,
 ):  # fmt: skip
-    """-> (dx, dparams: SoftParams) of `soft_layer` for dout [B, N, C]; all else is computed again."""
+    """(dx, dparams: SoftParams) of `soft_layer` for dout [B, N, C]; all else is computed again."""
     p, options = params, {"normalize": normalize, "iters": iters, "ridge": ridge, "batch_alpha": batch_alpha}
     local = {"padding": conv_size // 2, "groups": num_heads}
     q, v = _queries_values(x, p, height, width, num_heads, ratio, conv_size)
