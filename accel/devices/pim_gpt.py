@@ -88,16 +88,22 @@ def _decode(params, token, cache, *, acc):
     k_all, v_all = round_bf16(cache.k), round_bf16(cache.v)
     row = lambda table, i: round_bf16(table.at[i].get(mode="fill", fill_value=jnp.nan))
     x = round_bf16(row(params.wte, token) + row(params.wpe, n))
-    layer = partial(_layer, n=n, acc=acc)
+    zero = np.int32(0)
     if is_tuple(params):
         for i, p in enumerate(params.blocks):
-            x, k, v = layer(x, p, k_all[i], v_all[i])
-            k_all, v_all = k_all.at[i].set(k), v_all.at[i].set(v)
+            q, k, v = _qkv(x, p, cache.k.shape, acc)
+            at = np.int32(i), zero
+            k_all = lax.dynamic_update_slice(k_all, k[None, :, None, :], (*at, n, zero))
+            v_all = lax.dynamic_update_slice(v_all, v[None, :, :, None], (*at, zero, n))
+            x = _rest(x, q, k_all[i], v_all[i], p, n, acc)
     else:
 
         def step(x, given):
-            x, k, v = layer(x, *given)
-            return x, (k, v)
+            p, k_all, v_all = given
+            q, k, v = _qkv(x, p, cache.k.shape, acc)
+            k_all = lax.dynamic_update_slice(k_all, k[:, None, :], (zero, n, zero))
+            v_all = lax.dynamic_update_slice(v_all, v[:, :, None], (zero, zero, n))
+            return _rest(x, q, k_all, v_all, p, n, acc), (k_all, v_all)
 
         x, (k_all, v_all) = lax.scan(step, x, (params.blocks, k_all, v_all))
     x = layernorm_asic(x, params.lnf_scale, params.lnf_bias, acc=acc)
@@ -106,22 +112,26 @@ def _decode(params, token, cache, *, acc):
     return jnp.where(n < room, logits, np.float32(np.nan)), PimCache(k_all, v_all, n + np.int32(1))
 
 
-def _layer(x, p, k_all, v_all, *, n, acc):
-    """(x [D], keys [H, S, d], values [H, d, S]) after one block, the new token's at place n."""
-    add = lambda a, b: round_bf16(a + round_bf16(b))
-    layer = lambda x, w, b: add(vmm_bf16(x, w, acc=acc), b)
-    norm = lambda x, g, b: layernorm_asic(x, g, b, acc=acc)
-    each = jax.vmap(partial(vmm_bf16, acc=acc))
+def _qkv(x, p, shape, acc):
+    """Queries, keys and values [H, d] of a token x [D]."""
+    _, H, _, d = shape
+    h = layernorm_asic(x, p.ln1_scale, p.ln1_bias, acc=acc)
+    return (_map(h, w, b, acc).reshape(H, d) for w, b in ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v)))
+
+
+def _rest(x, q, k_all, v_all, p, n, acc):
+    """x [D] after attention over keys [H, S, d] and values [H, d, S] up to place n, and after the MLP."""
     H, S, d = k_all.shape
-    h = norm(x, p.ln1_scale, p.ln1_bias)
-    q, k, v = (layer(h, w, b).reshape(H, d) for w, b in ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v)))
-    zero = np.int32(0)
-    k_all = lax.dynamic_update_slice(k_all, k[:, None, :], (zero, n, zero))
-    v_all = lax.dynamic_update_slice(v_all, v[:, :, None], (zero, zero, n))
+    each = jax.vmap(partial(vmm_bf16, acc=acc))
     scores = round_bf16(each(q, k_all.swapaxes(1, 2)) * np.float32(d**-0.5))
     seen = jnp.arange(S, dtype=jnp.int32) <= n
     scores = jnp.where(seen[None], scores, np.float32(-np.inf))
     heads = each(softmax_asic(scores, acc=acc), v_all.swapaxes(1, 2))
-    x = add(x, layer(heads.reshape(H * d), p.w_o, p.b_o))
-    h = norm(x, p.ln2_scale, p.ln2_bias)
-    return add(x, layer(gelu_asic(layer(h, p.w_fc1, p.b_fc1), acc=acc), p.w_fc2, p.b_fc2)), k_all, v_all
+    x = round_bf16(x + _map(heads.reshape(H * d), p.w_o, p.b_o, acc))
+    h = _map(layernorm_asic(x, p.ln2_scale, p.ln2_bias, acc=acc), p.w_fc1, p.b_fc1, acc)
+    return round_bf16(x + _map(gelu_asic(h, acc=acc), p.w_fc2, p.b_fc2, acc))
+
+
+def _map(x, w, b, acc):
+    """x w + b, rounded."""
+    return round_bf16(vmm_bf16(x, w, acc=acc) + round_bf16(b))

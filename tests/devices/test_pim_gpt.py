@@ -133,6 +133,22 @@ def test_pim_gpt_products_run_in_the_banks_bit_for_bit():
     assert round(banks / target.tick_s) == M.vmm_ticks(140, 3000).total
 
 
+def test_pim_gpt_step_is_priced_in_the_banks():
+    """A traced step, blocks in a tuple or stacked: what is stored stays; its time is the simulator's."""
+    rng, shape = np.random.default_rng(7), hw.GptShape(2, 256, 4, context=128)
+    p = M.init_gpt(rng, vocab=16, context=128, dim=256, depth=2)
+    stacked = p._replace(blocks=type(p.blocks[0])(*(np.stack(a) for a in zip(*p.blocks, strict=True))))
+    target, one = hw.pim_gpt(), lambda a: np.asarray(a, np.float32) if np.ndim(a) else a
+    want = hw.simulate_token(shape, 127, target).ns * 1e-9
+    for form in (p, stacked):
+        cache = jax.tree.map(one, M.init_cache(p, 128, num_heads=4))
+        args = jax.tree.map(one, form), np.int32(3), cache
+        step = lambda params, token, cache: A.pim_gpt_decode(params, token, cache)
+        r = hw.estimate(hw.trace(step, *args, weights=("params", "cache")), target)
+        assert 0.9 < sum(c.macs for c in r.by_op if c.busy_s.get("banks")) / r.macs <= 1
+        assert 0.75 * want < r.seconds < 1.25 * want  # q, k, v apart, the chip op by op, and a head of 16
+
+
 @given(laws_pim_gpt.sizes, laws_pim_gpt.sizes, st.sampled_from((1, 8)))
 def test_pim_gpt_closed_form_is_the_replay(m, k, channels):
     t = hw.pim.pim_gpt(channels=channels, refresh=False)
