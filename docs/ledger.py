@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def section(text, heading):
     return found[1].strip() if found else None
 
 
+@cache
 def claims(text):
     """Rows [claim, reported, here, status] of a chapter's claims, as Markdown; code that prints them is run.
 
