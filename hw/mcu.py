@@ -289,8 +289,13 @@ class Mcu(Target):
             plan = self.memory(ctx.program)
             ctx.memo["mcu plan"] = plan
             ctx.memo["mcu rows"] = _rows(plan)
-        units, by_rows = ctx.memo["mcu units"], ctx.memo["mcu rows"].get(op.id, {})
-        unit = units.unit(op)
+            # A product that waits for its bias is charged as the product, not as the addition.
+            found = ctx.memo["mcu units"].of.items()
+            ctx.memo["mcu behind"] = {u.op.id: i for i, u in found if u.bias is not None}
+        units, at = ctx.memo["mcu units"], ctx.memo["mcu behind"].get(op.id, op.id)
+        unit, by_rows = units.of.get(at) or units.unit(op), ctx.memo["mcu rows"].get(at, {})
+        if unit.bias is not None and at == op.id:
+            return OpCost(flops=ctx.counts(op).flops, basis=self._basis)
         if unit.kind == "free" and all(o in units.static for o in op.outputs):
             return OpCost(basis=self._basis)
         w = work(unit, units, self.core, self.weight_bits, **by_rows)
@@ -350,7 +355,8 @@ def _rows(plan):
             step = plan.flow.steps[n]
             if g.rows > 1 and step.unit is not None:
                 aside = any(("row", o) in g.inner for o in step.writes)
-                held = 0 if g.streamed is None or g.streamed not in step.reads else plan.flow.size(g.streamed)
+                read = map(plan.flow.buffer, step.reads)
+                held = plan.flow.size(g.streamed) if g.streamed is not None and g.streamed in read else 0
                 found[step.op.id] = {"rows": g.rows, "aside": aside, "streamed": held}
     return found
 

@@ -73,7 +73,7 @@ def _whole(unit, units, core, weight_bits, rows):
     w = Work(macs=c.macs, flops=c.flops)
     if unit.kind in ("free", "view") or out is None:
         static = all(i in units.static for i in op.outputs)
-        held = op.prim == "dot_general"  # a bias behind it runs the product
+        held = op.kind in ("matmul", "conv")  # a bias behind it runs the product
         return Work(flops=0 if static or held else c.flops)
     n, last = out.size, out.shape[-1] if out.shape else 1
     add = lambda kernel, times=1, **dims: w.calls.append((times, kernel, dims))

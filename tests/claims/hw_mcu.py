@@ -25,6 +25,7 @@ FILES = (
     "hw/mcu_flow.py",
     "hw/mcu_int8.py",
     "hw/mcu_run.py",
+    "hw/mcu_patterns.py",
     "hw/mcu_units.py",
     "tests/claims/hw_mcu.py",
 )
@@ -88,6 +89,25 @@ def shapes():
     return f(SIDE, SIDE, 3), w
 
 
+def cifar(img, w):
+    """The network of CMSIS-NN's CIFAR-10 example: three convolutions of 5 x 5, pooled, and a dense layer."""
+    x = img[None]
+    for c in "abc":
+        x = jax.lax.conv_general_dilated(
+            x, w[c], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )  # fmt: skip
+        x = jax.nn.relu(x + w["b" + c][None, None, None])
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+    return x.reshape(1, -1) @ w["out"]
+
+
+def cifar_shapes():
+    """Image and weights of `cifar` as shapes."""
+    f = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    w = {"a": f(5, 5, 3, 32), "b": f(5, 5, 32, 32), "c": f(5, 5, 32, 64), "out": f(1024, 10)}
+    return f(32, 32, 3), w | {"ba": f(32), "bb": f(32), "bc": f(64)}
+
+
 def main():
     """Run everything and store it."""
     from tests.test_layers_hw import HAS_ACCEL, traced
@@ -99,7 +119,8 @@ def main():
             rows.append(run_example(f"{slug}.{e.fn}", program, args, target))
             print(rows[-1])
     program = json.loads(hw.trace(block, *shapes(), weights=("w",)).to_json())
-    print(store("hw_mcu", {"examples": rows, "block": program}, FILES))
+    small = json.loads(hw.trace(cifar, *cifar_shapes(), weights=("w",)).to_json())
+    print(store("hw_mcu", {"examples": rows, "block": program, "cifar": small}, FILES))
 
 
 if __name__ == "__main__":

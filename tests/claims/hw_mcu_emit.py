@@ -30,6 +30,7 @@ FILES = (
     "hw/mcu_flow.py",
     "hw/mcu_int8.py",
     "hw/mcu_price.py",
+    "hw/mcu_patterns.py",
     "hw/mcu_units.py",
     "tests/claims/hw_mcu_emit.py",
 )

@@ -167,6 +167,40 @@ def test_hw_mcu_ops_of_two_tensors_are_the_library_forms():
         np.testing.assert_array_equal(y, s * (want.astype(np.float64) - z))
 
 
+def conv(x, w, b, stride, padding):
+    dims = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x[None], w, (stride, stride), padding, dimension_numbers=dims)
+    return y + b[None, None, None]
+
+
+def test_hw_mcu_convolutions_are_the_library_form_and_patches_are_streamed():
+    r = np.random.default_rng(6)
+    x, w, b = (r.standard_normal(s).astype(np.float32) for s in ((9, 8, 3), (3, 3, 3, 5), (5,)))
+    same = lambda x, w, b: conv(x, w, b, 2, "SAME")
+    program = hw.trace(same, x, w, b, weights=("w", "b"))
+    got, report = hw.execute(program, (x, w, b), hw.stm32f746())
+    plan = hw.calibrate(program, [(x, w, b)])
+    (sx, zx), (so, zo) = plan.scales[program.body.inputs[0]], plan.scales[program.body.outputs[0]]
+    sw = np.abs(w.astype(np.float64)).max((0, 1, 2)) / 127
+    qx = np.clip(np.rint(x / np.float64(sx)) + zx, -128, 127).astype(int)
+    qw = np.rint(w / sw).astype(int).transpose(3, 0, 1, 2)
+    m, shift = quantize_multiplier(sx * sw / so)
+    bias = np.rint(b / (sx * sw)).astype(int)
+    want = ops.conv_s8(qx, qw, bias, m, shift, stride=2, input_offset=-zx, output_offset=zo)
+    np.testing.assert_array_equal(got[0], so * (want.astype(np.float64) - zo))
+    assert [c.prim for c in report.by_op if c.seconds] == ["conv_general_dilated"]
+
+    patches = lambda x, w, b: jnp.tanh(conv(x, w, b, 4, "VALID")).reshape(4, 5)
+    x, w = (r.standard_normal(s).astype(np.float32) for s in ((8, 8, 3), (4, 4, 3, 5)))
+    program = hw.trace(patches, x, w, b, weights=("w", "b"))
+    target = hw.stm32f746(integrate=False).prepared(program, (x, w, b))
+    plan, whole = target.memory(program), hw.stm32f746(**OFF).memory(program)
+    assert [g.rows for g in plan.segments if g.streamed is not None] == [2]
+    assert plan.total < whole.total
+    want, _ = hw.run_program(program, (x, w, b), policy=target.formats)
+    assert equal(target.run_arena(program, (x, w, b))[0], want)
+
+
 def test_hw_mcu_masks_and_floats_without_integers():
     """The fill of a mask gets no weight, whatever it is; a power of two tensors is float and says so."""
     x = np.random.default_rng(4).standard_normal((6, 6)).astype(np.float32)
@@ -283,6 +317,20 @@ def test_hw_mcu_poisoned_arena_gives_the_same_codes(given):
     assert run.steps == len(plan.segments)
     with pytest.raises(MemoryError, match="beyond the arena"):
         target.run_arena(program, args, sizes={"": run.touched[""] - 1})
+
+
+def test_hw_mcu_attention_runs_a_query_at_a_time():
+    """q k^T reads the keys as they lie; scores and probabilities are one row long; the result lies on q."""
+    attend = lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
+    r = np.random.default_rng(8)
+    args = tuple(r.standard_normal((2, 9, 16)).astype(np.float32) for _ in range(3))
+    program = hw.trace(attend, *args)
+    target = hw.stm32f746(profile="emitted").prepared(program, args)
+    plan = target.memory(program)
+    assert [(g.rows, len(g.inner), len(g.taken)) for g in plan.segments] == [(18, 2, 1)]
+    assert plan.total == 3 * 288 + 32
+    want, _ = hw.run_program(program, args, policy=target.formats)
+    assert equal(target.run_arena(program, args)[0], want)
 
 
 def test_hw_mcu_poison_shows_a_wrong_plan():
