@@ -228,6 +228,8 @@ def quantize_model(
         raise ValueError(f"forms must be one of {', '.join(FORMS)}, got {forms!r}")
     check_forward(calib, params, subnet, patch, rank_ratio, pooling, max_distance, head_dim)
     small = extract_subnet(params, subnet, rank_ratio=rank_ratio, head_dim=head_dim)
+    if any(f.w2 is None for b in small.blocks for f in (b.qkv, b.proj, b.fc1, b.fc2)):
+        raise ValueError("params must hold three factors a layer: the schedules know no folded ones")
     ranges = {}
 
     def see(name, v):

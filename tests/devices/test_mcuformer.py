@@ -148,6 +148,7 @@ forward = lambda **o: M.mcuformer_forward(IMG, P, **{"subnet": NET, **OPT, **o})
 memory = lambda **o: M.peak_memory(WIDE, **{"img": 240, "patch": 16, "rank_ratio": 0.9, **o})
 seek = lambda **o: M.search_subnet(lambda s: 0.0, lambda s: True, laws_mcuformer.SPACE, **{"seed": 0, **o})
 quantize = lambda calib=U8, **o: M.quantize_model(P, calib, **{"subnet": NET, **OPT, **o})
+FOLDED = P._replace(blocks=tuple(b._replace(fc1=M.fold_factors(b.fc1)) for b in P.blocks))
 BAD = {
     "factors": (lambda: M.low_rank_linear(np.ones((2, 4)), W, np.ones((5, 6)), np.ones((3, 6)), None), "w2"),
     "bias": (lambda: M.low_rank_linear(np.ones((2, 4)), W, None, np.ones((3, 6)), np.ones(2)), "b"),
@@ -190,6 +191,7 @@ BAD = {
     "population": (lambda: seek(population=0), "at least 1"),
     "groups": (lambda: seek(population=20), "must hold 25 mutants"),
     "calib": (lambda: quantize(IMG), "calib must be uint8"),
+    "folded": (lambda: M.quantize_model(FOLDED, U8, subnet=NET, **OPT), "three factors a layer"),
     "no_calib": (lambda: quantize(U8[:0]), "B >= 1"),
     "forms": (lambda: quantize(forms="float"), "forms must be one of"),
     "image": (lambda: M.mcuformer_int8(U8[0, :8], quantize()), "img_u8"),
