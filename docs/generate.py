@@ -26,7 +26,7 @@ PLAN = {
 }
 START = ("notation", "attention", "numerics", "kernels", "costs", "agreement", "which", "paths", "recipes")
 HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "report", "accelerators")
-REFERENCE = ("glossary", "claims", "sources")
+REFERENCE = ("glossary", "claims", "sources", "licences")
 
 
 def chapter(t):

@@ -1,5 +1,5 @@
 """The command line: list the techniques, show the three panels of one, race it, price your own, fetch
-models.
+models, read the book.
 """
 
 import argparse
@@ -14,6 +14,7 @@ for _package in ("ref", "accel", "hw"):  # a foreign package of our name is name
     ref.require_own(_package)
 
 from hw.commands.bench import bench  # noqa: E402
+from hw.commands.book import book  # noqa: E402
 from hw.commands.fetch import fetch_source  # noqa: E402
 from hw.commands.listing import list_targets, list_techniques  # noqa: E402
 from hw.commands.new import new  # noqa: E402
@@ -134,6 +135,10 @@ def _parser():
         "fetch", fetch_source, "download a model or data set once, with its checksum; alone, list them"
     )
     p.add_argument("name", nargs="?")
+    p = command("book", book, "serve the built book on this machine, or make it with --build")
+    p.add_argument("--build", action="store_true", help="build it, and end")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    p.add_argument("--site", metavar="FOLDER", help="of the built book (default: site, in the checkout)")
     p = command("new", new, "write the five files of a new technique into this checkout, from templates")
     p.add_argument("slug")
     p.add_argument("--part", required=True, choices=PARTS)

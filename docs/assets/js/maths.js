@@ -13,6 +13,21 @@ function load(tag, attributes) {
 
 let ready;
 
+// KaTeX writes the styles of its copy for screen readers as attributes, which the pages' content-security policy
+// forbids; the same styles may be set through the object.
+function withoutStyleAttributes(work) {
+  const own = Element.prototype.setAttribute;
+  Element.prototype.setAttribute = function (name, value) {
+    if (name === "style" && this.style) this.style.cssText = value;
+    else own.call(this, name, value);
+  };
+  try {
+    work();
+  } finally {
+    Element.prototype.setAttribute = own;
+  }
+}
+
 async function render() {
   if (!document.querySelector(".arithmatex")) return;
   ready ??= (async () => {
@@ -28,7 +43,9 @@ async function render() {
     const display = text.startsWith("\\[");
     node.dataset.done = "1";
     if (display) node.tabIndex = 0; // wide equations scroll, also by keyboard
-    window.katex.render(text.slice(2, -2), node, { displayMode: display, throwOnError: false });
+    withoutStyleAttributes(() =>
+      window.katex.render(text.slice(2, -2), node, { displayMode: display, throwOnError: false }),
+    );
   }
 }
 
