@@ -70,10 +70,14 @@ class MemoryPlan:
     @property
     def names(self) -> dict:
         """{id of a buffer: what it holds}."""
-        t, out = self.flow.tensors, {}
+        t = self.flow.tensors
+        return self._named(lambda b: t[b].name or f"{_maker(self, b)} {list(t[b].shape)}")
+
+    def _named(self, label):
+        out = {}
         for b, i in self.owner.items():
-            out.setdefault(i, []).append(t[b].name or f"{_maker(self, b)} {list(t[b].shape)}")
-        named = {i: ", then ".join(v) for i, v in out.items()}
+            out.setdefault(i, []).append(label(b))
+        named = {i: ", then ".join(dict.fromkeys(v)) for i, v in out.items()}
         return named | {b[0]: "scratch" for b in self.arena.buffers if str(b[0]).startswith("scratch")}
 
     def live(self, time=None):
@@ -81,7 +85,9 @@ class MemoryPlan:
         bytes_at = lambda s: sum(n for _, n, a, b in self.arena.buffers if a <= s <= b)
         if time is None:
             time = max(range(len(self.segments) + 1), key=bytes_at)
-        names, shape = self.names, {i: self.flow.tensors[b].shape for b, i in self.owner.items()}
+        t = self.flow.tensors
+        names = self._named(lambda b: t[b].name or _maker(self, b))
+        shape = {i: t[i].shape for i in self.owner.values()}
         found = [(names[i], shape.get(i, ()), n) for i, n, a, b in self.arena.buffers if a <= time <= b]
         if time < len(self.segments):
             step = self.flow.steps[self.segments[time].last]
