@@ -319,6 +319,20 @@ def test_hw_mcu_poisoned_arena_gives_the_same_codes(given):
         target.run_arena(program, args, sizes={"": run.touched[""] - 1})
 
 
+def test_hw_mcu_poisoned_arena_over_two_memories():
+    """Small buffers in the fast memory, the rest outside: the same codes, and slower by what lies outside."""
+    program, args = traced_vit()
+    outer = (("dtcm", 0.5, 4.0), ("external", 64, 0.5))
+    target = hw.stm32f746(regions=outer, reserve_kb=0, **OFF).prepared(program, args)
+    want, _ = hw.run_program(program, args, policy=target.formats)
+    got, run = target.run_arena(program, args)
+    np.testing.assert_array_equal(got, want)
+    assert 0 < run.touched["dtcm"] <= 512
+    assert run.touched["external"] > 0
+    held = target.place(program).regions
+    assert held["dtcm"][0] + held["external"][0] == target.memory(program).total
+
+
 def test_hw_mcu_attention_runs_a_query_at_a_time():
     """q k^T reads the keys as they lie; scores and probabilities are one row long; the result lies on q."""
     attend = lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
