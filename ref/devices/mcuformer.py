@@ -492,7 +492,7 @@ def example(seed=0):
     return [
         Example("low_rank_linear", (rng.standard_normal((5, 12)), *f[:3], rng.standard_normal(24)), {},
                 (0, 1, 2, 3, 4)),
-        Example("slice_qkv_rows", (params.blocks[0].qkv.w3, 12, 8), {}, (0,)),
-        Example("relative_position_embedding", (t.v, t.h, 10), {"max_distance": 2}, (0, 1)),
+        Example("slice_qkv_rows", (params.blocks[0].qkv.w3,), {"out_dim": 12, "in_dim": 8}, (0,)),
+        Example("relative_position_embedding", (t.v, t.h), {"n_tokens": 10, "max_distance": 2}, (0, 1)),
         Example("mcuformer_forward", (img, params), options, (0, 1)),
     ]  # fmt: skip

@@ -46,9 +46,12 @@ HW = {
         bound={"h200": "overhead", "raspberry_pi5": "arithmetic"},  # one image's tokens through one MLP layer
         large=(f32(226, 192), f32(172, 192), f32(172, 172), f32(768, 172), f32(768)),
     ),
-    "slice_qkv_rows": Cost(macs=lambda w, o, i: 0, bytes=lambda w, o, i: size(w) + 4 * o * i),
+    "slice_qkv_rows": Cost(
+        macs=lambda w, **_: 0, bytes=lambda w, *, out_dim, in_dim: size(w) + 4 * out_dim * in_dim
+    ),
     "relative_position_embedding": Cost(
-        macs=lambda v, h, n, **_: 0, bytes=lambda v, h, n, **_: size(v, h) + 4 * n * n * v.shape[1]
+        macs=lambda v, h, **_: 0,
+        bytes=lambda v, h, *, n_tokens, **_: size(v, h) + 4 * n_tokens**2 * v.shape[1],
     ),
     "mcuformer_forward": Cost(macs=network_macs, bytes=network_bytes),
 }
