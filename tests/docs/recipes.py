@@ -9,10 +9,10 @@ from flax import nnx
 
 import accel
 
+# --8<-- [start:task]
 VOCABULARY, LENGTH, WIDTH, HEADS = 10, 8, 16, 2
 
 
-# --8<-- [start:task]
 def batch(key, size=32):
     """Tokens [size, LENGTH] and what to say at the end: the first token. Attention has to fetch it."""
     tokens = jax.random.randint(key, (size, LENGTH), 0, VOCABULARY)
