@@ -320,7 +320,7 @@ class _Chooser:
         if streamed is not None:
             ends = max(m for m in self.readers[streamed])
             spans.append((streamed, flow.size(streamed) // rows, first, ends))
-        rowed = best_plan(spans, align=4)
+        rowed = plan_arena(spans, align=4)
         extra = max(self._scratch(flow.steps[n].unit, rows) for n in range(first, last + 1))
         inner = {b: rowed.offsets[b] for b, *_ in spans}
         return Segment(first, last, rows, inner, taken, streamed, rowed.total + extra)
