@@ -240,7 +240,7 @@ def test_book_pages_and_figures_have_no_style_attributes():
         *ROOT.glob("hw/**/*.py"),
         *ROOT.glob("ref/**/*.py"),
     ]
-    told = re.compile(r"<\w[^>]*\sstyle=")
+    told = re.compile(r"""\sstyle=["'{][a-z-]+:""")
     found = [
         f"{path.relative_to(ROOT)}:{i}"
         for path in sources

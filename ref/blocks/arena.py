@@ -35,7 +35,7 @@ class Plan:
         panel = (height - 30) / len(regions)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            f'width="{width}" style="max-width:100%;height:auto" '
+            f'width="{width}" '
             'font-family="sans-serif" font-size="11" fill="currentColor" '
             f'aria-label="Arena of {self.total:,} bytes over {end} steps: one rectangle a buffer">'
         ]
