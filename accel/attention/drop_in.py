@@ -11,10 +11,17 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 
-from accel.attention.flash import kernel, kernel_obstacle
+from accel.attention.flash import (
+    kernel,
+    kernel_module,
+    kernel_obstacle,
+    kernels,
+    no_hopper,
+    once,
+)
 from accel.blocks.backend import choose_impl
 from accel.blocks.softmax import wide
-from accel.blocks.tiled_attention import tiled_attention
+from accel.blocks.tiled_attention import Plan, tiled_attention
 from ref.dims import dims
 
 IMPLEMENTATIONS = (None, "auto", "xla", "triton", "tpu", "hopper", "cudnn")
@@ -45,8 +52,8 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: int32 [B]: queries and keys from there on are padding.
       local_window_size: (left, right), or a number for both: query i sees keys i - left .. i + right.
       implementation: None is the best for the device and the call; "xla" is plain JAX, the only one with
-        forward mode and second derivatives; "triton" and "tpu" are kernels, without bias; "cudnn" is JAX's
-        own, called as it is.
+        forward mode and second derivatives; "triton" and "tpu" are kernels, without bias; so is "hopper",
+        for half precision without masks, lengths and windows; "cudnn" is JAX's own, called as it is.
       return_residual: also return the log-sum-exp of the logits, [B, T, N], without a gradient, as JAX.
     Returns: [B, T, N, H] in query's dtype, or (that, residual in key's dtype). Sums are float32 (float64).
     Raises: ValueError naming the argument; NotImplementedError for an implementation that cannot run.
@@ -70,10 +77,15 @@ def dot_product_attention(
     _check_lengths("key_value_seq_lengths", key_value_seq_lengths, query)
     fixed = scale is None or isinstance(scale, Real)
     obstacle = _obstacle(query, bias, fixed)
+    hidden = mask, query_seq_lengths, key_value_seq_lengths, local_window_size
     impl = choose_impl(
         implementation or "auto",
-        auto=("triton", "tpu"),
-        obstacles={"hopper": 'is not there yet; use "triton"', "triton": obstacle, "tpu": obstacle},
+        auto=kernels(query.shape[1]),
+        obstacles={
+            "hopper": obstacle or no_hopper((query, key, value), hidden),
+            "triton": obstacle,
+            "tpu": obstacle,
+        },
     )
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -100,6 +112,11 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     lo, hi = (None, None) if window is None else (-window[0], window[1])
     if is_causal:
         hi = 0 if hi is None else min(hi, 0)
+    if impl == "hopper" and q.size and k.size:
+        seen = slice(q.shape[1] if is_causal else None)  # later keys may hold anything
+        plan = Plan(scale, None, hi, 128, 128, 0.0)
+        o, lse = _rows(plan, q, k[:, seen], v[:, seen])
+        return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     end = None if kv_lengths is None else kv_lengths.astype(jnp.int32)[:, None, None]
     if q_lengths is not None:
         real = (
@@ -124,6 +141,35 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     )
     residual = jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2))
     return jnp.moveaxis(o, 1, 2).astype(q.dtype), residual.astype(q.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(plan, q, k, v):
+    """The kernel for Hopper, which takes JAX's layout as it is: (o [B, T, N, H], lse [B, N, T])."""
+    return once(_hopper, "hopper", False, plan, (q, k, v), None)
+
+
+def _rows_fwd(plan, q, k, v):
+    o, lse = _rows(plan, q, k, v)
+    return (o, lse), (q, k, v, o, lse)
+
+
+def _rows_rev(plan, saved, cotangents):
+    q, k, v, o, lse = saved
+    do = cotangents[0]
+    delta = jnp.moveaxis(jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1), 1, 2)
+    return once(_hopper_backward, "hopper", False, plan, (do, q, k, v, lse, delta), None)
+
+
+_rows.defvjp(_rows_fwd, _rows_rev)
+
+
+def _hopper(impl, interpret, plan, arrays, sight):
+    return kernel_module(impl).attend(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
+
+
+def _hopper_backward(impl, interpret, plan, arrays, sight):
+    return kernel_module(impl).attend_backward(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
 
 
 def _four_axes(name, x):

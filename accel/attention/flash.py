@@ -2,8 +2,9 @@
 
 Query tiles outside, key tiles inside (FlashAttention-2's order, Dao 2023), the state of the running softmax
 in float32 (float64 for float64 input). impl="xla" is plain JAX (accel/blocks/tiled_attention.py): it takes
-every option, and may be differentiated in both modes and any number of times. "triton" and "tpu" are Pallas
-kernels: no dropout, no float64, reverse mode once. Definitions: ref/attention/flash.py.
+every option, and may be differentiated in both modes and any number of times. "hopper", "triton" and "tpu"
+are Pallas kernels: no dropout, no float64, reverse mode once; "hopper" has neither masks nor lengths and
+takes half precision only. Definitions: ref/attention/flash.py.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from accel.blocks.attention import attention_dense
-from accel.blocks.backend import choose_impl
+from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
@@ -70,7 +71,9 @@ def flash_attention(
         mask,
         key_lengths,
         dropout_mask,
-        **_static(q, causal, scale, block_q, block_k, dropout_p, impl, interpret),
+        **_static(
+            (q, k, v), (mask, key_lengths), causal, scale, block_q, block_k, dropout_p, impl, interpret
+        ),
     )
     return (o, lse) if return_lse else o
 
@@ -107,17 +110,24 @@ def flash_attention_bwd(
         mask,
         key_lengths,
         dropout_mask,
-        **_static(q, causal, scale, block_q, block_k, dropout_p, impl, interpret),
+        **_static(
+            (q, k, v), (mask, key_lengths), causal, scale, block_q, block_k, dropout_p, impl, interpret
+        ),
     )
 
 
-def _static(q, causal, scale, block_q, block_k, dropout_p, impl, interpret):
+def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, interpret):
+    q = arrays[0]
     obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(q)
     impl = choose_impl(
         impl,
         interpret=interpret,
-        auto=("triton", "tpu"),
-        obstacles={"hopper": 'is not there yet; use "triton"', "triton": obstacle, "tpu": obstacle},
+        auto=kernels(q.shape[-2]),
+        obstacles={
+            "hopper": obstacle or no_hopper(arrays, hidden, interpret),
+            "triton": obstacle,
+            "tpu": obstacle,
+        },
     )
     tiles = (None, None) if impl == "xla" and (block_q, block_k) == (128, 128) else (block_q, block_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -136,6 +146,25 @@ def kernel_obstacle(q):
     if jnp.result_type(q) in (jnp.bfloat16, jnp.float16, jnp.float32):
         return None
     return f"has no {jnp.result_type(q)}"
+
+
+def kernels(L):
+    """The kernels for "auto" with L queries, best first, as measured on an H200 (docs/notes/gpu.md)."""
+    return ("triton", "tpu") if 16 < L < 128 else ("hopper", "triton", "tpu")
+
+
+def no_hopper(arrays, hidden, interpret=False):
+    """Why the kernel for Hopper cannot take q, k, v with what hides keys (None: nothing), or None."""
+    dtypes = {jnp.result_type(x) for x in arrays}
+    if interpret:
+        return 'has no interpreter; use impl="triton"'
+    if any(x is not None for x in hidden):
+        return 'has no mask, lengths or window; use impl="triton"'
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
+        return f'takes bfloat16 or float16, not {", ".join(sorted(map(str, dtypes)))}; use impl="triton"'
+    if max(x.shape[-1] for x in arrays) > 256:
+        return 'takes heads of up to 256; use impl="triton"'
+    return hopper_obstacle()
 
 
 @partial(jax.jit, static_argnames=STATIC)
@@ -165,7 +194,7 @@ def _flash_bwd(
         dropout_p=dropout_p,
         block_q=tiles[0],
         block_k=tiles[1],
-        kernel=None if impl == "xla" else partial(_kernel_bwd, impl, interpret),
+        kernel=None if impl == "xla" else partial(kernel_backward, impl, interpret),
         **_options(*heads[1:3], mask, key_lengths, keep, causal),
     )
     return tuple(g.astype(x.dtype).reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
@@ -198,39 +227,39 @@ def kernel(impl, interpret):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _kernel(impl, interpret, plan: Plan, q, k, v, sight: Sight):
     """The forward kernel on the grouped layout: q [..., G, L, D], k [..., S, D] -> (o, lse)."""
-    return _once(_forward, impl, interpret, plan, (q, k, v), sight)
+    return once(_forward, impl, interpret, plan, (q, k, v), sight)
 
 
 def _kernel_fwd(impl, interpret, plan, q, k, v, sight):
-    o, lse = _once(_forward, impl, interpret, plan, (q, k, v), sight)
+    o, lse = once(_forward, impl, interpret, plan, (q, k, v), sight)
     return (o, lse), (q, k, v, o, lse, sight)
 
 
 def _kernel_rev(impl, interpret, plan, saved, cotangents):
     *arrays, sight = saved
     do, dlse = cotangents
-    return (*_kernel_bwd(impl, interpret, plan, do, *arrays, sight, dlse=dlse), None)
+    return (*kernel_backward(impl, interpret, plan, do, *arrays, sight, dlse=dlse), None)
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_rev)
 
 
-def _kernel_bwd(impl, interpret, plan, do, q, k, v, o, lse, sight, dlse=None):
+def kernel_backward(impl, interpret, plan, do, q, k, v, o, lse, sight, dlse=None):
     """The backward kernels on the grouped layout, once differentiable: (dq, dk, dv)."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)  # equation 4 of the paper
     if dlse is not None:
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that saw nothing: exp(s - lse) = 0
-    return _once(_backward, impl, interpret, plan, (do, q, k, v, lse, delta), sight)
+    return once(_backward, impl, interpret, plan, (do, q, k, v, lse, delta), sight)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _once(fn, impl, interpret, plan, arrays, sight):
+def once(fn, impl, interpret, plan, arrays, sight):
     """fn of the same arguments, which says what is missing when asked for a derivative of its own."""
     return fn(impl, interpret, plan, arrays, sight)
 
 
-@_once.defjvp
+@once.defjvp
 def _no_derivative(fn, impl, interpret, plan, primals, tangents):
     raise NotImplementedError(
         f'impl="{impl}" is differentiable once, in reverse mode; use impl="xla" for second derivatives'
@@ -258,7 +287,9 @@ def _backward(impl, interpret, plan, arrays, sight):
 
 def kernel_module(impl):
     """The kernels' module, imported when first needed."""
-    if impl == "triton":
+    if impl == "hopper":
+        from accel.kernels import flash_hopper as module
+    elif impl == "triton":
         from accel.kernels import flash_triton as module
     else:
         from accel.kernels import flash_tpu as module

@@ -1,5 +1,8 @@
 """Which implementation runs: the rule behind `impl` and `interpret` of every accel function."""
 
+import importlib.util
+import re
+
 import jax
 
 IMPLS = ("auto", "xla", "hopper", "triton", "tpu")
@@ -26,3 +29,19 @@ def choose_impl(impl, *, interpret=False, auto=(), obstacles=None):
     if impl in NEEDS and NEEDS[impl] != backend and not interpret:
         raise NotImplementedError(f'impl="{impl}" needs a {NEEDS[impl].upper()}, and JAX runs on {backend}')
     return impl
+
+
+def hopper_obstacle():
+    """Why kernels in Mosaic GPU for Hopper cannot run on JAX's device, or None; None too without a GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
+    if importlib.util.find_spec("jax.experimental.mosaic.gpu") is None:
+        return "needs Mosaic GPU, which this JAX does not have"
+    found = re.search(r"cuda (\d+)", device.client.platform_version)
+    if found and 12080 <= int(found[1]) < 12091:  # JAX's own kernels refuse these too
+        return "needs CUDA before 12.8 or from 12.9.1 on: between them ptxas miscompiles causal masks"
+    return None

@@ -127,7 +127,8 @@ def test_flash_kernel_matches_ref_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True], ids=["flash_full", "flash_causal"])
 @pytest.mark.parametrize("D", [64, 128], ids=["flash_D64", "flash_D128"])
-def test_flash_kernel_in_bfloat16_on_a_gpu(causal, D):
+@pytest.mark.parametrize("impl", ["triton", "hopper"], ids=lambda i: f"flash_{i}")
+def test_flash_kernel_in_bfloat16_on_a_gpu(causal, D, impl):
     """Half-precision tiles of full size: within the rounding of P, dS and the results to bfloat16."""
     rng = np.random.default_rng(0)
     q, k, v, do = (jnp.asarray(rng.standard_normal((1, 2, 1000, D)), jnp.bfloat16) for _ in range(4))
@@ -140,9 +141,118 @@ def test_flash_kernel_in_bfloat16_on_a_gpu(causal, D):
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     with jax.default_matmul_precision("highest"):
         want = grads(*wide, "xla")
-    for got, w in zip(grads(q, k, v, "triton"), want, strict=True):
+    for got, w in zip(grads(q, k, v, impl), want, strict=True):
         scale = float(jnp.abs(w).max())
         np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-8 * scale)
+
+
+HOPPER = {  # [B, H, L, D], key heads, keys, value width, causal, dtype
+    "tiles": ((1, 2, 512, 128), 2, 512, 128, False, "bfloat16"),
+    "causal": ((2, 4, 1000, 128), 2, 1000, 128, True, "bfloat16"),
+    "more_keys": ((2, 4, 333, 64), 1, 777, 64, True, "bfloat16"),
+    "more_queries": ((1, 2, 777, 64), 2, 333, 64, True, "float16"),
+    "many_heads": ((4, 40, 700, 64), 8, 700, 64, True, "bfloat16"),
+    "narrow": ((1, 2, 300, 32), 1, 300, 32, True, "float16"),
+    "odd_head": ((1, 2, 301, 80), 2, 299, 72, False, "bfloat16"),
+    "wide": ((1, 2, 400, 192), 2, 400, 128, True, "bfloat16"),
+    "widest": ((1, 2, 400, 256), 1, 500, 256, True, "bfloat16"),
+    "one_query": ((2, 4, 1, 128), 2, 1000, 128, True, "bfloat16"),
+    "one_key": ((1, 1, 70, 64), 1, 1, 64, False, "float16"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HOPPER, ids=lambda n: f"flash_{n}")
+def test_flash_hopper_matches_ref_on_a_gpu(name):
+    """o and gradients within the rounding of P, o, dS and results to half precision; lse within float32's."""
+    (B, H, L, D), Hkv, S, Dv, causal, dtype = HOPPER[name]
+    rng = np.random.default_rng()
+    shapes = (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv)
+    q, k, v, do = (jnp.asarray(2 * rng.standard_normal(s), dtype) for s in shapes)
+    call = jax.jit(lambda *x: accel.flash.flash_attention(*x, causal=causal, return_lse=True, impl="hopper"))
+    (o, lse), again = call(q, k, v), call(q, k, v)
+    assert o.dtype == q.dtype
+    for one, other in zip((o, lse), again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    wide = [np.asarray(x, np.float64) for x in (q, k, v, do)]
+    want_o, want_lse = ref.flash.flash_attention(*wide[:3], causal=causal, return_lse=True)
+    eps = float(jnp.finfo(dtype).eps)
+    assert np.abs(np.asarray(o, np.float64) - want_o).max() <= 2 * eps * np.abs(wide[2]).max()
+    assert (np.isneginf(lse) == np.isneginf(want_lse)).all()
+    some = np.isfinite(want_lse)
+    np.testing.assert_allclose(
+        np.asarray(lse)[some], want_lse[some], rtol=0, atol=bound(*wide[:3]) + 2.0**-20
+    )
+    back = jax.jit(lambda *x: accel.flash.flash_attention_bwd(*x, causal=causal, impl="hopper"))
+    got, again = (back(do, q, k, v, o, lse) for _ in range(2))
+    want = ref.flash.flash_attention_bwd(wide[3], *wide[:3], want_o, want_lse, causal=causal)
+    most = gradient_sizes(*wide, want_o, want_lse, causal)
+    for g, other, w, whole in zip(got, again, want, most, strict=True):
+        np.testing.assert_array_equal(g, other)
+        assert g.dtype == q.dtype
+        assert np.abs(np.asarray(g, np.float64) - w).max() <= 2 * eps * whole
+
+
+def gradient_sizes(q, k, v, do, o, lse, causal):
+    """What dq, dk and dv are at most if every term counts by its size: an error of one part is so much."""
+    (H, L, D), (Hkv, S) = q.shape[1:], k.shape[1:3]
+    scale, each = D**-0.5, lambda x: np.repeat(x, H // Hkv, axis=1)
+    summed = lambda x: x.sum(-2).reshape(len(x), Hkv, -1, S).sum(2).max()
+    seen = np.arange(S) - np.arange(L)[:, None] <= (S - L if causal else S)
+    p = np.exp(scale * q @ each(k).swapaxes(-1, -2) - np.where(np.isinf(lse), np.inf, lse)[..., None]) * seen
+    slopes = p * (np.abs(do @ each(v).swapaxes(-1, -2)) + np.abs(do * o).sum(-1)[..., None])
+    dq, dk = slopes.sum(-1).max() * np.abs(k).max(), summed(slopes) * np.abs(q).max()
+    return scale * dq, scale * dk, summed(p) * np.abs(do).max()
+
+
+@pytest.mark.gpu
+def test_flash_hopper_is_what_auto_takes_and_maps_on_a_gpu():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 2, 200, 64)), jnp.bfloat16) for _ in range(3))
+    call = accel.flash.flash_attention
+    assert "mosaic_gpu" in jax.jit(call).lower(q, k, v).as_text()
+    assert "mosaic_gpu" not in jax.jit(call).lower(*(x.astype(jnp.float32) for x in (q, k, v))).as_text()
+    np.testing.assert_array_equal(jax.vmap(call)(q, k, v), call(q, k, v))
+    with pytest.raises(NotImplementedError, match="no mask, lengths or window"):
+        call(q, k, v, mask=np.ones((200, 200), bool), impl="hopper")
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        jax.eval_shape(jax.hessian(lambda q: call(q, k, v, impl="hopper").astype(jnp.float32).sum()), q)
+
+
+TASKS = {  # B, H, L, S, hi, groups
+    "full": (2, 3, 1000, 900, None, 2),
+    "few": (1, 8, 2048, 999, -300, 2),
+    "pairs": (4, 16, 4096, 4096, 0, 2),
+    "turned": (4, 16, 4096, 4096, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", TASKS, ids=lambda n: f"flash_{n}")
+def test_flash_hopper_takes_every_tile_once_and_evenly(name):
+    """The list of each block; causal calls with many tiles cost every block the same, or nearly."""
+    module = accel.flash.kernel_module("hopper")
+    B, H, L, S, hi, groups = TASKS[name]
+    tasks = module.Tasks.make(B * H, -(-L // (64 * groups)), hi is not None, 132)
+    plan = module._Plan(H, 1, S, hi, 64 * groups, 128, False, tasks)
+
+    def turn(block, i):
+        some, head, tile = tasks.at(block, i)
+        return some, *plan.span(head, tile)
+
+    each = jax.jit(jax.vmap(jax.vmap(turn, (None, 0)), (0, None)))
+    at = each(jnp.arange(tasks.blocks, dtype=jnp.int32), jnp.arange(tasks.turns, dtype=jnp.int32))
+    some, b, h, first, n = (np.broadcast_to(x, at[0].shape) for x in at)
+    taken = sorted(zip(b[some], h[some], first[some], strict=True))
+    assert taken == [(x, y, z) for x in range(B) for y in range(H) for z in range(0, L, plan.rows)]
+    last = S - 1 if hi is None else np.minimum(np.minimum(first + plan.rows, L) - 1 + hi, S - 1)
+    assert (n * 128 > last)[some].all()
+    assert tasks.pairs == (name == "pairs")
+    work = n * some
+    if tasks.pairs:
+        work = work.reshape(tasks.blocks, -1, 2).sum(-1)
+        assert np.ptp(work[work > 0]) <= 1
+    elif name == "turned":
+        assert np.ptp(work.sum(-1)) <= 0.05 * work.sum(-1).mean()
 
 
 def test_flash_kernels_lower_for_their_devices():
@@ -158,6 +268,12 @@ def test_flash_kernels_lower_for_their_devices():
         )
         for fn, args in ((forward, (q, k, k, end)), (backward, (q, q, k, k, row, row, end))):
             lowered(fn, args, platform)
+    module = accel.flash.kernel_module("hopper")
+    lowered(lambda q, k, v: module.forward(q, k, v, scale=0.1, hi=0), (q, k, k), "hopper")
+    backward = lambda *x: module.backward(*x, scale=0.1, hi=0)
+    lowered(backward, (q, q, k, k, row, row), "hopper")
+    q, k = shape(jnp.float16, 1, 65, 4, 256), shape(jnp.float16, 1, 33, 2, 256)
+    lowered(lambda q, k, v: module.attend(q, k, v, scale=-0.1, rows_first=True), (q, k, k), "hopper")
 
 
 def test_flash_extra_memory_is_no_square():
@@ -219,7 +335,7 @@ def test_flash_impl_asked_by_name_runs_or_says_why_not():
     call = accel.flash.flash_attention
     for impl, error, message in (
         ("cuda", ValueError, "impl must be"),
-        ("hopper", NotImplementedError, "is not there yet"),
+        ("hopper", NotImplementedError, "takes bfloat16 or float16"),
         ("tpu", NotImplementedError, "needs a TPU"),
         ("triton", NotImplementedError, "needs a GPU"),
     ):

@@ -24,7 +24,10 @@ from tests.claims.flash import adamw, class_loss, start
 from tests.claims.record import store
 
 FILES = (
+    "accel/attention/drop_in.py",
     "accel/attention/flash.py",
+    "accel/kernels/flash_hopper.py",
+    "accel/kernels/flash_hopper_backward.py",
     "accel/kernels/flash_triton.py",
     "accel/models/gpt.py",
     "tests/claims/flash_gpu.py",
@@ -65,10 +68,9 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
             return lambda: call(*x) if backward else call(*x[:3])
 
         named = lambda implementation: partial(jax.nn.dot_product_attention, implementation=implementation)
-        entries = {
-            "triton": timed(partial(accel.dot_product_attention, implementation="triton")),
-            "cudnn": timed(named("cudnn")),
-        }
+        ours = lambda implementation: partial(accel.dot_product_attention, implementation=implementation)
+        entries = {name: timed(ours(name)) for name in ("hopper", "triton")}
+        entries["cudnn"] = timed(named("cudnn"))
         if n <= 4096:
             entries["dense"] = timed(named("xla"))
         flops = 4 * shape[0] * heads * n * n * width * (0.5 if causal else 1) * (3.5 if backward else 1)
