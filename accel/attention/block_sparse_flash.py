@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from accel.blocks.backend import choose_impl
-from accel.blocks.shapes import lift
+from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, shift, wide
 from accel.blocks.tiled_attention import SMALL
 from ref.attention.block_sparse_flash import (
@@ -433,7 +433,7 @@ def _visit_forward(plan, arrays, mask, tiles, L, S):
     empty = SoftmaxState(
         jnp.full(rows, -jnp.inf, q.dtype), jnp.zeros(rows, q.dtype), jnp.zeros((*rows, v.shape[3]), q.dtype)
     )
-    o, lse = finalize(_run(step, empty, tiles))
+    o, lse = finalize(_run(step, alike(empty, arrays, mask, tiles), tiles))
     return o[:, :, :L], lse[:, :, :L]
 
 
@@ -462,5 +462,5 @@ def _visit_backward(plan, arrays, mask, tiles, L, S):
         )
 
     zeros = tuple(jnp.zeros_like(x) for x in (q, k, v))
-    dq, dk, dv = _run(step, zeros, tiles)
+    dq, dk, dv = _run(step, alike(zeros, arrays, mask, tiles), tiles)
     return dq[:, :, :L], dk[:, :, :S], dv[:, :, :S]

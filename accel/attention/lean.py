@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from accel.blocks.backend import choose_impl
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import SoftmaxState, finalize, merge, shift, softmax_state, wide
 from ref.attention.lean import (
     Schedule,
@@ -387,8 +388,9 @@ def _walk(q, k, v, lengths, table, order, *, scale, block_n, total):
         jnp.full((n, R), -jnp.inf, kind), jnp.zeros((n, R), kind), jnp.zeros((n, R, Dv), kind)
     )
     tiles = jnp.sum(table.hi - table.lo) if total is None else total
-    states = jax.lax.fori_loop(0, tiles, add, none(len(h)))
-    whole = jax.lax.fori_loop(0, len(h), fold, none(B * heads))
+    like = q, k, v, lengths, table
+    states = jax.lax.fori_loop(0, tiles, add, alike(none(len(h)), *like))
+    whole = jax.lax.fori_loop(0, len(h), fold, alike(none(B * heads), *like))
     return _restore(jax.tree.map(lambda x: x.reshape(B, heads, *x.shape[1:]), whole), q)
 
 

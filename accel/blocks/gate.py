@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from accel.blocks.shapes import lift
+from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import softmax, wide
 from ref.blocks.gate import TINY, GateOut, check_gate
 from ref.blocks.quantize import check_finite
@@ -62,7 +62,7 @@ def moe_gate_backward(
 
     (scores, loss), back = jax.vjp(kept, x, w_gate)
     dims(scores=(scores, f"... {top_k}"), dscores=(dscores, f"... {top_k}"))
-    return back((dscores.astype(scores.dtype), jnp.asarray(daux, loss.dtype)))
+    return back(alike((dscores.astype(scores.dtype), jnp.asarray(daux, loss.dtype)), scores, loss))
 
 
 def _cv_squared(v):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from accel.blocks.shapes import lift
+from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, shift, wide
 
 BANDS = 8  # runs of query tiles, each with its own static range of keys: 1/16 of a causal square is wasted
@@ -205,7 +205,7 @@ def _tile(plan, at, band, q, bias, sight, k, v):
     empty = SoftmaxState(
         jnp.full(rows, -jnp.inf, q.dtype), jnp.zeros(rows, q.dtype), jnp.zeros((*rows, v.shape[1]), q.dtype)
     )
-    return finalize(_by_chunks(plan, chunk, merge, empty, k.shape[0]))
+    return finalize(_by_chunks(plan, chunk, merge, alike(empty, q, bias, sight, k, v), k.shape[0]))
 
 
 def _tile_tangent(plan, at, band, q, bias, sight, o, lse, dq, dbias, k, v, dk, dv):
@@ -227,6 +227,7 @@ def _tile_tangent(plan, at, band, q, bias, sight, o, lse, dq, dbias, k, v, dk, d
 
     add = lambda a, b: jax.tree.map(jnp.add, a, b)
     zero = jnp.zeros(q.shape[:2], q.dtype), jnp.zeros((*q.shape[:2], v.shape[1]), q.dtype)
+    zero = alike(zero, q, bias, sight, o, lse, dq, dbias, k, v, dk, dv)
     r, acc = _by_chunks(plan, chunk, add, zero, k.shape[0])
     return acc - r[..., None] * o, r
 

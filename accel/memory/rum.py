@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from accel.blocks.backend import choose_impl
+from accel.blocks.shapes import alike
 from accel.kernels.rum_step import Step
 from ref.dims import dims
 from ref.memory.rum import (
@@ -117,6 +118,7 @@ def rum(
     check_cell(x[..., 0, :], h, assoc, params, lambda_, eta, activation, update_gate, EPS)
     impl = choose_impl(impl, interpret=interpret, obstacles=_obstacles(lambda_, N, dtype))
     options = lambda_, eta, activation, update_gate
+    h, assoc, params = alike((h, assoc, params), x, h, assoc, params)
     xs = jnp.moveaxis(x, -2, 0)
     if lambda_ == 0:
         hidden, h, assoc = _steps(options, xs, h, assoc, params)
@@ -236,7 +238,7 @@ def _steps_bwd(options, kernel, saved, cotangents):
         dx, dh, dassoc, dparams = pull((dh + d, dassoc))
         return (earlier, dh, dassoc, jax.tree.map(jnp.add, grads, dparams)), dx
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = alike(jax.tree.map(jnp.zeros_like, params), saved, cotangents)
     (_, dh, dassoc, grads), dxs = lax.scan(
         step, (assoc, dh, dassoc, zeros), (xs, before, d_hidden), reverse=True
     )

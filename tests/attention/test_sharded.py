@@ -16,8 +16,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import accel
+from accel.attention.lean import IN_CACHE
 from accel.attention.sharded import decode_attention, ring_attention, unzigzag, zigzag
 from ref.attention import flash, lean
+from ref.memory.rum import init_rum
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = P(None, None, "context")
@@ -151,6 +154,30 @@ def test_cache_in_parts_equals_one_device():
     np.testing.assert_allclose(everything(q, k, v), lean.lean_attention(*wide), rtol=0, atol=4 * ATOL)
     text = run.lower(q, k, v, lengths).compile().as_text()
     assert not re.search(r"all-gather|all-to-all", text)
+
+
+def test_cache_in_parts_that_is_walked():
+    """More than fits a cache: the walk over tiles starts with states that differ between devices."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v = draw(1, 2, 64), draw(1, 1, 36_000, 64), draw(1, 1, 36_000, 64)
+    assert k.nbytes + v.nbytes > 2 * IN_CACHE
+    fn = partial(decode_attention, axis_name="context")
+    run = jax.jit(jax.shard_map(fn, mesh=mesh(2), in_specs=(P(), PARTS, PARTS), out_specs=P()))
+    want = lean.lean_attention(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(run(q, k, v), want, rtol=0, atol=4 * ATOL)
+
+
+def test_weights_on_every_device_get_the_gradient_of_all_batches():
+    """Data parallel training of what has a backward pass of its own: weights replicated, batches in parts."""
+    params = jax.tree.map(jnp.float32, init_rum(0, 3, 4))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5, 3)), jnp.float32)
+    loss = lambda p, x: accel.rum.rum(x, p, lambda_=1)[0].sum()
+    spread = jax.shard_map(jax.grad(loss), mesh=mesh(2), in_specs=(P(), P("context")), out_specs=P())
+    want, got = jax.jit(jax.grad(loss))(params, x), jax.jit(spread)(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Two sums of the same 4 x 5 terms, each below some 10, in another order.
+        np.testing.assert_allclose(a, b, rtol=0, atol=10 * 20 * 2.0**-24)
 
 
 def test_ring_and_cache_on_two_processes():
