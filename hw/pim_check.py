@@ -22,8 +22,9 @@ def check_commands(commands, target) -> list[Violation]:
 
     Spacing: ACT-MAC, ACT-RD, ACT-WR, column to column, MAC-DRAIN, DRAIN-WR_GB, column-PRE (reads, writes),
     ACT-PRE, PRE-ACT, PRE-REF, REF-ACT, mode changes. State: columns only in an open row and in the mode that
-    they need, no more columns than a row has, one ACT before each PRE, banks closed at a REF, and no more
-    than 8 refreshes owing at any time.
+    they need, no more columns than a row has (for each broadcast, where `batch_reuse` lets further vectors
+    pass over an open row), one ACT before each PRE, banks closed at a REF, and no more than 8 refreshes owing
+    at any time.
     """
     found, by_channel = [], {}
     for i, c in enumerate(commands):
@@ -108,6 +109,8 @@ class _Judge:
     def wr_gb(self, c):
         self.in_mode("io")
         self.after("DRAIN-WR_GB", "drain", self.t.t_turn, c)
+        if self.t.batch_reuse:  # another vector may pass over the row
+            self.columns = 0
         if self.t.double_buffer_gb:
             self.after("WR_GB-WR_GB", "loaded", 0, c)
             self.when["loaded"] = c.ticks + c.columns * self.t.t_burst
@@ -126,7 +129,7 @@ class _Judge:
         self.when["mac"] = self.when["read"] = self.when["column"]
         self.columns += c.columns
         width = t.row_columns * (t.banks // t.units)
-        if self.columns > width and not t.batch_reuse:
+        if self.columns > width:
             self.report("columns of a row", width, self.columns)
 
     def drain(self, c):

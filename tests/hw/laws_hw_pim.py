@@ -100,6 +100,27 @@ def law_hw_pim_planted_violations_are_found():
     assert "mode mac" in {v.rule for v in pim.check_commands(no_mode, t)}
 
 
+def law_hw_pim_a_row_has_so_many_columns():
+    """64 and no more, in one command or in two, unless another vector is broadcast and passes over it."""
+    t = pim.gddr6_aim(channels=1, **quiet)
+    for reuse in (True, False):
+        machine = replace(t, batch_reuse=reuse)
+        for columns, again, fits in (
+            ((64,), False, True), ((65,), False, False), ((500,), False, False), ((32, 32), False, True),
+            ((40, 40), False, False), ((64, 64), True, reuse), ((64, 65), True, False),
+        ):  # fmt: skip
+            kinds = [("MODE_MAC", 0), ("ACT", 0)]
+            for i, n in enumerate(columns):
+                kinds += [("MODE_IO", 0), ("WR_GB", 64), ("MODE_MAC", 0)] if again and i else []
+                kinds.append(("MAC", n))
+            listed = [
+                pim.Command(op, row=0 if op in ("ACT", "MAC", "PRE") else -1, columns=n, ticks=5000 * i)
+                for i, (op, n) in enumerate([*kinds, ("PRE", 0)])
+            ]
+            rules = {v.rule for v in pim.check_commands(listed, machine)}
+            assert rules == (set() if fits else {"columns of a row"}), (reuse, columns, again)
+
+
 @given(machines, sizes, sizes)
 def law_hw_pim_bytes_time_and_utilisation(t, m, k):
     """Every weight is read once and padding besides; no channel beats its units or its pins."""
