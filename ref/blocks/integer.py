@@ -11,13 +11,14 @@ ROUNDINGS = ("double", "single")
 def quantize_multiplier(real):
     """(multiplier, shift) int32: real = multiplier 2^(shift - 31), 2^30 <= multiplier < 2^31; 0 -> (0, 0).
 
+    To nearest, ties away from zero.
     Args: real >= 0, finite, any shape. Raises: ValueError for another, or one outside 2^-31..2^31.
     """
     real = np.asarray(real, np.float64)
     if not (np.isfinite(real).all() and (real >= 0).all()):
         raise ValueError("real must be finite and not negative")
     m, e = np.frexp(real)  # m in [1/2, 1)
-    q = np.rint(m * 2**31)
+    q = np.floor(m * 2**31 + 0.5)
     over = q == 2**31
     q, e = np.where(over, q / 2, q), np.where(real > 0, e + over, 0)
     if (np.abs(e) > 31).any():

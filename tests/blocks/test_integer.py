@@ -26,6 +26,14 @@ def test_integer_multiplier_is_the_nearest(real):
     assert quantize_multiplier(0.0) == (0, 0)
 
 
+def test_integer_multiplier_rounds_ties_away_from_zero():
+    for half in (2**30 + 0.5, 2**30 + 1.5, 2**31 - 1.5):
+        assert quantize_multiplier(half / 2**31) == (int(half + 0.5), 0)
+    below = np.nextafter(2**30 + 0.5, 0)
+    assert quantize_multiplier([below / 2**31, (2**31 - 0.5) / 2**31])[0].tolist() == [2**30, 2**30]
+    assert quantize_multiplier((2**31 - 0.5) / 2**31) == (2**30, 1)
+
+
 @given(seeds)
 def test_integer_requantize_is_within_one_of_the_real_product(seed):
     rng = np.random.default_rng(seed)
