@@ -1,6 +1,7 @@
 """Edge-MoE's unified linear unit as Verilog: one block of products a cycle, four flags, and a testbench."""
 
-from hw.fixed_plan import ACTIVATIONS, WEIGHTS
+from hw.fixed_plan import ACTIVATIONS, BIASES, WEIGHTS
+from hw.program import Tensor
 from hw.verilog import _fill
 from ref.blocks.fixed_ops import gelu_table
 from ref.blocks.stream import linear_cycles
@@ -106,11 +107,16 @@ def emit_linear_verilog(target, tokens, n_in, n_out, *, rows=None, gelu=False, s
     rows: how many tokens queue.hex names (None: tokens). gelu, scored: flags of the unit. The testbench
     reads x.hex, w.hex, b.hex, queue.hex and scores.hex (`linear_files`) and prints the cycles and the result,
     a row for each token, zeros where none was queued, outputs padded to a multiple of linear_out.
-    Raises: ValueError unless the formats are Edge-MoE's, or for a size below 1.
+    Raises: ValueError unless the formats are Edge-MoE's, biases' too, or for a size below 1.
     """
     rows = tokens if rows is None else rows
-    if target.formats.activations != ACTIVATIONS or target.weight_bits != WEIGHTS.width:
-        raise ValueError(f"only {ACTIVATIONS.name} activations and {WEIGHTS.name} weights are emitted")
+    of = {"activations": ((2, 2), "activation"), "weights": ((2, 2), "weight"), "biases": ((2,), "weight")}
+    got = {n: target.formats.format(Tensor(-1, shape, "float32", role)) for n, (shape, role) in of.items()}
+    wanted = {"activations": ACTIVATIONS, "weights": WEIGHTS, "biases": BIASES}
+    for name, f in got.items():
+        if f != wanted[name]:
+            all_three = ", ".join(f"{w.name} {n}" for n, w in wanted.items())
+            raise ValueError(f"only {all_three} are emitted, got {f.name} {name}")
     if min(rows, tokens) < 1:
         raise ValueError(f"tokens and rows must be positive, got {tokens} and {rows}")
     i, o = target.linear_in, target.linear_out

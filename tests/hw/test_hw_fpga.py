@@ -444,6 +444,7 @@ def test_hw_fpga_emitted_linear_unit_is_bit_for_bit(flags):
 
 def test_hw_fpga_emits_only_what_it_can():
     narrow = FormatPlan(activations=Fixed(16, 6), weights=Fixed(8, 1))
+    alike = lambda f: hw.zcu102(formats=FormatPlan(weights=f))  # 16 bits each, another binary point
     for emit, words in (
         (
             lambda: hw.emit_systolic_verilog(claims.array(2, 2, dataflow="ws"), 2, 2, 2),
@@ -453,6 +454,8 @@ def test_hw_fpga_emits_only_what_it_can():
         (lambda: hw.emit_attention_verilog(hw.zcu102(), 9, 12), "d must be a multiple of 8"),
         (lambda: hw.emit_attention_verilog(hw.zcu102(formats=narrow), 9, 8), "only fixed<32,10>"),
         (lambda: hw.emit_linear_verilog(hw.zcu102(formats=narrow), 9, 8, 8), "only fixed<32,10>"),
+        (lambda: hw.emit_linear_verilog(alike(Fixed(16, 5)), 9, 8, 8), r"got fixed<16,5> weights"),
+        (lambda: hw.emit_linear_verilog(alike(Fixed(16, 2)), 9, 8, 8), r"got fixed<16,2> biases"),
         (lambda: hw.emit_linear_verilog(hw.zcu102(), 0, 8, 8), "tokens and rows must be positive"),
         (lambda: hw.emit_linear_verilog(hw.zcu102(), 1, 0, 8), "n_in must be positive"),
     ):
