@@ -11,6 +11,7 @@ from ref.checks import at_least_one, one_of
 
 STRATEGIES = ("greedy_by_size", "greedy_by_breadth", "best_fit", "exact")
 MOST_EXACT = 12
+MOST_STEPS = 20_000  # of the search over regions
 
 
 @dataclass(frozen=True)
@@ -76,26 +77,38 @@ def plan_arena(buffers, *, strategy="greedy_by_size", align=16, regions=None) ->
         "greedy_by_breadth" goes by the steps with most bytes alive; "best_fit" takes the tightest gap;
         "exact" finds the smallest arena of up to 12 buffers.
       regions: (name, bytes) in order of speed: the smallest buffers take the fastest region that has room
-        for them, since an access to them moves the largest share; within a region as `strategy` says.
-    Raises: ValueError naming the argument; MemoryError for a buffer that no region has room for.
+        for them, since an access to them moves the largest share; within a region as `strategy` says. Where
+        that does not fit, the largest choose first, each the region that it leaves least room in; then, for
+        up to 12 buffers, a search over assignments, which packs a region exactly if it must. Buffers then
+        move to faster regions that still have room, the smallest first.
+    Raises: ValueError naming the argument; MemoryError for a buffer that no region has room for, or if no
+      assignment was found; then no other fits either, unless the message says that the search was cut short.
     """
     buffers = tuple((i, int(size), int(first), int(last)) for i, size, first, last in buffers)
     _check(buffers, strategy, align)
-    sizes = {i: -(-size // align) * align for i, size, _, _ in buffers}
-    bound = _lower_bound([(i, sizes[i], first, last) for i, _, first, last in buffers])
+    spans = _aligned(buffers, align)
+    bound = _lower_bound(spans)
     if regions is not None:
-        return _in_regions(buffers, strategy, align, list(regions), bound)
-    spans = [(i, sizes[i], first, last) for i, _, first, last in buffers]
+        if strategy == "exact":
+            raise ValueError("exact plans a single region")
+        return _in_regions(buffers, (strategy,), align, list(regions), bound)
     offsets = _place(spans, strategy)
-    total = max((offsets[i] + sizes[i] for i in offsets), default=0)
-    return Plan(offsets, total, bound, buffers)
+    return Plan(offsets, _top(spans, offsets), bound, buffers)
 
 
 def best_plan(buffers, *, align=16, regions=None) -> Plan:
-    """The smallest plan of all greedy strategies, and of the exact search where it is short enough."""
-    found = [plan_arena(buffers, strategy=s, align=align, regions=regions) for s in STRATEGIES[:3]]
+    """The smallest plan of all greedy strategies, and of the exact search where it is short enough.
+
+    With regions, of all strategies that fit. Raises: as `plan_arena`, where none does.
+    """
+    buffers = tuple((i, int(size), int(first), int(last)) for i, size, first, last in buffers)
+    if regions is not None:
+        _check(buffers, STRATEGIES[0], align)
+        bound = _lower_bound(_aligned(buffers, align))
+        return _in_regions(buffers, STRATEGIES[:3], align, list(regions), bound)
+    found = [plan_arena(buffers, strategy=s, align=align) for s in STRATEGIES[:3]]
     best = min(found, key=lambda p: p.total)
-    if best.total > best.lower_bound and len(best.buffers) <= MOST_EXACT and regions is None:
+    if best.total > best.lower_bound and len(best.buffers) <= MOST_EXACT:
         return plan_arena(buffers, strategy="exact", align=align)
     return best
 
@@ -125,6 +138,14 @@ def _check(buffers, strategy, align):
             )
     if strategy == "exact" and len(buffers) > MOST_EXACT:
         raise ValueError(f"exact takes up to {MOST_EXACT} buffers, got {len(buffers)}")
+
+
+def _aligned(buffers, align):
+    return [(i, -(-size // align) * align, first, last) for i, size, first, last in buffers]
+
+
+def _top(spans, offsets):
+    return max((offsets[i] + size for i, size, _, _ in spans), default=0)
 
 
 def _lower_bound(spans):
@@ -179,15 +200,23 @@ def _gaps(placed, first, last):
     return [*gaps, (at, float("inf"))]
 
 
-def _exact(spans):
-    """Every packing pushed down is reached by placing buffers in the order of their offsets."""
+def _exact(spans, limit=None, budget=None):
+    """Every packing pushed down is reached by placing buffers in the order of their offsets.
+
+    limit: any packing up to it will do, None if there is none. budget: [steps left], for all calls together.
+    """
     first_guess = _place(spans, "greedy_by_size")
-    top = lambda offsets: max((offsets[i] + size for i, size, _, _ in spans), default=0)
-    best, bound = [top(first_guess), first_guess], _lower_bound(spans)
+    best, enough = [_top(spans, first_guess), first_guess], _lower_bound(spans)
+    if limit is not None:
+        enough = limit
+        if best[0] > limit:
+            best = [limit + 1, None]
+    budget = [float("inf")] if budget is None else budget
     spans = sorted(spans, key=lambda s: -s[1])
 
     def search(left, placed, offsets, floor, height):
-        if best[0] == bound or height >= best[0]:
+        budget[0] -= 1
+        if best[0] <= enough or height >= best[0] or budget[0] < 0:
             return
         if not left:
             best[:] = [height, dict(offsets)]
@@ -209,27 +238,116 @@ def _exact(spans):
     return best[1]
 
 
-def _in_regions(buffers, strategy, align, regions, bound):
-    """Smallest buffers first into the fastest region that still has room for them all."""
-    if strategy == "exact":
-        raise ValueError("exact plans a single region")
-    aligned = lambda size: -(-size // align) * align
-    chosen = {name: [] for name, _ in regions}
-    if len(chosen) != len(regions) or not regions:
+def _in_regions(buffers, strategies, align, regions, bound):
+    """The smallest plan of the first of three ways that fits: small buffers first, large first, any."""
+    limits = dict(regions)
+    if len(limits) != len(regions) or not regions:
         raise ValueError("regions must be (name, bytes) with different names")
-    offsets, region = {}, {}
-    for b in sorted(buffers, key=lambda b: (b[1], b[2] - b[3], str(b[0]))):
-        for name, limit in regions:
-            trial = [(i, aligned(s), first, last) for i, s, first, last in [*chosen[name], b]]
-            found = _place(trial, strategy, limit)
-            if len(found) == len(trial):
-                chosen[name].append(b)
-                region[b[0]] = name
-                offsets.update(found)
+    spans = _aligned(buffers, align)
+    most = max(limits.values())
+    span = {s[0]: s for s in spans}
+    hot = sorted(buffers, key=lambda b: (b[1], b[2] - b[3], str(b[0])))
+    for i, size, *_ in hot:
+        if span[i][1] > most:
+            raise MemoryError(f"buffer {i!r} of {size:,} B fits in none of {', '.join(limits)}")
+    hot = [span[b[0]] for b in hot]
+    large = sorted(spans, key=lambda s: (-s[1], s[2] - s[3], str(s[0])))
+    made = [found for s in strategies if (found := _first_fit(hot, limits, s))]
+    if not made:
+        made = [found for s in strategies if (found := _best_fit(large, limits, s))]
+        budget = [MOST_STEPS]
+        if not made and len(spans) <= MOST_EXACT and bound <= sum(limits.values()):
+            made = [found] if (found := _search(large, limits, strategies, budget)) else []
+        if not made:
+            words = "" if len(spans) <= MOST_EXACT and budget[0] >= 0 else " that was tried"
+            raise MemoryError(f"no assignment of {len(spans)} buffers to {', '.join(limits)}{words} fits")
+        made = [_faster(hot, limits, found, strategies[0]) for found in made]
+    plans = []
+    for found in made:
+        offsets = {i: at for _, placed in found.values() for i, at in placed.items()}
+        region = {i: name for name, (_, placed) in found.items() for i in placed}
+        totals = {name: _top(*found[name]) for name in limits}
+        plans.append(Plan(offsets, sum(totals.values()), bound, buffers, region, totals))
+    return min(plans, key=lambda p: p.total)
+
+
+def _with(found, name, span, limit, strategy):
+    """(spans, offsets) of a region with one more, or None if they do not fit."""
+    spans = [*found[name][0], span]
+    offsets = _place(spans, strategy, limit)
+    return (spans, offsets) if len(offsets) == len(spans) else None
+
+
+def _first_fit(spans, limits, strategy):
+    """{region: (spans, offsets)}: in the order given, each into the fastest region that has room."""
+    found = {name: ([], {}) for name in limits}
+    for b in spans:
+        for name, limit in limits.items():
+            if trial := _with(found, name, b, limit, strategy):
+                found[name] = trial
                 break
         else:
-            raise MemoryError(f"buffer {b[0]!r} of {b[1]:,} B fits in none of {', '.join(chosen)}")
-    totals = {
-        name: max((offsets[i] + aligned(s) for i, s, _, _ in chosen[name]), default=0) for name, _ in regions
-    }
-    return Plan(offsets, sum(totals.values()), bound, buffers, region, totals)
+            return None
+    return found
+
+
+def _best_fit(spans, limits, strategy):
+    """As `_first_fit`, each into the region that is left with the least room."""
+    found = {name: ([], {}) for name in limits}
+    for b in spans:
+        trials = {name: _with(found, name, b, limit, strategy) for name, limit in limits.items()}
+        room = {name: limits[name] - _top(*t) for name, t in trials.items() if t}
+        if not room:
+            return None
+        name = min(room, key=room.get)  # the fastest of equals
+        found[name] = trials[name]
+    return found
+
+
+def _search(spans, limits, strategies, budget):
+    """Any assignment that fits, depth first; an assignment of equal spans is looked at once."""
+    packed, dead = {}, set()
+
+    def pack(name, spans):
+        key = name, tuple(i for i, *_ in spans)
+        if key not in packed:
+            limit = limits[name]
+            trials = [] if _lower_bound(spans) > limit else [_place(spans, s, limit) for s in strategies]
+            fitting = [t for t in trials if len(t) == len(spans)]
+            exact = [_exact(spans, limit, budget)] if trials and not fitting else []
+            packed[key] = next((t for t in (*fitting, *exact) if t is not None), None)
+        return packed[key]
+
+    def search(n, found):
+        budget[0] -= 1
+        state = n, tuple(tuple(sorted(s[1:] for s in found[name][0])) for name in limits)
+        if budget[0] < 0 or state in dead:
+            return None
+        if n == len(spans):
+            return found
+        for name in limits:
+            trial = [*found[name][0], spans[n]]
+            offsets = pack(name, trial)
+            if offsets is not None and (done := search(n + 1, {**found, name: (trial, offsets)})):
+                return done
+        dead.add(state)
+        return None
+
+    return search(0, {name: ([], {}) for name in limits})
+
+
+def _faster(spans, limits, found, strategy):
+    """Each span in turn in the fastest region that still has room for it."""
+    found, names = dict(found), list(limits)
+    for b in spans:
+        now = next(n for n, name in enumerate(names) if b[0] in found[name][1])
+        for name in names[:now]:
+            if trial := _with(found, name, b, limits[name], strategy):
+                spans_left, offsets = found[names[now]]
+                found[name] = trial
+                found[names[now]] = (
+                    [s for s in spans_left if s != b],
+                    {i: at for i, at in offsets.items() if i != b[0]},
+                )
+                break
+    return found

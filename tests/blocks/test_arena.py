@@ -84,3 +84,75 @@ def test_hw_mcu_arena_known_case_and_bad_input():
             bad()
     with pytest.raises(MemoryError, match="'a' of 100 B fits in none of dtcm"):
         plan_arena(chain, regions=(("dtcm", 64),))
+    with pytest.raises(MemoryError, match="no assignment of 3 buffers to dtcm, axi fits"):
+        plan_arena([(n, 64, 0, 0) for n in range(3)], regions=(("dtcm", 64), ("axi", 96)))
+    with pytest.raises(MemoryError, match="no assignment of 13 buffers to dtcm, axi that was tried fits"):
+        plan_arena([(n, 64, 0, 0) for n in range(13)], regions=(("dtcm", 64), ("axi", 96)))
+    with pytest.raises(ValueError, match="exact plans a single region"):
+        plan_arena(chain, strategy="exact", regions=(("dtcm", 640),))
+
+
+def sound_in(plan, limits):
+    """No overlap, every buffer in one region, totals as the offsets say and within the limits."""
+    assert not overlaps(plan)
+    tops = dict.fromkeys(limits, 0)
+    for i, size, _, _ in plan.buffers:
+        name = plan.region[i]
+        tops[name] = max(tops[name], plan.offsets[i] + size)
+    assert all(top <= plan.totals[name] <= limits[name] for name, top in tops.items())
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limits", "want"),
+    [
+        ({"a": 64, "b": 128}, {"dtcm": 128, "axi": 64}, {"a": "axi", "b": "dtcm"}),
+        (
+            {"a": 100_000, "b": 150_000, "c": 400_000},
+            {"w": 104 * 1024, "x": 512 * 1024, "y": 288 * 1024, "z": 64 * 1024},
+            {"a": "w", "b": "y", "c": "x"},
+        ),
+        # neither small first nor large first (96 into 112) leaves room for the last: the search does
+        ({"a": 96, "b": 64, "c": 48, "d": 48}, {"u": 112, "v": 144}, {"a": "v", "b": "u"}),
+    ],
+)
+def test_hw_mcu_arena_regions_take_the_swap_that_fits(sizes, limits, want):
+    buffers = [(i, size, 0, 0) for i, size in sizes.items()]
+    for strategy in STRATEGIES[:3]:
+        plan = sound_in(plan_arena(buffers, strategy=strategy, regions=limits.items()), limits)
+        assert {i: plan.region[i] for i in want} == want
+        assert plan == plan_arena(buffers, strategy=strategy, regions=limits.items())
+
+
+def test_hw_mcu_arena_best_of_the_strategies_that_fit():
+    buffers = [(0, 16, 1, 4), (1, 16, 0, 1), (2, 80, 1, 2), (3, 80, 1, 2), (4, 80, 2, 4), (5, 128, 1, 3),
+               (6, 128, 3, 3)]  # fmt: skip
+    limits = {"a": 416, "b": 16}
+    plan = sound_in(best_plan(buffers, regions=limits.items()), limits)
+    assert plan.lower_bound <= plan.total
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3), st.integers(0, 2)), max_size=5),
+    st.lists(st.integers(0, 16), min_size=2, max_size=3),
+)
+def test_hw_mcu_arena_regions_fit_whenever_an_assignment_does(rows, rooms):
+    """Against all assignments, each region packed by all orders."""
+    buffers = [(n, 16 * size, first, first + life) for n, (size, first, life) in enumerate(rows)]
+    limits = {f"r{n}": 16 * room for n, room in enumerate(rooms)}
+    tops = {}
+
+    def fits(name, picked):
+        if picked not in tops:
+            tops[picked] = brute([buffers[i] for i in picked], 16)
+        return tops[picked] <= limits[name]
+
+    choices = itertools.product(limits, repeat=len(buffers))
+    split = lambda c: {name: tuple(n for n, x in enumerate(c) if x == name) for name in limits}
+    possible = any(all(fits(name, picked) for name, picked in split(c).items()) for c in choices)
+    for planner in (best_plan, plan_arena):
+        if possible:
+            sound_in(planner(buffers, regions=limits.items()), limits)
+        else:
+            with pytest.raises(MemoryError, match="fits"):
+                planner(buffers, regions=limits.items())
