@@ -51,7 +51,9 @@ class Prices:
         return a.shape == b.shape and all(self._resident(t.id, ctx) for t in (a, b))
 
     def _product(self, op, ctx, d, operands):
-        """b products [m, k] x [k, n]: in the banks with either operand there, or outside; the fastest."""
+        """b products [m, k] x [k, n]: in the banks with either operand there, or outside; the fastest. With
+        placement="single_channel" in the banks if they can.
+        """
         c = ctx.counts(op)
         if not c.macs:
             return self._outside(op, ctx)
@@ -66,15 +68,13 @@ class Prices:
             for tensor, m, batch in ((operands[1], d.n, d.m), (operands[0], d.m, d.n)):
                 written = 0 if self._resident(tensor.id, ctx) else d.b * m * d.k * VALUE_BYTES
                 ways.append(self._in_banks(d.b, m, d.k, batch, written, c))
-        if self.asic is not None:
+        if self.asic is not None and not (ways and self.placement == "single_channel"):
             ways.append(self._outside(op, ctx, product=d, operands=operands))
         if not ways:
             raise UnsupportedPrimitive(
                 op.prim, ctx.shape(op), op.scope, op.source,
                 f"{self.name} has no unit for {dtype} products in its banks and no asic beside them",
             )  # fmt: skip
-        if self.placement == "single_channel":
-            return ways[0]
         return min(ways, key=lambda w: sum(w.busy_s.values()))
 
     def _in_banks(self, b, m, k, batch, written, c):

@@ -44,7 +44,8 @@ from ref.blocks.dram import (  # noqa: F401
     gpt3_xl,
 )
 
-BANKS = {"qkv", "score", "value", "proj", "fc1", "fc2", "write_k", "write_v"}  # what is done in the banks
+BANKS = {"qkv", "score", "value", "proj", "fc1", "fc2", "write_k", "write_v"}  # of a layer, in the banks
+HEAD = "head"  # after the last layer, in the banks, where the shape has a vocabulary
 
 
 # Times.
@@ -160,11 +161,11 @@ class PimReport:
         return "\n".join([*lines, f"| all | {self.ticks:,} | {self.ns / 1e3:,.1f} µs |"])
 
     def perfetto(self):
-        """The last token as Chrome's trace JSON, a microsecond for a tick of a nanosecond."""
-        rows = {"banks": 1, "asic": 2}
+        """The last token as Chrome's trace JSON, times in microseconds."""
+        rows, us = {"banks": 1, "asic": 2}, self.ns / self.ticks / 1e3
         return json.dumps([
-            {"name": op, "cat": f"layer {layer}", "ph": "X", "ts": start, "dur": end - start, "pid": 1,
-             "tid": rows[where]}
+            {"name": op, "cat": f"layer {layer}", "ph": "X", "ts": start * us, "dur": (end - start) * us,
+             "pid": 1, "tid": rows[where]}
             for op, layer, where, start, end in self.timeline
         ])  # fmt: skip
 
@@ -187,6 +188,8 @@ def _fixed(shape, target):
     """Profiles that are the same at every position."""
     of = (shape.heads, shape.head_dim, target)
     found = {name: profile(_orders(m, k, target), target) for name, (m, k) in shape.products.items()}
+    if shape.vocab:
+        found[HEAD] = profile(_orders(shape.vocab, shape.d_model, target), target)
     found["write_k"] = profile(write_k_commands(*of), target)
     found["write_v"] = profile(write_v_commands(*of), target)
     return found
@@ -212,7 +215,9 @@ def _profiles(shape, n, target):
 
 
 def _layer(shape, n, own, target):
-    """The tasks of a layer. A bias and every sum of tiles is one addition; scores are scaled as they come."""
+    """The tasks of a layer, and those of the logits after the last one. A bias and every sum of tiles is one
+    addition; scores are scaled as they come.
+    """
     d, h, a = shape.d_model, shape.heads, target.asic
     drained = target.channels * target.banks
     tiles = {name: len(tile_columns(k, target)) for name, (_, k) in shape.products.items()}
@@ -232,7 +237,12 @@ def _layer(shape, n, own, target):
     bank = lambda name, *after: _Task(name, after, own[name])
     sums = lambda name, size: ("add", size * tiles[name], 1)  # one bias, and all tiles but the first
     parts = -(-n // target.tile) - 1
-    return [
+    logits = [
+        whole("norm", (), ("layernorm", d, 1)),
+        bank(HEAD, "norm"),
+        on_chip("head sums", (HEAD,), ("add", shape.vocab * (len(tile_columns(d, target)) - 1), 1)),
+    ] if shape.vocab else []  # fmt: skip
+    layer = [
         whole("ln1", (), ("layernorm", d, 1)),
         bank("qkv", "ln1"),
         on_chip("qkv sums", ("qkv",), sums("qkv", 3 * d)),
@@ -251,6 +261,14 @@ def _layer(shape, n, own, target):
         bank("fc2", "gelu"),
         on_chip("residual 2", ("fc2",), sums("fc2", d), ("add", d, 1)),
     ]
+    return layer, logits
+
+
+def _links(tasks):
+    """(for each task those that it waits for, for each task those that wait for it)."""
+    names = {task.name: i for i, task in enumerate(tasks)}
+    waiting = [[names[a] for a in task.after] for task in tasks]
+    return waiting, [[j for j, w in enumerate(waiting) if i in w] for i in range(len(tasks))]
 
 
 class _Run:
@@ -265,17 +283,16 @@ class _Run:
     def token(self, n, own=None):
         """Advance by the n-th token: events in the order of their times; returns its timeline."""
         own = own or _profiles(self.shape, n, self.t)
-        tasks, layers = _layer(self.shape, n, own, self.t), self.shape.layers
-        names = {task.name: i for i, task in enumerate(tasks)}
-        waiting = [[names[a] for a in task.after] for task in tasks]
-        followers = [[j for j, w in enumerate(waiting) if i in w] for i in range(len(tasks))]
-        start, line, total = self.now, [], len(tasks)
+        layers, (of_layer, of_head) = self.shape.layers, _layer(self.shape, n, own, self.t)
+        graphs = [(tasks, *_links(tasks)) for tasks in (of_layer, of_head)]
+        start, line, total = self.now, [], len(of_layer)
         free = {"banks": self.now, "asic": self.now}
         first, missing = {}, {}
         events = [(self.now, 0, 0)]  # (time, channel: all do the same, task)
         while events:
             at, _, number = heapq.heappop(events)
             layer, i = divmod(number, total)
+            tasks, waiting, followers = graphs[layer == layers]
             task = tasks[i]
             if task.profile is not None:
                 begin = max(at, free["banks"])
@@ -291,8 +308,8 @@ class _Run:
             self.by_op[task.name] += max(0, end - self.now)
             self.now = max(self.now, end)
             after = [number - i + j for j in followers[i]]
-            if i == total - 1 and layer + 1 < layers:
-                after.append(number + 1)
+            if i == len(tasks) - 1 and layer + 1 < layers + bool(of_head):
+                after.append((layer + 1) * total)
             for j in after:
                 missing[j] = missing.get(j, len(waiting[j % total]) or 1) - 1
                 if not missing[j]:
@@ -302,35 +319,36 @@ class _Run:
         return line
 
     def _tally(self, own, n):
-        """Commands of the fullest channel, and events in all banks, of a token's layers.
+        """Commands of the fullest channel, and events in all banks, of a token's layers and logits.
 
         The fullest channel holds ceil(heads / channels) heads; a key goes into one bank of one channel.
         """
-        t, shape, one = self.t, self.shape, Counter()
+        t, shape = self.t, self.shape
         heads = shape.heads / -(-shape.heads // t.channels)
         for name, p in own.items():
             used = {"value": heads, "write_v": heads, "write_k": 1}.get(name, t.channels)
             c = p.counts
             rows, mac, write = (c.get(k, 0) for k in ("ACT", "MAC", "WR"))
             broadcast, drain = c.get("WR_GB", 0), c.get("DRAIN", 0)
-            one.update(
+            one = dict(
                 ticks=p.ticks, rows=rows, mac=mac, write=write, broadcast=broadcast, drain=drain,
                 acts=rows * used * (1 if name == "write_k" else t.banks), macs=mac * used * t.units,
                 writes=write * used, pins=(broadcast + drain + write) * used * t.column_bytes,
                 open=p.active * used,
             )  # fmt: skip
-        one["useful"] = shape.weights // shape.layers + 2 * n * shape.d_model
-        self.count.update({k: v * shape.layers for k, v in one.items()})
+            times = 1 if name == HEAD else shape.layers
+            self.count.update({k: v * times for k, v in one.items()})
+        self.count["useful"] += shape.weights + shape.head_weights + 2 * n * shape.d_model * shape.layers
 
     def report(self, line=()):
         """The sums as a `PimReport`."""
-        t, n = self.t, self.count
+        t, n, in_banks = self.t, self.count, BANKS | {HEAD}
         by_part = {
             "broadcast": n["broadcast"] * t.t_burst, "columns": n["mac"] * t.t_ccd,
             "drains": n["drain"] * t.t_burst, "writes": n["write"] * t.t_ccd, "rows": 0, "refresh": 0,
-            "asic": sum(v for k, v in self.by_op.items() if k not in BANKS),
+            "asic": sum(v for k, v in self.by_op.items() if k not in in_banks),
         }  # fmt: skip
-        still, busy = n["ticks"], sum(v for k, v in self.by_op.items() if k in BANKS)
+        still, busy = n["ticks"], sum(v for k, v in self.by_op.items() if k in in_banks)
         by_part["refresh"] = busy - still
         by_part["rows"] = still - sum(by_part[k] for k in ("broadcast", "columns", "drains", "writes"))
         e, seconds = t.energy, self.now * t.tick_s
@@ -354,10 +372,11 @@ class _Run:
 
 
 def simulate_token(shape: GptShape, position, target) -> PimReport:
-    """One decode step at a position, 0 <= position < shape.context, which is reserved. No embedding, no head.
+    """One decode step at a position, 0 <= position < shape.context, which is reserved; with the last norm and
+    the logits where shape.vocab is given. No look-up of the embedding.
 
-    Raises: DoesNotFit if weights and reservation exceed the banks, or a layer's vectors the chip's
-    scratchpad; ValueError for a position beyond the reservation, or a machine of another kind.
+    Raises: DoesNotFit if weights and reservation exceed the banks, or a layer's vectors or the logits the
+    chip's scratchpad; ValueError for a position beyond the reservation, or a machine of another kind.
     """
     if not 0 <= position < shape.context:
         raise ValueError(f"position must be in 0..{shape.context - 1}, the reservation, got {position}")
@@ -421,7 +440,7 @@ def _check(shape, target):
     check_machine(target)
     check_capacity(shape, shape.context, target)
     d, room = shape.d_model, int(target.asic.sram_kb * 1024)
-    # the residual, and the widest step: queries, scores and probabilities, or the hidden vector twice
-    needed = VALUE_BYTES * (d + max(d + 2 * shape.heads * shape.context, 8 * d))
+    # the residual, and the widest step: queries, scores and probabilities, the hidden vector twice, or logits
+    needed = VALUE_BYTES * (d + max(d + 2 * shape.heads * shape.context, 8 * d, shape.vocab or 0))
     if needed > room:
         raise DoesNotFit(target.name, "sram", needed, room, [], (f"asic.sram_kb={ceil(needed / 1024)}",))

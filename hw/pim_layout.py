@@ -71,7 +71,8 @@ def map_kv(n_ctx, d_model, heads, target) -> KvMapping:
 
 
 def check_capacity(shape: GptShape, n_ctx, target) -> int:
-    """Bytes that are free beside all weights, 12 L D^2, and the cache of n_ctx tokens, 2 L D n_ctx numbers.
+    """Bytes that are free beside all weights, 12 L D^2 and V D for the logits of a vocabulary, and the cache
+    of n_ctx tokens, 2 L D n_ctx numbers.
 
     Raises: DoesNotFit with the shortfall; ValueError for a context below 1.
     """
@@ -79,14 +80,16 @@ def check_capacity(shape: GptShape, n_ctx, target) -> int:
         raise ValueError(f"n_ctx must be at least 1, got {n_ctx}")
     there = target.channels * target.banks * target.capacity["bank"]
     cache = 2 * shape.layers * shape.d_model * n_ctx * VALUE_BYTES
-    needed = shape.weights * VALUE_BYTES + cache
+    weights, head = shape.weights * VALUE_BYTES, shape.head_weights * VALUE_BYTES
+    needed = weights + head + cache
     if needed > there:
-        most = (there - shape.weights * VALUE_BYTES) // (cache // n_ctx)
+        most = (there - weights - head) // (cache // n_ctx)
         words = (f"a context of {most}",) if most > 0 else ()
         raise DoesNotFit(
             target.name, "banks", needed, there,
-            [("weights", (12, shape.layers, shape.d_model, shape.d_model), shape.weights * VALUE_BYTES),
-             ("cache", (2, shape.layers, shape.d_model, n_ctx), cache)],
+            [("weights", (12, shape.layers, shape.d_model, shape.d_model), weights),
+             ("cache", (2, shape.layers, shape.d_model, n_ctx), cache),
+             *([("head", (shape.vocab, shape.d_model), head)] if head else [])],
             (*words, f"channels={2 * target.channels}"),
         )  # fmt: skip
     return there - needed
@@ -169,8 +172,10 @@ def write_v_commands(heads, d, target):
 
 
 def token_commands(shape: GptShape, n, target) -> dict:
-    """{operation of a layer: its commands on the fullest channel} when the new token is the n-th."""
+    """{operation of a layer, "head": its commands on the fullest channel} when the new token is the n-th."""
     of = (shape.heads, shape.head_dim, target)
     found = {name: list(_orders(m, k, target)) for name, (m, k) in shape.products.items()}
+    if shape.vocab:
+        found["head"] = list(_orders(shape.vocab, shape.d_model, target))
     found |= {"score": list(score_commands(n, *of)), "value": list(value_commands(n, *of))}
     return found | {"write_k": list(write_k_commands(*of)), "write_v": list(write_v_commands(*of))}

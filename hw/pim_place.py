@@ -48,19 +48,8 @@ def place_tensors(program, target) -> Placement:
 
     Raises: DoesNotFit naming the largest tensors, the exact shortfall of the bank, and what would help.
     """
-    laid, banks = bank_bytes(program, target), target.channels * target.banks
-    room = target.capacity["bank"]
-    if target.placement == "single_channel":
-        for i in laid:
-            whole = stored(program.tensors[i])
-            if whole > room * target.banks:
-                t = program.tensors[i]
-                raise DoesNotFit(
-                    target.name, "channel", whole, room * target.banks, [(t.name or t.role, t.shape, whole)],
-                    ('placement="auto"',),
-                )  # fmt: skip
-        banks = target.banks
-        laid = {i: ceil(stored(program.tensors[i]) / banks) for i in laid}
+    used = replace(target, channels=1) if target.placement == "single_channel" else target
+    laid, banks, room = bank_bytes(program, used), used.channels * used.banks, used.capacity["bank"]
     held = sum(t.nbytes for t in program.tensors.values() if t.role in ("weight", "const"))
     rest = max(peak_bytes(program) - held, 0)
     floats = [t for t, _, _ in liveness(program) if t.role not in ("weight", "const")]
@@ -70,9 +59,12 @@ def place_tensors(program, target) -> Placement:
     needed = sum(laid.values()) + live
     total = sum(stored(program.tensors[i]) for i in laid) + ceil(rest * share)
     if needed > room:
-        raise DoesNotFit(target.name, "bank", needed, room, _largest(program, laid, banks), _remedies(
-            program, laid, rest * share, target, needed, room
-        ))  # fmt: skip
+        words = _remedies(program, laid, rest * share, target, needed, room)
+        for t in (program.tensors[i] for i in laid if used is not target):
+            if (whole := stored(t)) > room * banks:
+                largest = [(t.name or t.role, t.shape, whole)]
+                raise DoesNotFit(target.name, "channel", whole, room * banks, largest, words)
+        raise DoesNotFit(target.name, "bank", needed, room, _largest(program, laid, banks), words)
     return Placement({"bank": (needed, room)}, total)
 
 
@@ -84,18 +76,18 @@ def _largest(program, laid, banks, top=8):
 
 
 def _remedies(program, laid, live, target, needed, room):
-    """What would make it fit: so many channels, so many machines, a smaller batch if weights are not it."""
-    words = []
-    if target.placement == "single_channel":
-        words.append('placement="auto"')
-    n = target.channels
-    while n < 4096 * target.channels:
-        n *= 2
+    """What would make it fit: all channels, so many channels, so many machines, a smaller batch if weights
+    are not it.
+    """
+    words, auto = [], 'placement="auto"' if target.placement == "single_channel" else ""
+    n = target.channels if auto else 2 * target.channels
+    while n <= 4096 * target.channels:
         more = replace(target, channels=n, placement="auto")
         banks = n * target.banks
         if sum(bank_bytes(program, more).values()) + ceil(live / banks) <= room:
-            words.append(f"channels={n}")
+            words.append(", ".join(x for x in (auto, f"channels={n}" * (n > target.channels)) if x))
             break
+        n *= 2
     words.append(f"{ceil(needed / room)} machines, a share of the layers each")
     if sum(laid.values()) <= room:
         words.append("a smaller batch or a shorter context")

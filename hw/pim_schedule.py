@@ -37,10 +37,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What one channel did: ticks, commands by kind (column commands counted in columns), time by row state.
-
-    per_bank: columns that each bank worked on, where asked for.
-    """
+    """What one channel did: ticks, commands by kind (column commands as columns), time by row state."""
 
     cycles: int
     mac: int = 0
@@ -51,7 +48,6 @@ class Timeline:
     refresh: int = 0
     active_cycles: int = 0
     precharged_cycles: int = 0
-    per_bank: tuple[int, ...] | None = None
 
 
 def check_shape(m, k):

@@ -64,7 +64,9 @@ class KvTicks(NamedTuple):
 
 @dataclass(frozen=True)
 class GptShape:
-    """Sizes of a GPT; its MLP is four times as wide. vocab: None leaves embedding and head out."""
+    """Sizes of a GPT; its MLP is four times as wide. vocab: rows of the matrix that makes the logits,
+    which is the embedding too; None leaves it out, as the paper does.
+    """
 
     layers: int
     d_model: int
@@ -78,6 +80,8 @@ class GptShape:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.heads:
             raise ValueError(f"heads must divide d_model = {self.d_model}, got {self.heads}")
+        if self.vocab is not None and self.vocab < 1:
+            raise ValueError(f"vocab must be at least 1 or None, got {self.vocab}")
 
     @property
     def head_dim(self):
@@ -88,6 +92,11 @@ class GptShape:
     def weights(self):
         """Weights of all layers, 12 L D^2; the paper's count."""
         return 12 * self.layers * self.d_model**2
+
+    @property
+    def head_weights(self):
+        """Weights of the matrix that makes the logits, vocab D; 0 where it is left out."""
+        return (self.vocab or 0) * self.d_model
 
     @property
     def products(self):
@@ -218,9 +227,10 @@ def kv_ticks(n, d_model, heads, timing=DramTiming()) -> KvTicks:  # noqa: B008
 
 
 def token_ticks(shape, n, timing=DramTiming()) -> int:  # noqa: B008
-    """Ticks in the banks of one decode step of all layers, the n-th token; no embedding, no head."""
+    """Ticks in the banks of one decode step, the n-th token: all layers, and the logits of a vocabulary."""
     weights = sum(vmm_ticks(m, k, timing).total for m, k in shape.products.values())
-    return shape.layers * (weights + sum(kv_ticks(n, shape.d_model, shape.heads, timing)))
+    layers = shape.layers * (weights + sum(kv_ticks(n, shape.d_model, shape.heads, timing)))
+    return layers + (vmm_ticks(shape.vocab, shape.d_model, timing).total if shape.vocab else 0)
 
 
 def long_run(ticks, *, t_rfc=455, t_refi=6825):

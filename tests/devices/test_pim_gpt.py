@@ -1,5 +1,6 @@
 """PIM-GPT: laws on ref, accel against ref, the simulator against its closed form, the machine, bad inputs."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -188,14 +189,78 @@ def test_pim_gpt_simulator_is_the_closed_form(name):
     ends = [end for *_, end in r.timeline]
     assert max(ends) == r.ticks
     assert len(r.timeline) == 17 * shape.layers
-    assert r.perfetto().count('"ph"') == len(r.timeline)
     assert f"{r.ticks:,}" in r.table()
+
+
+@pytest.mark.parametrize("tick_ps", [1000.0, 500.0], ids=["ns", "half_ns"])
+def test_pim_gpt_trace_is_in_microseconds(tick_ps):
+    """Every event at its tick, a tick of a nanosecond a thousandth of a microsecond."""
+    r = hw.simulate_token(hw.GptShape(2, 96, 2), 5, hw.pim.pim_gpt(refresh=False, tick_ps=tick_ps))
+    events = json.loads(r.perfetto())
+    assert len(events) == len(r.timeline)
+    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(r.ns / 1e3)
+    for e, (op, _, _, start, end) in zip(events, r.timeline, strict=True):
+        assert (e["ph"], e["name"]) == ("X", op)
+        assert (e["ts"], e["dur"]) == pytest.approx((start * tick_ps / 1e6, (end - start) * tick_ps / 1e6))
+
+
+@pytest.mark.parametrize("d_model", [96, 1088], ids=["a_tile", "two_tiles"])
+def test_pim_gpt_logits_are_a_product_more(d_model):
+    """A vocabulary adds a norm and a product after the last layer, V D weights, and moves nothing else."""
+    bare, t = hw.GptShape(2, d_model, 2), hw.pim.pim_gpt(refresh=False)
+    shape = replace(bare, vocab=5000)
+    assert (bare.head_weights, shape.head_weights, shape.weights) == (0, 5000 * d_model, bare.weights)
+    head = M.vmm_ticks(5000, d_model)
+    assert M.token_ticks(shape, 12) == M.token_ticks(bare, 12) + head.total
+    without, r = (hw.simulate_token(s, 11, t) for s in (bare, shape))
+    assert {k: r.by_op[k] for k in without.by_op} == without.by_op
+    assert set(r.by_op) - set(without.by_op) == {"norm", "head", "head sums"}
+    assert (r.by_op["head"], r.by_op["norm"]) == (head.total, without.by_op["ln1"] // 2)
+    assert (r.by_op["head sums"] > 0) == (d_model > 1024)
+    assert sum(r.by_op[k] for k in {*decode.BANKS, "head"}) == M.token_ticks(shape, 12)
+    assert sum(r.by_op.values()) == sum(r.by_part.values()) == r.ticks == max(e for *_, e in r.timeline)
+    columns = {k: r.by_part[k] - without.by_part[k] for k in ("broadcast", "columns", "drains", "writes")}
+    assert columns == dict(broadcast=head.broadcast, columns=head.mac, drains=head.drain, writes=0)
+    assert r.row_misses == without.row_misses + head.rows
+    assert r.pin_bytes - without.pin_bytes == 8 * 32 * (head.broadcast + head.drain)
+    assert all(r.energy[k] > without.energy[k] for k in ("activate", "multiply", "pins", "asic"))
+    assert r.bank_util * r.ticks * 2048 == pytest.approx(
+        without.bank_util * without.ticks * 2048 + shape.head_weights
+    )
+
+
+def test_pim_gpt_logits_take_room():
+    """The matrix of the logits by the byte, in the banks; the logits themselves in the scratchpad."""
+    bare, t = M.gpt2_xl(), hw.pim.pim_gpt()
+    shape = replace(bare, vocab=50257)
+    assert hw.check_capacity(bare, 1024, t) - hw.check_capacity(shape, 1024, t) == 2 * 50257 * 1600
+    with pytest.raises(hw.DoesNotFit) as e:
+        hw.check_capacity(shape, 4381, t)
+    assert e.value.shortfall == 2 * 50257 * 1600 - 4096
+    most = int(e.value.suggestions[0].removeprefix("a context of "))
+    assert 0 <= hw.check_capacity(shape, most, t) < 4 * 48 * 1600
+    with pytest.raises(hw.DoesNotFit, match="sram"):
+        hw.simulate_token(hw.GptShape(1, 96, 2, vocab=64 * 1024), 0, t)
+
+
+def test_pim_gpt_prices_of_an_append_in_the_chapter():
+    """What `estimate` charges for a new key or value, and what the simulator does, stand in the chapter."""
+    p, t = claims.program(M.gpt2_small(), 512), hw.pim.pim_gpt()
+    writes = [c for c in hw.estimate(p, t).by_op if c.prim == "dynamic_update_slice" and c.busy_s]
+    ticks = sorted(round(sum(c.busy_s.values()) / c.trips / t.tick_s) for c in writes)
+    k = M.kv_ticks(512, 768, 12)
+    text = " ".join((record.ROOT / "docs" / "devices" / "pim_gpt.md").read_text().split())
+    assert ticks == [45, 45]
+    assert f"45 ticks a layer each for GPT2-small, where the simulator takes {k[2]} and {k[3]}" in text
+    r = record.load("pim_gpt")["results"]["models"]["gpt2_small"]
+    apart, more = r["pim_gpt"]["us"] - r["pim_gpt_program"]["us"], 12 * (k.write_k + k.write_v - 90) / 1e3
+    assert f"{more:.1f} of the {apart:.1f} µs" in text
 
 
 @pytest.mark.parametrize("timing", [{}, {"t_refi": 700, "t_rfc": 90}, {"t_refi": 130, "t_rfc": 100}])
 def test_pim_gpt_lookup_is_the_full_replay(timing):
     """Refreshes and all: operations looked up end at the tick at which every single command does."""
-    t, shape = hw.pim.pim_gpt(**timing), hw.GptShape(3, 320, 5, context=300)
+    t, shape = hw.pim.pim_gpt(**timing), hw.GptShape(3, 320, 5, vocab=1500, context=300)
     quick = decode._Run(shape, t)
     slow = decode._Run(shape, t, decode.ReplayedBanks(t, {}))
     for n in (1, 128, 129, 300):
@@ -342,6 +407,7 @@ BAD = {
     "kv_wide": (lambda m: m.kv_ticks(1, 4096, 1), "exceeds the buffer"),
     "shape": (lambda m: m.GptShape(2, 64, 3), "heads must divide d_model"),
     "shape_layers": (lambda m: m.GptShape(0, 64, 2), "layers must be at least 1"),
+    "shape_vocab": (lambda m: m.GptShape(2, 64, 2, vocab=0), "vocab must be at least 1 or None"),
     "refresh": (lambda m: m.long_run(4, t_rfc=5, t_refi=5), "t_rfc must be in"),
     "cycles": (lambda m: m.asic_cycles("add", 4, adders=0), "adders and multipliers"),
 }  # fmt: skip

@@ -309,6 +309,43 @@ def test_hw_pim_single_channel():
     assert sum(c.busy_s.get("banks", 0) for c in alone.by_op) == pytest.approx(2 * one)
 
 
+@everywhere
+def test_hw_pim_single_channel_needs_the_rows_of_one(name):
+    """Rows as one channel lays them out, not an even share of the bytes; the remedy named helps."""
+    p = program(lambda x, w: x @ w, (1, 16), (16, 4096), weights=(1,))
+    base = pim.PRESETS[name]()
+    one = replace(base, channels=1)
+    rows = hw.weights_rows(4096, 16, one)
+    needed = hw.estimate(p, replace(one, rows=4 * rows)).regions["bank"][0]
+    assert needed >= rows * base.row_bytes
+    enough = -(-needed // base.row_bytes)
+    for machine in (one, replace(base, placement="single_channel")):
+        assert hw.estimate(p, replace(machine, rows=enough)).regions["bank"][0] == needed
+        with pytest.raises(hw.DoesNotFit) as e:
+            hw.estimate(p, replace(machine, rows=enough - 1))
+        assert (e.value.region, e.value.needed) == ("bank", needed)
+    assert e.value.suggestions[0] == 'placement="auto"'
+    assert hw.estimate(p, replace(base, rows=enough - 1)).seconds > 0
+    few = replace(base, rows=enough - 1, placement="single_channel", channels=1)
+    with pytest.raises(hw.DoesNotFit) as e:
+        hw.estimate(p, few)
+    auto, more = e.value.suggestions[0].split(", channels=")
+    assert hw.estimate(p, replace(few, placement=auto.split('"')[1], channels=int(more))).seconds > 0
+
+
+@everywhere
+def test_hw_pim_single_channel_takes_weights_on_either_side(name):
+    """W x costs what x W does: the stored operand stays where it is, the other one is broadcast."""
+    target = pim.PRESETS[name](placement="single_channel")
+    right = hw.estimate(program(lambda x, w: x @ w, (1, 1024), (1024, 4096), weights=(1,)), target)
+    left = hw.estimate(program(lambda w, x: w @ x, (4096, 1024), (1024, 1), weights=(0,)), target)
+    alone = hw.matvec_timeline(4096, 1024, replace(target, channels=1)).cycles * target.tick_s
+    assert left.seconds == right.seconds == pytest.approx(alone)
+    assert left.bytes_by_level == right.bytes_by_level
+    whole = hw.trace(lambda a, b: a @ b, ("int32", (2, 16)), ("int32", (16, 4)))
+    assert "banks" not in hw.estimate(whole, target).bytes_by_level  # the units have no integers
+
+
 # Bad inputs
 
 
