@@ -163,7 +163,9 @@ class Mcu(Target):
     def place(self, program) -> Placement:
         """Activations in the arena, weights in flash.
 
-        Raises: DoesNotFit with the exact shortfall, what is alive at the peak, and what would make it fit.
+        Raises: DoesNotFit with the bytes that the arena needs, what is alive at the peak, and what would make
+        it fit. Of several regions the largest is named: with the bytes that it would need, the others as they
+        are, for the planner to find a place for everything (to a multiple of align, by bisection).
         """
         try:
             plan = self.memory(program)
@@ -206,42 +208,67 @@ class Mcu(Target):
 
     def _refuse(self, program, plan):
         """Raise DoesNotFit for the arena."""
-        one = self
-        if plan is None or len(self.regions) > 1:  # one region of all memories says how much is missing
-            whole = Region("sram", sum(r.kb for r in self.regions))
-            one = replace(self, regions=(whole,))
-            plan = plan_memory(program, one)
-        room = one.rooms[0]
-        peak, live = plan.live()
-        needed = plan.total if plan.total > room else room + max(b[1] for b in plan.arena.buffers)
-        hints = self._arena_hints(program, one, room)
-        raise DoesNotFit(self.name, f"{one.regions[0].name} (peak at {peak})", needed, room, live, hints)
+        whole = replace(self, regions=(Region("sram", sum(r.kb for r in self.regions)),))
+        one = plan if len(self.regions) == 1 else plan_memory(program, whole)
+        n = max(range(len(self.rooms)), key=self.rooms.__getitem__)
+        names = [r.name for r in self.regions]
+        needed = one.total if len(names) == 1 else self._least(program, n, one.total)
+        peak, live = one.live()
+        beside = ", ".join(names[:n] + names[n + 1 :])
+        place = f"{names[n]}{f' beside {beside}' if beside else ''} (peak at {peak})"
+        raise DoesNotFit(self.name, place, needed, self.rooms[n], live, self._arena_hints(program, one.total))
 
-    def _arena_hints(self, program, one, room):
-        """Switches, placements and parts that would make it fit, each tried."""
-        hints, least = [], None
-        off = [s for s in SWITCHES if not getattr(one, s)]
+    def _planned(self, program):
+        """(whether there is a plan that fits, its bytes; of several regions that do not fit None)."""
+        try:
+            plan = plan_memory(program, self)
+        except MemoryError:
+            return False, None
+        return len(self.regions) > 1 or plan.total <= self.rooms[0], plan.total
+
+    def _least(self, program, n, enough):
+        """By bisection, bytes of region n, all others as they are, with which there is a plan: a multiple of
+        align, and there is none with `align` bytes less.
+        """
+
+        def fits(room):
+            kb = (room + (int(self.reserve_kb * KB) if n == 0 else 0)) / KB
+            regions = (*self.regions[:n], replace(self.regions[n], kb=kb), *self.regions[n + 1 :])
+            return replace(self, regions=regions)._planned(program)[0]
+
+        low, high = self.rooms[n] // self.align, max(enough, self.rooms[n]) // self.align + 1
+        while not fits(high * self.align):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle * self.align) else (middle, high)
+        return high * self.align
+
+    def _arena_hints(self, program, total):
+        """Switches, placements and parts that would make it fit, each tried. total: in one memory."""
+        hints, room, still = [], sum(self.rooms), []
+        off = [s for s in SWITCHES if not getattr(self, s)]
         tries = [(s,) for s in off] + ([tuple(off)] if len(off) > 1 else [])
         for switches in tries:
-            total = plan_memory(program, replace(one, **dict.fromkeys(switches, True))).total
+            fits, needs = replace(self, **dict.fromkeys(switches, True))._planned(program)
+            still += [needs] if needs else []
             words = " and ".join(f"{s}=True" for s in switches)
-            least = min(total, least or total)
-            if total <= room:
-                hints.append(f"{words} ({total:,} B, {room - total:,} B to spare)")
-        if off and not hints:
-            hints.append(f"{', '.join(f'{s}=True' for s in off)} (still {least:,} B)")
-        need = ceil(plan_memory(program, one).total / KB + self.reserve_kb)
+            if fits:
+                hints.append(f"{words} ({needs:,} B, {room - needs:,} B to spare)")
+        if still and not hints:
+            hints.append(f"{', '.join(f'{s}=True' for s in off)} (still {min(still):,} B)")
+        need = ceil(total / KB + self.reserve_kb)
         larger = [n for n, p in MCUS.items() if sum(r[1] for r in p.numbers["regions"]) >= need]
         larger += [
-            f"{n} with all its memories" for n, r in ALL_REGIONS.items() if sum(x[1] for x in r) >= need
+            f"{n} with all its memories"
+            for n, r in ALL_REGIONS.items()
+            if not larger and r[0][1] > self.reserve_kb and replace(self, regions=r)._planned(program)[0]
         ]
-        if larger:
-            hints.append(f"a part with {need:,} KB: {larger[0]}")
-        else:
-            hints.append(f"a part with {need:,} KB, or a smaller input")
+        kb = f"a part with {need:,} KB" + (" in one memory" if len(self.regions) > 1 else "")
+        hints.append(f"{kb}: {larger[0]}" if larger else f"{kb}, or a smaller input")
         inputs = [program.tensors[i] for i in program.body.inputs if program.tensors[i].role == "input"]
         big = max(inputs, key=lambda t: t.size, default=None)
-        if big is not None and len(inputs) > 1 and big.size > room // 2:
+        if big is not None and len(inputs) > 1 and big.size > max(self.rooms) // 2:
             hints.append(f"{big.name} traced as a weight, if it is one")
         return tuple(hints)
 

@@ -109,27 +109,37 @@ def _maker(plan, b):
 def plan_memory(program: Program, target, units: Units | None = None) -> MemoryPlan:
     """The smallest plan that the switches of the target allow: never worse than greedy by size without them.
 
-    Raises: MemoryError for a buffer that no region has room for.
+    Raises: MemoryError if the regions have room for none of the plans.
     """
     given = {s: getattr(target, s) for s in SWITCHES}
     units = units or Units(program, _rejected(target), target.name)
     regions = None
     if len(target.regions) > 1:
         regions = [(r.name, room) for r, room in zip(target.regions, target.rooms, strict=True)]
-    made = [_plan(program, units, target, given, regions)]
-    if made[0].total > made[0].bound:  # the best placement of a smaller set of choices may still be smaller
-        plain = dict.fromkeys(SWITCHES, False)
-        made.append(_plan(program, units, target, {**given, "integrate": False}, regions))
-        made.append(_plan(program, units, target, plain, regions))
-    best = min(made, key=lambda p: p.total)
+    made, failed = [], []
+
+    def attempt(program, units, switches):
+        """The plan of these choices, or None where the memories have no room for it."""
+        try:
+            return _plan(program, units, target, switches, regions)
+        except MemoryError as e:
+            failed.append(e)
+
+    made.append(attempt(program, units, given))
+    if made[0] is None or made[0].total > made[0].bound:  # fewer choices may still be placed in less
+        made.append(attempt(program, units, {**given, "integrate": False}))
+        made.append(attempt(program, units, dict.fromkeys(SWITCHES, False)))
+    best = min((p for p in made if p is not None), key=lambda p: p.total, default=None)
     if given["reorder"] and 2 < len(program.body.ops) <= MOST_OPS:
         order = reorder_for_memory(program)
         by_id = {op.id: op for op in program.body.ops}
         if list(order) != list(by_id):
             again = replace(program, body=replace(program.body, ops=tuple(by_id[i] for i in order)))
-            other = _plan(again, Units(again, units.rejected, target.name), target, given, regions)
-            if other.total < best.total:
+            other = attempt(again, Units(again, units.rejected, target.name), given)
+            if other is not None and (best is None or other.total < best.total):
                 best = replace(other, reordered=True)
+    if best is None:
+        raise failed[0]
     return best
 
 

@@ -78,9 +78,9 @@ def plan_arena(buffers, *, strategy="greedy_by_size", align=16, regions=None) ->
         "exact" finds the smallest arena of up to 12 buffers.
       regions: (name, bytes) in order of speed: the smallest buffers take the fastest region that has room
         for them, since an access to them moves the largest share; within a region as `strategy` says. Where
-        that does not fit, the largest choose first, each the region that it leaves least room in; then, for
-        up to 12 buffers, a search over assignments, which packs a region exactly if it must. Buffers then
-        move to faster regions that still have room, the smallest first.
+        that does not fit, the largest choose first, each the region that it leaves least room in, or else the
+        largest that has room; then, for up to 12 buffers, a search over assignments, which packs a region
+        exactly if it must. Buffers then move to faster regions that have room, the smallest first.
     Raises: ValueError naming the argument; MemoryError for a buffer that no region has room for, or if no
       assignment was found; then no other fits either, unless the message says that the search was cut short.
     """
@@ -239,7 +239,7 @@ def _exact(spans, limit=None, budget=None):
 
 
 def _in_regions(buffers, strategies, align, regions, bound):
-    """The smallest plan of the first of three ways that fits: small buffers first, large first, any."""
+    """The smallest plan of the first of three ways that fits: small first, large first, any."""
     limits = dict(regions)
     if len(limits) != len(regions) or not regions:
         raise ValueError("regions must be (name, bytes) with different names")
@@ -255,6 +255,8 @@ def _in_regions(buffers, strategies, align, regions, bound):
     made = [found for s in strategies if (found := _first_fit(hot, limits, s))]
     if not made:
         made = [found for s in strategies if (found := _best_fit(large, limits, s))]
+        roomy = dict(sorted(limits.items(), key=lambda r: -r[1]))
+        made = made or [found for s in strategies if (found := _first_fit(large, roomy, s))]
         budget = [MOST_STEPS]
         if not made and len(spans) <= MOST_EXACT and bound <= sum(limits.values()):
             made = [found] if (found := _search(large, limits, strategies, budget)) else []

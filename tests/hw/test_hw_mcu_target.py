@@ -413,14 +413,42 @@ def test_hw_mcu_says_what_does_not_fit_and_what_would():
     with pytest.raises(hw.DoesNotFit) as e:
         hw.execute(program, args, replace(small, regions=(("sram", 1),), integrate=True))
     assert any("a part with" in s for s in e.value.suggestions)
-    tight = (("dtcm", 1, 4.0), ("axi", 1, 4.0))
-    with pytest.raises(hw.DoesNotFit):
-        hw.estimate(program, replace(plain, regions=tight, reserve_kb=0))
+    for dtcm, axi in ((0.5, 0.75), (0.25, 1)):  # of two memories, what the larger would need is exact
+        tight = lambda room, dtcm=dtcm: replace(
+            plain, regions=(("dtcm", dtcm, 4.0), ("axi", room / 1024, 4.0)), reserve_kb=0
+        )
+        with pytest.raises(hw.DoesNotFit, match="axi beside dtcm") as e:
+            hw.estimate(program, tight(axi * 1024))
+        assert e.value.available == axi * 1024
+        assert e.value.shortfall > 0
+        hw.estimate(program, tight(e.value.needed))
+        with pytest.raises(hw.DoesNotFit) as again:
+            hw.estimate(program, tight(e.value.needed - plain.align))
+        assert (again.value.needed, again.value.shortfall) == (e.value.needed, plain.align)
     with pytest.raises(hw.DoesNotFit) as e:
         hw.estimate(program, hw.stm32f746(flash_kb=2))
     assert e.value.region == "flash"
     assert e.value.needed == plain.flash_bytes(program)
     assert any("weight_bits=4" in s or "KB of flash" in s for s in e.value.suggestions)
+
+
+def test_hw_mcu_refuses_no_memories_that_fewer_choices_would_fit(monkeypatch):
+    """A plan of all switches that has no room leaves the plans of fewer their turn."""
+    from hw import mcu_arena
+
+    program, _ = traced_vit()
+    target = replace(hw.stm32f746(), regions=(("dtcm", 1, 4.0), ("axi", 8, 4.0)), reserve_kb=0)
+    made = mcu_arena._plan
+
+    def no_room(program, units, target, switches, regions):
+        if switches["integrate"]:
+            raise MemoryError("no room")
+        return made(program, units, target, switches, regions)
+
+    monkeypatch.setattr(mcu_arena, "_plan", no_room)
+    plan = mcu_arena.plan_memory(program, target)
+    assert not overlaps(plan.arena)
+    assert set(plan.arena.region.values()) == {"dtcm", "axi"}
 
 
 def test_hw_mcu_exercise_of_the_chapter_on_tokens():
