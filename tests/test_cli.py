@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hw.cli import main
@@ -95,6 +96,48 @@ def test_cli_run_shows_three_panels(capsys, slug):
     assert (code, err) == (0, "")
     for word in ("ref:", "accel:", "hw:", "the paper's claims", "xeon_6154", "within", "40.3 GB"):
         assert word in plain(out), word
+
+
+def test_cli_run_prints_the_panel_of_costs_that_the_readme_shows(capsys):
+    """The same columns and targets, and the same words below the table; numbers of this CPU may differ."""
+    panel = lambda text: text.split("hw: what ")[1].split("\n\n")[0].splitlines()
+    shown = panel((ROOT / "README.md").read_text().split("<!-- run -->")[1])
+    printed = panel(call(capsys, "run", "flash")[1])
+    last = 1 + max(n for n, line in enumerate(printed) if re.match(r"\w+  ", line))
+    assert shown[1].split() == printed[1].split()
+    assert [x.split()[0] for x in shown[2:last]] == [x.split()[0] for x in printed[2:last]]
+    assert " ".join(shown[last:]).split() == " ".join(printed[last:]).split()
+    assert shown[0] == printed[0]
+
+
+def test_cli_run_prices_parameters_as_weights(capsys):
+    """The network's parameters lie in flash, its input in SRAM; the first warnings are printed."""
+    from hw.commands.run import MOST_WARNINGS, weights
+
+    argv = ("run", "mcuformer", "--target", "stm32f746")
+    code, out, err = call(capsys, *argv, "--json")
+    assert (code, err) == (0, "")
+    panel = json.loads(out)["hw"]
+    (row,) = panel["targets"]
+    assert panel["fn"] == "mcuformer_forward"
+    assert row["bytes_by_level"]["flash"] > 0
+    assert row["warnings"]
+    assert not any("no argument was traced as a weight" in w for w in row["warnings"])
+    text = " ".join(plain(call(capsys, *argv)[1]).split())
+    for words in row["warnings"][:MOST_WARNINGS]:
+        assert " ".join(f"stm32f746: {words}".split()) in text
+    tree = ((1, 2), {"a": 1})
+    for fn, args, want in (
+        (lambda x, params: x, (1, tree), (1,)),
+        (lambda lm_params, weights, layer, x: x, (*[tree] * 3, 1), (0, 1, 2)),
+        (
+            lambda weights, grads, state: 0,
+            (np.ones(2), tree, tree),
+            (),
+        ),  # an array, and trees of other things
+        (lambda *params: 0, (tree,), ()),
+    ):
+        assert weights(fn, args) == want
 
 
 @pytest.mark.parametrize("slug", ["flash"])

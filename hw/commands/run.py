@@ -1,8 +1,10 @@
 """`triptych run SLUG`: the three panels of a technique on its example, and the paper's claims."""
 
+import inspect
 import json
 import re
 import time
+from dataclasses import is_dataclass
 
 import numpy as np
 from rich.text import Text
@@ -27,6 +29,8 @@ from hw.targets import presets
 from ref.catalog import technique
 
 DEFAULT_TARGETS = ("h200", "a100", "xeon_6154", "this_cpu", "gddr6_aim", "zcu102", "stm32f746")
+MOST_WARNINGS = 3  # of a target, in print
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 ULPS = 64  # ulps granted to accel on top of 64 times what one ulp in the inputs moves ref
 EPS = float(np.finfo(np.float32).eps)
 
@@ -142,7 +146,11 @@ def _hw_panel(t, examples, targets, say):
         say(f"tracing {e.fn}")
         fn = getattr(getattr(accel, t.slug), e.fn)
         try:
-            program = hw.trace(lambda *args, fn=fn, e=e: fn(*args, **e.kwargs), *on_device(e.args))
+            program = hw.trace(
+                lambda *args, fn=fn, e=e: fn(*args, **e.kwargs),
+                *on_device(e.args),
+                weights=weights(fn, e.args),
+            )
             counts = hw.count(program)
         except (NotImplementedError, hw.UnknownTripCount) as why:
             refused[e.fn] = str(why)
@@ -159,6 +167,14 @@ def _hw_panel(t, examples, targets, say):
         except (NotImplementedError, MemoryError) as why:
             rows.append({"target": target_name, "seconds": None, "why_not": str(why)})
     return {"fn": name, "macs": counts.macs, "ops": len(program.ops), "refused": refused, "targets": rows}
+
+
+def weights(fn, args):
+    """Positions of the arguments that are weights, there before the call: trees named as parameters are."""
+    names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in _POSITIONAL]
+    is_tree = lambda x: isinstance(x, tuple | list | dict) or is_dataclass(x)
+    named = lambda n: n in ("params", "weights", "layer") or n.endswith("_params")
+    return tuple(i for i, (n, x) in enumerate(zip(names, args, strict=False)) if named(n) and is_tree(x))
 
 
 def _row(report):
@@ -252,6 +268,11 @@ def _show_hw(out, panel):
         for c in panel["targets"]:
             if c["seconds"] is None:
                 out.print(Text(f"{c['target']}: {c['why_not']}"))
+                continue
+            for words in c["warnings"][:MOST_WARNINGS]:
+                out.print(Text(f"{c['target']}: {words}", style="dim"))
+            if (more := len(c["warnings"]) - MOST_WARNINGS) > 0:
+                out.print(Text(f"{c['target']}: {more} more warnings, with --json", style="dim"))
     else:
         head(out, "hw: none of the calls can be priced")
     for fn, why in panel["refused"].items():
