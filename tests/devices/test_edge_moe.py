@@ -1,5 +1,7 @@
 """Edge-MoE: laws on ref, golden vectors in ref and accel, the FPGA's schedule, bad inputs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +235,16 @@ def test_edge_moe_side_by_side_on_a_small_network():
     found = claims.measure(CFG)
     assert {x["target"] for x in found["rows"]} == set(claims.targets())
     assert found["macs"] > 0
+
+
+def test_edge_moe_chapter_counts_loads_and_products_without_queues(capsys):
+    """One choice after the other: 258 a layer, each loads 2 x 192 x 384 numbers, then computes."""
+    text = (Path(__file__).parents[2] / "docs" / "devices" / "edge_moe.md").read_text()
+    (block,) = (b for b in text.split('```python exec="on"\n')[1:] if "by_token" in b.split("```")[0])
+    exec(block.split("```")[0], found := {})
+    cfg = found["cfg"]
+    numbers = 2 * cfg.dim * cfg.expert_hidden
+    series = cfg.tokens * cfg.top_k * (numbers // 16 + numbers // 256)
+    queued = max(cfg.num_experts * numbers // 16, cfg.tokens * cfg.top_k * numbers // 256)
+    assert found["by_token"] == cfg.depth // 2 * (series - queued)
+    assert f"{found['by_token']:,} cycles more" in capsys.readouterr().out
