@@ -110,6 +110,7 @@ def cifar_shapes():
 
 def main():
     """Run everything and store it."""
+    from tests import conftest  # noqa: F401  before JAX starts: the CPU as the devices that the tests share
     from tests.test_layers_hw import HAS_ACCEL, traced
 
     target, rows = hw.stm32h743(), []
