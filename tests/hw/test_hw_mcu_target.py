@@ -535,6 +535,6 @@ def test_hw_mcu_bad_arguments_are_named():
     import accel
 
     q = np.zeros((1, 1, 8, 8), np.float32)
-    call = lambda q: accel.flash.flash_attention(q, q, q, impl="triton", interpret=True)
+    call = lambda q: accel.flash.flash_attention(q, q, q, impl="tpu", interpret=True)
     with pytest.raises(hw.UnsupportedPrimitive, match="stm32f746 runs no Pallas kernel"):
         hw.estimate(hw.trace(call, q), hw.stm32f746())
