@@ -23,7 +23,9 @@ from ref.catalog import CATALOG
 ROOT = Path(__file__).parent.parent
 K = 64  # ulps granted: a sum of 64 to 4096 terms in pairwise or blocked order stays well within it
 EPS = {"float32": float(jnp.finfo(jnp.float32).eps), "bfloat16": float(jnp.finfo(jnp.bfloat16).eps)}
-TWO = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+TWO = jax.make_mesh(
+    (2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:2]
+)
 
 
 def examples():

@@ -20,6 +20,7 @@ from accel.attention.flash import (
     once,
 )
 from accel.blocks.backend import choose_impl
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
 from accel.blocks.tiled_attention import Plan, tiled_attention
 from ref.dims import dims
@@ -76,19 +77,19 @@ def dot_product_attention(
     _check_lengths("query_seq_lengths", query_seq_lengths, query)
     _check_lengths("key_value_seq_lengths", key_value_seq_lengths, query)
     fixed = scale is None or isinstance(scale, Real)
-    obstacle = _obstacle(query, bias, fixed)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    obstacle = _obstacle(query, key, value, bias, fixed)
     hidden = mask, query_seq_lengths, key_value_seq_lengths, local_window_size
     impl = choose_impl(
         implementation or "auto",
         auto=kernels(query.shape[1]),
         obstacles={
-            "hopper": obstacle or no_hopper((query, key, value), hidden),
+            "hopper": obstacle or no_hopper((query, key, value), hidden, scale),
             "triton": obstacle,
             "tpu": obstacle,
         },
     )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
     o, residual = _attention(
         query,
         key,
@@ -115,7 +116,7 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     if impl == "hopper" and q.size and k.size:
         seen = slice(q.shape[1] if is_causal else None)  # later keys may hold anything
         plan = Plan(scale, None, hi, 128, 128, 0.0)
-        o, lse = _rows(plan, q, k[:, seen], v[:, seen])
+        o, lse = _rows(plan, *alike((q, k[:, seen], v[:, seen]), q, k, v))
         return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     end = None if kv_lengths is None else kv_lengths.astype(jnp.int32)[:, None, None]
     if q_lengths is not None:
@@ -150,7 +151,7 @@ def _rows(plan, q, k, v):
 
 
 def _rows_fwd(plan, q, k, v):
-    o, lse = _rows(plan, q, k, v)
+    o, lse = once(_hopper, "hopper", False, plan, (q, k, v), None)
     return (o, lse), (q, k, v, o, lse)
 
 
@@ -165,11 +166,12 @@ _rows.defvjp(_rows_fwd, _rows_rev)
 
 
 def _hopper(impl, interpret, plan, arrays, sight):
-    return kernel_module(impl).attend(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
+    return alike(kernel_module(impl).attend(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True), arrays)
 
 
 def _hopper_backward(impl, interpret, plan, arrays, sight):
-    return kernel_module(impl).attend_backward(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
+    grads = kernel_module(impl).attend_backward(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
+    return alike(grads, arrays)
 
 
 def _four_axes(name, x):
@@ -216,10 +218,10 @@ def _window(size):
     return int(left), int(right)
 
 
-def _obstacle(query, bias, fixed):
+def _obstacle(query, key, value, bias, fixed):
     """Why no kernel can run the call, or None."""
     if bias is not None:
         return 'has no bias; use implementation="xla"'
     if not fixed:
         return 'needs a scale that is a number; use implementation="xla"'
-    return kernel_obstacle(query)
+    return kernel_obstacle(query, key, value)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from accel.blocks.attention import attention_dense
 from accel.blocks.backend import choose_impl, hopper_obstacle
-from accel.blocks.shapes import lift
+from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
 from ref.attention.flash import block_sizes, check_blocks, example, hbm_accesses
@@ -118,19 +118,19 @@ def flash_attention_bwd(
 
 def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, interpret):
     q = arrays[0]
-    obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(*arrays)
     impl = choose_impl(
         impl,
         interpret=interpret,
-        auto=kernels(q.shape[-2]),
+        auto=[i for i in kernels(q.shape[-2]) if _takes_tiles(i, block_q, block_k)],
         obstacles={
-            "hopper": obstacle or no_hopper(arrays, hidden, interpret),
+            "hopper": obstacle or no_hopper(arrays, hidden, scale, interpret),
             "triton": obstacle,
             "tpu": obstacle,
         },
     )
     tiles = (None, None) if impl == "xla" and (block_q, block_k) == (128, 128) else (block_q, block_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return {
         "causal": bool(causal),
         "scale": scale,
@@ -141,11 +141,20 @@ def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, in
     }
 
 
-def kernel_obstacle(q):
-    """Why no kernel can run on queries of this dtype, or None."""
-    if jnp.result_type(q) in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return None
-    return f"has no {jnp.result_type(q)}"
+def kernel_obstacle(q, k, v):
+    """Why no kernel can run on queries, keys and values of these dtypes, or None."""
+    q, k, v = map(jnp.result_type, (q, k, v))
+    for dtype in (q, k, v):
+        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            return f"has no {dtype}"
+    return None if q == k else f"needs q and k of one dtype, got {q} and {k}"
+
+
+def _takes_tiles(impl, block_q, block_k):
+    """Whether a kernel has tiles of these sizes ("hopper" chooses its own)."""
+    if impl == "tpu":
+        return block_q % 16 == 0 and block_k % 128 == 0
+    return impl == "hopper" or all(b >= 16 and b & (b - 1) == 0 for b in (block_q, block_k))
 
 
 def kernels(L):
@@ -153,9 +162,11 @@ def kernels(L):
     return ("triton", "tpu") if 16 < L < 128 else ("hopper", "triton", "tpu")
 
 
-def no_hopper(arrays, hidden, interpret=False):
+def no_hopper(arrays, hidden, scale, interpret=False):
     """Why the kernel for Hopper cannot take q, k, v with what hides keys (None: nothing), or None."""
     dtypes = {jnp.result_type(x) for x in arrays}
+    if scale <= 0:
+        return f'takes a positive scale, not {scale}; use impl="triton"'
     if interpret:
         return 'has no interpreter; use impl="triton"'
     if any(x is not None for x in hidden):
@@ -221,7 +232,11 @@ def _options(q, k, mask, key_lengths, keep, causal):
 
 def kernel(impl, interpret):
     """What `tiled_attention` takes as its kernel; None for "xla"."""
-    return None if impl == "xla" else partial(_kernel, impl, interpret)
+    if impl == "xla":
+        return None
+    return lambda plan, q, k, v, sight: _kernel(
+        impl, interpret, plan, *alike((q, k, v), q, k, v, sight), sight
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -269,7 +284,7 @@ def _no_derivative(fn, impl, interpret, plan, primals, tangents):
 def _forward(impl, interpret, plan, arrays, sight):
     lead = arrays[0].shape[:-3]
     operands, options = _flat(plan, lead, arrays, sight)
-    o, lse = kernel_module(impl).forward(*operands, **options, interpret=interpret)
+    o, lse = alike(kernel_module(impl).forward(*operands, **options, interpret=interpret), arrays, sight)
     return o.reshape(*lead, *o.shape[1:]), lse.reshape(*lead, *lse.shape[1:])
 
 
@@ -282,7 +297,7 @@ def _backward(impl, interpret, plan, arrays, sight):
     grads = kernel_module(impl).backward(
         flat(do.astype(q.dtype)), *operands[:3], *rows, *operands[3:], **options, interpret=interpret
     )
-    return tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
+    return alike(tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True)), arrays, sight)
 
 
 def kernel_module(impl):

@@ -72,7 +72,8 @@ def ring_attention(
       impl, interpret: of `flash_attention`, which does each step.
     Returns: [..., H, L, D] in q's dtype. Each of the steps rounds its result to q's dtype once.
     Differentiable once, in reverse mode: keys, values and their gradients go round once more; the memory of a
-    device does not grow with their number. A `pallas` impl needs `jax.shard_map(..., check_vma=False)`.
+    device does not grow with their number. The kernels, which
+    impl="auto" takes on a GPU or TPU, need `jax.shard_map(..., check_vma=False)`.
     Raises: ValueError naming the argument; NameError outside a `shard_map` that has the axis.
     """
     check_attention(q, k, v, None, None, None, 0.0)
@@ -107,7 +108,8 @@ def decode_attention(q, k, v, *, axis_name, lengths=None, scale=None, impl="auto
     """softmax(scale q k^T) v of one query a head over a cache whose keys lie in parts along `axis_name`.
 
     Args: q [B, H, D], the same on all devices; k, v [B, Hkv, S, D]: this device's part, contiguous.
-      lengths: int [B]: keys of the whole cache that may be seen; None: all.
+      lengths: int [B]: keys of the whole cache that may be seen, from 1 to all (as inside any compiled
+        function, not checked); None: all.
       impl, interpret: of `lean_attention`, which does each part.
     Returns: [B, H, D] in q's dtype, the same on all devices.
     Raises: as `lean_attention`.

@@ -1,6 +1,7 @@
 """Which implementation runs: the rule behind `impl` and `interpret` of every accel function."""
 
 import importlib.util
+import inspect
 import re
 
 import jax
@@ -20,7 +21,7 @@ def choose_impl(impl, *, interpret=False, auto=(), obstacles=None):
     if impl not in IMPLS:
         raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
     obstacles = obstacles or {}
-    backend = jax.default_backend()
+    backend = platform()
     if impl == "auto":
         runs = [i for i in auto if NEEDS[i] == backend and obstacles.get(i) is None]
         return runs[0] if runs else "xla"
@@ -31,16 +32,29 @@ def choose_impl(impl, *, interpret=False, auto=(), obstacles=None):
     return impl
 
 
+def platform():
+    """What JAX runs on where nothing else is said: "cpu", "gpu" or "tpu"; `jax.default_device` counts.
+
+    Arrays that were put on another device, or a mesh of others, do not: name `impl` for these.
+    """
+    device = jax.config.jax_default_device
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
 def hopper_obstacle():
     """Why kernels in Mosaic GPU for Hopper cannot run on JAX's device, or None; None too without a GPU."""
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         return None
-    device = jax.devices()[0]
+    device = jax.devices("gpu")[0]
     capability = str(getattr(device, "compute_capability", "unknown"))
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
     if importlib.util.find_spec("jax.experimental.mosaic.gpu") is None:
         return "needs Mosaic GPU, which this JAX does not have"
+    from jax.experimental.pallas import mosaic_gpu
+
+    if "out_type" not in inspect.signature(mosaic_gpu.kernel).parameters:
+        return "needs JAX 0.10.2"
     found = re.search(r"cuda (\d+)", device.client.platform_version)
     if found and 12080 <= int(found[1]) < 12091:  # JAX's own kernels refuse these too
         return "needs CUDA before 12.8 or from 12.9.1 on: between them ptxas miscompiles causal masks"

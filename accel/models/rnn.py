@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from accel.blocks.shapes import lift
+from accel.blocks.shapes import alike, lift
 from ref.dims import dims
 from ref.models.rnn import GRUParams, LSTMParams, check_rnn, gru_params, init_gru, init_lstm, lstm_params
 
@@ -38,7 +38,7 @@ def lstm_cell(x, h, c, params: LSTMParams):
 @jax.jit
 def lstm(x, params: LSTMParams, *, h0=None, c0=None):
     """All steps over x [..., T, Nx] -> (hidden [..., T, N], (h, c) after the last)."""
-    h, c = (_initial(x, s, params.w.shape[-1] // 4) for s in (h0, c0))
+    h, c = (alike(_initial(x, s, params.w.shape[-1] // 4), x, h0, c0, params) for s in (h0, c0))
 
     def step(state, x):
         state = lstm_cell(x, *state, params)
@@ -71,7 +71,8 @@ def gru(x, params: GRUParams, *, h0=None):
         h = gru_cell(x, h, params)
         return h, h
 
-    h, hidden = lax.scan(step, _initial(x, h0, params.w_n.shape[-1]), jnp.moveaxis(x, -2, 0))
+    start = alike(_initial(x, h0, params.w_n.shape[-1]), x, params)
+    h, hidden = lax.scan(step, start, jnp.moveaxis(x, -2, 0))
     return jnp.moveaxis(hidden, 0, -2), h
 
 

@@ -7,6 +7,8 @@ import pytest
 
 import accel
 import ref
+from accel.attention import flash
+from accel.blocks import backend
 from ref.catalog import technique
 from tests.attention import laws_flash
 from tests.claims import flash as claims
@@ -328,6 +330,34 @@ def test_flash_backward_rejects_what_does_not_fit(layer):
     ):
         with pytest.raises(ValueError, match=message):
             layer.flash.flash_attention_bwd(*args)
+
+
+ON_HOPPER = {  # options, dtypes of q, k and v, and what "auto" takes on a Hopper GPU
+    "half precision": ({}, "bbb", "hopper"),
+    "float16": ({}, "hhh", "hopper"),
+    "float32": ({}, "fff", "triton"),
+    "a scale of zero": ({"scale": 0.0}, "bbb", "triton"),
+    "a negative scale": ({"scale": -1}, "bbb", "triton"),
+    "a mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "triton"),
+    "values of another dtype": ({}, "bbf", "triton"),
+    "keys of another dtype": ({}, "fbb", "xla"),
+    "tiles of its own": ({"block_q": 100}, "bbb", "hopper"),
+    "tiles of no kernel": ({"block_q": 100}, "fff", "xla"),
+    "dropout": ({"dropout_p": 0.5, "dropout_mask": np.ones((256, 256), bool)}, "bbb", "xla"),
+}
+
+
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_flash_auto_takes_what_can_run_on_hopper(name, monkeypatch):
+    """The choice alone: no GPU is there."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(flash, "hopper_obstacle", lambda: None)
+    taken = []
+    monkeypatch.setattr(flash, "_flash", lambda q, *_, impl, **__: taken.append(impl) or (q, q))
+    options, dtypes, impl = ON_HOPPER[name]
+    kinds = {"b": jnp.bfloat16, "h": jnp.float16, "f": jnp.float32}
+    flash.flash_attention(*(jnp.ones((256, 8), kinds[d]) for d in dtypes), **options)
+    assert taken == [impl]
 
 
 def test_flash_impl_asked_by_name_runs_or_says_why_not():
