@@ -36,3 +36,12 @@ def check_ids(name, ids, count):
     if ids.size and not (0 <= ids.min() and ids.max() < count):
         raise ValueError(f"{name} must be in 0..{count - 1}, got {ids.min()}..{ids.max()}")
     return ids
+
+
+def check_integers(name, x, bits):
+    """An int64 copy. Raises: ValueError unless x holds signed integers of `bits` bits, in whatever type."""
+    x = np.asarray(x)
+    half = 2 ** (bits - 1)
+    if x.dtype.kind not in "iu" or (x.size and not (-half <= x.min() and x.max() < half)):
+        raise ValueError(f"{name} must hold {bits}-bit integers")
+    return x.astype(np.int64)

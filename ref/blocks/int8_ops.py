@@ -10,6 +10,7 @@ form is ours.
 import numpy as np
 
 from ref.blocks.integer import integer_sqrt, quantize_multiplier, requantize
+from ref.checks import check_integers
 from ref.dims import dims
 
 ACT_MIN, ACT_MAX = -128, 127
@@ -164,7 +165,7 @@ def layernorm_s8(x, gamma, beta, *, input_offset, multiplier, shift, output_offs
     """
     dims(x=(x, "... C"), gamma=(gamma, "C"), beta=(beta, "C"))
     x = _codes("x", x) + int(input_offset)
-    gamma, beta = _integers("gamma", gamma, 16), _integers("beta", beta, 32)
+    gamma, beta = check_integers("gamma", gamma, 16), check_integers("beta", beta, 32)
     C = x.shape[-1]
     if not 1 <= C <= 4096:
         raise ValueError(f"x must have 1..4096 channels, got {C}")
@@ -262,15 +263,7 @@ def _finish(acc, multiplier, shift, output_offset, act_min, act_max, rounding):
 
 def _codes(name, x):
     """int64 copies of int8 codes; wider integers are accepted if they hold int8 values."""
-    return _integers(name, x, 8)
-
-
-def _integers(name, x, bits):
-    x = np.asarray(x)
-    half = 2 ** (bits - 1)
-    if x.dtype.kind not in "iu" or (x.size and not (-half <= x.min() and x.max() < half)):
-        raise ValueError(f"{name} must hold {bits}-bit integers")
-    return x.astype(np.int64)
+    return check_integers(name, x, 8)
 
 
 def _check_offsets(**offsets):
