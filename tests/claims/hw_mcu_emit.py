@@ -23,15 +23,20 @@ from tests.claims.hw_mcu_counts import CORES, LINK, START, TICKS
 from tests.claims.record import store
 
 FILES = (
+    "hw/kernel_counts.py",
+    "hw/mcu.py",
     "hw/mcu_arena.py",
     "hw/mcu_c.py",
     "hw/mcu_calibrate.py",
     "hw/mcu_emit.py",
     "hw/mcu_flow.py",
     "hw/mcu_int8.py",
-    "hw/mcu_price.py",
+    "hw/mcu_parts.py",
     "hw/mcu_patterns.py",
+    "hw/mcu_price.py",
+    "hw/mcu_run.py",
     "hw/mcu_units.py",
+    "ref/blocks/int8_ops.py",
     "tests/claims/hw_mcu_emit.py",
 )
 PARTS = {"cortex_m7": "stm32f746", "cortex_m4": "stm32f427", "cortex_m3": "mps2_an385"}

@@ -18,6 +18,10 @@ from ref.models.llama import LlamaBlock, LlamaWeights
 from tests.claims.record import store
 
 FILES = (
+    "hw/cpu.py",
+    "hw/fusion.py",
+    "hw/gpu.py",
+    "hw/parts.py",
     "hw/pim.py",
     "hw/pim_cost.py",
     "hw/pim_cycles.py",

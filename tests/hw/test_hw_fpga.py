@@ -463,6 +463,16 @@ def test_hw_fpga_emits_only_what_it_can():
             emit()
 
 
+@pytest.mark.tools
+def test_hw_fpga_open_synthesis_counts_as_stored():
+    """Multipliers and memories that yosys finds; tables and flip-flops move with its version."""
+    name = "array 4 x 4, int8"
+    text, top, _ = claims.models()[name]
+    found = claims.summary(claims.synthesise(text, top))
+    stored = {row["what"]: row["yosys"] for row in record.load("hw_fpga")["results"]["resources"]}[name]
+    assert (found["dsp"], found["memory"]) == (stored["dsp"], stored["memory"])
+
+
 def test_hw_fpga_stored_results_are_fresh():
     """Every run equal in values and cycles; the models are those of this checkout; multipliers as told."""
     assert record.is_fresh("hw_fpga")
