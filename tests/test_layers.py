@@ -114,7 +114,7 @@ def test_layers_agree_under_jit_vmap_and_shard_map(slug, i):
         return fn(*(next(arrays) if m else a for a, m in zip(e.args, mapped, strict=True)))
 
     parts = jax.sharding.PartitionSpec("batch")
-    checked = e.fn != "moe_gate_backward"  # the error function of JAX 0.12 fails its own check
+    checked = e.fn != "moe_gate_backward" or jax.__version_info__ < (0, 12)  # its erf fails JAX's own check
     sharded = jax.shard_map(jax.vmap(one), mesh=TWO, in_specs=parts, out_specs=parts, check_vma=checked)
     compiled = jax.jit(sharded).lower(*stacked).compile()
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", compiled.as_text())

@@ -124,10 +124,10 @@ def test_hw_report_exercises():
     assert found.rows[1]["seconds"] == found.rows[2]["seconds"] == pytest.approx(2.17e-6, rel=0.01)
     step = claims.decode(30, loop=True)
     slow, fast = hw.sweep_fields(step, hw.gddr6_aim(), t_mode=[32, 0])
-    gain = 1 - fast["seconds"] / slow["seconds"]  # 0.063 with JAX 0.12, 0.070 before: the step has other ops
-    assert round(100 * gain) in (6, 7)
+    gain = 1 - fast["seconds"] / slow["seconds"]
     pins = hw.estimate(step, hw.gddr6_aim()).utilisation["pins"]
-    assert round(100 * pins) in (46, 52)  # before JAX 0.12, and with it
+    # Per cent: of the step that JAX 0.12 traces, which has other ops, and of JAX 0.10's.
+    assert (round(100 * gain), round(100 * pins)) in ((6, 52), (7, 46))
 
 
 # Roofs
