@@ -21,6 +21,7 @@ def library():
     files += (ROOT / "hw").rglob("*.py")
     files += (ROOT / "tests").rglob("__init__.py")
     waiting = [p for name in ("laws_*.py", "exercises_*.py") for p in (ROOT / "tests").rglob(name)]
+    waiting += [ROOT / "tests" / "docs" / f"{name}.py" for name in ("kernel_steps", "mutants", "solutions")]
     while waiting:
         files.append(path := waiting.pop())
         for part, name in re.findall(r"^from (tests(?:\.\w+)*) import (\w+)", path.read_text(), re.MULTILINE):

@@ -248,3 +248,15 @@ def test_book_pages_and_figures_have_no_style_attributes():
         if told.search(line)
     ]
     assert not found, f"style attributes at {found}"
+
+
+def test_book_cells_import_only_what_is_packed():
+    """What a shown cell imports of tests is in the archive, or its Run button would end in an error."""
+    packed, asked = set(bundle.library()), set()
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for cell in re.findall(r'```python exec="on" source[^\n]*\n(.*?)```', page.read_text(), re.DOTALL):
+            asked |= set(re.findall(r"^\s*from (tests(?:\.\w+)*) import (\w+)", cell, re.MULTILINE))
+    assert asked
+    for module, name in asked:
+        at = module.replace(".", "/")
+        assert {f"{at}.py", f"{at}/{name}.py"} & packed, f"{module} {name}"
