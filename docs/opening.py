@@ -60,6 +60,16 @@ class Figure:
         style = {"fill": "currentColor", "stroke": "none", "text_anchor": anchor, **style}
         return self._add("text", {"x": x, "y": y, **style}, escape(str(words)))
 
+    def cells(self, x, y, values, size, gap=1, **style):
+        """A square for each value of a matrix that is not 0, as dark as the value, which is in 0..1."""
+        style = {"stroke": "none", **style}
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if value:
+                    at = x + size * j, y + size * i
+                    self.box(*at, size - gap, size - gap, shade=round(float(value), 2), **style)
+        return self
+
     def _add(self, tag, attributes, inside=""):
         show = lambda v: f"{v:.1f}".removesuffix(".0") if isinstance(v, float) and abs(v) >= 1 else v
         pairs = " ".join(f'{k.replace("_", "-")}="{show(v)}"' for k, v in attributes.items() if v is not None)

@@ -186,8 +186,8 @@ def longformer_cost(n, window, num_global, dim, *, num_heads, itemsize=4):
     """{"macs", "score_elements", "bytes"} of `longformer_attention` by the band method.
 
     score_elements: heads (n (window + 1 + g) + g n), bytes: those of the scores. Full attention has
-    heads n^2 and no g. macs: maps of n dim^2 each (three, with globals two more and one of g rows), and two
-    products of head size a score.
+    heads n^2 and no g. macs: maps of n dim^2 each (three, with globals six), and two products of
+    head size a score.
     """
     if min(n, dim, num_heads) < 1 or dim % num_heads or not 0 <= num_global <= n:
         raise ValueError(
