@@ -81,7 +81,9 @@ def _ticks(values, ticks, logarithmic):
     if isinstance(ticks, dict):
         return ticks
     if ticks is None and logarithmic:
-        ticks = [10.0**e for e in range(floor(min(values)), ceil(max(values)) + 1)]
+        inner = range(ceil(min(values) - 1e-9), floor(max(values) + 1e-9) + 1)
+        outer = range(floor(min(values)), ceil(max(values)) + 1)
+        ticks = [10.0**e for e in (inner if len(inner) > 1 else outer)]
     elif ticks is None:
         step = 10.0 ** floor(log10((max(values) - min(values)) or 1))
         spread = (max(values) - min(values)) / step
