@@ -89,10 +89,26 @@ def _parser():
     p.add_argument("slug")
     p.add_argument("--target", action="append", metavar="NAME", help="hw target, repeatable (default: a few)")
     p.add_argument("--seed", type=int, default=0, help="of the example (default 0)")
-    p = command("bench", bench, "race the implementations of a technique and its peers on its example")
+    p = command("bench", bench, "race the implementations of a technique and other people's, values first")
     p.add_argument("slug")
+    p.add_argument(
+        "--shape", action="append", default=[], metavar="4x4096x16x128", help="of the problem, repeatable"
+    )
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option: causal=True")
+    p.add_argument("--backward", action="store_true", help="forward and backward pass")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32"
+    )
+    p.add_argument("--only", action="append", default=[], metavar="WORD", help="race entries that hold it")
     p.add_argument("--seconds", type=float, default=0.3, help="spent on each entry (default 0.3)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument("--rounds", type=int, default=7, help="in which entries take turns (default 7)")
+    p.add_argument("--seed", type=int, help="of the inputs (default: drawn)")
+    p.add_argument(
+        "--ceilings", choices=("auto", "parts", "measured"), default="auto",
+        help="roofs by hw's data sheet, or by a copy and a product here (default: the first that there is)",
+    )  # fmt: skip
+    p.add_argument("--plot", metavar="FILE.svg", help="write a figure of the races")
+    p.add_argument("--example", action="store_true", help="race on the technique's example instead")
     p = command("price", price, "price your own JAX function on a target")
     p.add_argument(
         "function",

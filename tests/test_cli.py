@@ -142,7 +142,8 @@ def test_cli_run_prices_parameters_as_weights(capsys):
 
 @pytest.mark.parametrize("slug", ["flash"])
 def test_cli_bench_races_implementations_and_peers(capsys, slug):
-    code, out, _ = call(capsys, "bench", slug, "--seconds", "0.001", "--json")
+    argv = ("bench", slug, "--example", "--seconds", "0.001")
+    code, out, _ = call(capsys, *argv, "--json")
     assert code == 0
     r = json.loads(out)
     first = {x["name"]: x for x in r["races"][0]["entries"]}
@@ -151,7 +152,7 @@ def test_cli_bench_races_implementations_and_peers(capsys, slug):
     assert all(x["seconds"] or x["why_not"] for race in r["races"] for x in race["entries"])
     if r["device"] == "the CPU":
         assert first["accel (hopper)"]["why_not"]
-    assert "of the best" in plain(call(capsys, "bench", slug, "--seconds", "0.001")[1])
+    assert "of the best" in plain(call(capsys, *argv)[1])
 
 
 def test_cli_prices_the_readers_own_function(capsys, mine):

@@ -1,0 +1,179 @@
+"""What `triptych bench` races: a problem with fresh inputs, entries that solve it, how wrong each may be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from hw.commands.bench_clock import rounds, wait
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to solve a problem, made ready.
+
+    run: the timed call. check: a call on the inputs of the check, if these are others. error: the relative
+    error of the check's result against float64. off: its distance from what this entry is to compute, if that
+    is something else (int8 layers round); bound: how far off is allowed.
+    """
+
+    run: Callable
+    error: Callable
+    bound: float
+    check: Callable | None = None
+    off: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of given shapes. flops: useful operations, a multiply-accumulate counted two; nbytes: arguments
+    and results moved once; dtype: of the arithmetic that the roof is of. entries: {name: function that
+    makes a `Call` or raises why it cannot}; the first is the one that ratios refer to.
+    """
+
+    title: str
+    flops: float
+    nbytes: float
+    dtype: str
+    entries: dict[str, Callable]
+
+
+def contest(problem, ceilings, *, seconds=0.3, count=7, only=(), say=lambda name: None):
+    """{title, flops, .., entries: [{name, seconds, .., error, why_not}]}: values first, then times in turns.
+
+    An entry that cannot run, or whose result is off by more than its bound, has no time and says why.
+    only: words; entries that hold none of them are left out.
+    """
+    ready, rows = {}, []
+    for name, make in problem.entries.items():
+        if only and not any(word in name for word in only):
+            continue
+        say(f"{name}: values")
+        row = {"name": name, "seconds": None, "error": None, "bound": None, "why_not": ""}
+        rows.append(row)
+        try:
+            call = make()
+            out = (call.check or call.run)()
+            wait(out)
+            error = float(call.error(out))
+            off = error if call.off is None else float(call.off(out))
+            row["error"], row["bound"] = error if np.isfinite(error) else None, call.bound
+            del out
+            if not off <= call.bound:
+                raise ArithmeticError(f"its result is off by {off:.1e}, and {call.bound:.1e} is allowed")
+            if call.check is not None:
+                wait(call.run())
+            ready[name] = call.run
+        except Exception as e:  # other people's code may raise anything
+            said = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+            row["why_not"] = " ".join(said.split("\n")[0].split())[:160] or type(e).__name__
+    times = rounds(ready, wait=wait, seconds=seconds, count=count, say=lambda n: say(f"{n}: time"))
+    first = next((times[r["name"]].seconds for r in rows if r["name"] in times), None)
+    for row in rows:
+        if (t := times.get(row["name"])) is None:
+            continue
+        share, binds = ceilings.fraction(problem.flops, problem.nbytes, problem.dtype, t.seconds)
+        row |= {
+            "seconds": t.seconds, "spread": t.spread, "best": t.best, "calls": t.calls,
+            "tflops": problem.flops / t.seconds / 1e12, "gbps": problem.nbytes / t.seconds / 1e9,
+            "ratio": t.seconds / first, "roof": share, "bound_by": binds,
+        }  # fmt: skip
+    return {
+        "title": problem.title, "flops": problem.flops, "nbytes": problem.nbytes, "dtype": problem.dtype,
+        "entries": rows,
+    }  # fmt: skip
+
+
+def apart(got, want):
+    """Relative distance of trees of arrays: the largest |got - want| / |want|, Euclidean, over the arrays."""
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        if g.shape != w.shape:
+            raise ArithmeticError(f"its result has shape {list(g.shape)}, not {list(w.shape)}")
+        size = np.linalg.norm(w)
+        worst = max(worst, float(np.linalg.norm(g - w) / (size or 1)))
+        if np.isnan(g).any():
+            return float("nan")
+    return worst
+
+
+def tolerance(dtype):
+    """The relative error that is allowed of sums of products in `dtype`.
+
+    Half precision rounds its inner results (probabilities, gradients of scores) and the outputs, each half an
+    eps and independent: some four of them, twice over. Products of float32 numbers may be taken with ten bits
+    of fraction (TF32), which is the default on a GPU; their sums, also those of the half formats, are
+    float32, whose error over thousands of terms stays below 64 roundings.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    eps = float(jnp.finfo(getattr(jnp, dtype)).eps)
+    single = dtype == "float32" and jax.default_backend() != "cpu"
+    return 8 * (2.0**-10 if single else eps) + 64 * 2.0**-24
+
+
+def drawn(rng, shape, dtype):
+    """Normal numbers rounded to dtype, on the host."""
+    import jax.numpy as jnp
+
+    return rng.standard_normal(shape, np.float32).astype(jnp.dtype(getattr(jnp, dtype)))
+
+
+def entry(fn, *args, name=None, error, bound, check=None, off=None):
+    """A `Call` of jit-compiled fn on JAX arrays; check: its arguments in the check, if others."""
+    import jax
+
+    call = jax.jit(fn)
+    return Call(lambda: call(*args), error, bound, None if check is None else (lambda: call(*check)), off)
+
+
+@cache
+def torch_device():
+    """(torch, its device): the GPU if JAX computes on one, else the CPU. Raises: why it cannot."""
+    import jax
+
+    torch = package("torch", "PyTorch")
+    if jax.default_backend() == "cpu":
+        return torch, "cpu"
+    if not torch.cuda.is_available():
+        raise RuntimeError("this PyTorch sees no GPU")
+    return torch, "cuda"
+
+
+def to_torch(x, *, order=None, grad=False):
+    """A NumPy array (bfloat16 too) as a tensor on PyTorch's device, its axes in `order`, contiguous."""
+    torch, device = torch_device()
+    if x.dtype.name == "bfloat16":
+        t = torch.from_numpy(np.array(x).view(np.int16)).view(torch.bfloat16)
+    else:
+        t = torch.from_numpy(np.array(x))
+    t = t if order is None else t.permute(*order)
+    return t.to(device).contiguous().requires_grad_(grad)
+
+
+def from_torch(t):
+    """A tensor as float32 on the host."""
+    return t.detach().float().cpu().numpy()
+
+
+def package(module, title):
+    """The imported module. Raises: ImportError, "TITLE is not installed"."""
+    import importlib
+    import importlib.util
+
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a parent of a dotted name is missing
+        found = None
+    if found is None:
+        raise ImportError(f"{title} is not installed")
+    return importlib.import_module(module)
+
+
+def needs_gpu():
+    """Raises: RuntimeError if PyTorch's device is no GPU."""
+    if torch_device()[1] != "cuda":
+        raise RuntimeError("needs a CUDA GPU")
