@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import api  # noqa: E402
 
 from ref.catalog import CATALOG, PARTS  # noqa: E402
 
@@ -59,6 +61,7 @@ def nav():
     for title, folder, names in (("Hardware", "hw", HARDWARE), ("Reference", "start", REFERENCE)):
         if pages := there(folder, names):
             lines += [f"  - {title}:", *pages]
+    lines += api.nav()  # under Reference, which is the last
     return "\n".join(lines)
 
 
