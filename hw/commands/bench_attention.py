@@ -7,7 +7,7 @@ of keys and values exact too.
 
 import inspect
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -119,6 +119,18 @@ class Attention:
             found.append(tuple(grads))
         return found
 
+    @cached_property
+    def _placed(self):
+        return {}
+
+    def on(self, name, dtype=None):
+        """An array on JAX's device, the same for all entries."""
+        import jax.numpy as jnp
+
+        if (name, dtype) not in self._placed:
+            self._placed[name, dtype] = jnp.asarray(self.arrays[name], dtype and getattr(jnp, dtype))
+        return self._placed[name, dtype]
+
     def _part(self, x, b, h):
         """The heads of x that go with key head h: [G, N, D]."""
         group = x.shape[2] // (self.kv_heads or self.shape[2])
@@ -166,7 +178,7 @@ def jax_call(a, attend, dtype=None, *, scaled=False):
     import jax
     import jax.numpy as jnp
 
-    on = lambda n: jnp.asarray(a.arrays[n], dtype and getattr(jnp, dtype))
+    on = lambda n: a.on(n, dtype)
     args, error = [on(n) for n in ("q", "k", "v")], a.error
     if scaled:
         factor = a.shape[-1] ** -0.5
@@ -503,10 +515,10 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
     if len(lengths) != B or not all(1 <= n <= S for n in lengths):
         raise ValueError(f"lengths must be {B} numbers from 1 to {S}, got {lengths}")
     d = Decode((B, S, H, D), dtype, kv_heads, lengths, seed)
-    on = lambda n: jnp.asarray(d.arrays[n])
+    on = cache(lambda n: jnp.asarray(d.arrays[n]))
+    heads_first = cache(lambda n: jnp.moveaxis(on(n), 1, 2) + 0)
     options = {"error": d.error, "bound": tolerance(dtype)}
     known, there = np.array(lengths, np.int32), jnp.asarray(lengths, jnp.int32)
-    heads_first = lambda n: jnp.moveaxis(on(n), 1, 2) + 0
 
     def mine(name, impl):
         f = getattr(accel.lean, name)
