@@ -1,16 +1,19 @@
 """Edge-MoE in JAX: gate, experts, attention, GELU by table; see ref/devices/edge_moe.py for the definitions.
 
 Experts run one after another: tokens are sorted by expert, each expert's run is cut into tiles of block_t,
-and a loop over tiles fetches one expert's weights at a time. The number of tiles is known beforehand.
+and a loop over tiles fetches one expert's weights at a time. The number of tiles is known beforehand. Kernels
+take the same tiles in two grouped products, their own backward pass included.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from accel.blocks.attention import attention_dense
+from accel.blocks.backend import choose_impl
 from accel.blocks.gate import GateOut, moe_gate, moe_gate_backward
 from accel.blocks.mlp import gelu, linear, mlp
 from accel.blocks.norms import layer_norm
@@ -34,6 +37,7 @@ from ref.devices.edge_moe import (
     M3ViTParams,
     MoEParams,
     build_expert_queues,
+    check_image,
     check_order,
     check_queue,
     edge_moe_cycles,
@@ -44,7 +48,10 @@ from ref.devices.edge_moe import (
     layer_norm_fixed,
     linear_fixed,
     load_trace,
+    m3vit_formats,
+    m3vit_forward_fixed,
     m3vit_macs,
+    m3vit_to_fixed,
     moe_fixed,
     moe_traffic,
     reordered_attention_fixed,
@@ -55,7 +62,8 @@ __all__ = [
     "ATTN_BIAS", "BIAS", "FM", "FM_EPS", "PATCH_WEIGHT", "PIXEL", "WEIGHT", "GateOut", "LoadTrace",
     "M3ViTConfig", "M3ViTParams", "MoEParams", "build_expert_queues", "edge_moe_cycles", "example",
     "gelu_delta", "gelu_fixed", "gelu_table", "init_m3vit", "layer_norm_fixed", "linear_fixed", "load_trace",
-    "m3vit_forward", "m3vit_macs", "moe_ffn", "moe_fixed", "moe_gate", "moe_gate_backward", "moe_traffic",
+    "m3vit_formats", "m3vit_forward", "m3vit_forward_fixed", "m3vit_macs", "m3vit_to_fixed", "moe_ffn",
+    "moe_fixed", "moe_gate", "moe_gate_backward", "moe_traffic",
     "online_softmax", "reordered_attention", "reordered_attention_fixed", "unified_linear",
 ]  # fmt: skip
 
@@ -126,20 +134,46 @@ def _unit(x, w, b, rows, scores, into, *, gelu, gather):
     return y if into is None else into.at[at].add(y.astype(into.dtype))
 
 
-def moe_ffn(x, indices, scores, w1, b1, w2, b2, *, order="expert", block_t=BLOCK_T):
+def moe_ffn(
+    x, indices, scores, w1, b1, w2, b2, *, order="expert", impl="auto", interpret=False, block_t=BLOCK_T,
+    block_n=None, block_k=None,
+):  # fmt: skip
     """sum over the experts e of a token of score (w2_e gelu(w1_e x + b1_e) + b2_e): [N, D].
 
     order "expert" loads an expert's weights once for each tile of block_t of its tokens, in at most
-    ceil(N k / block_t) + E - 1 tiles; "token" gathers the weights of every choice.
+      ceil(N k / block_t) + E - 1 tiles; "token" gathers the weights of every choice.
+    impl: "xla" loops over the tiles; "triton" and "tpu" run them side by side, block_n columns and block_k
+      terms at a time; "auto" is "xla". Kernels sum in float32 and multiply float32 in full.
     """
     n = dims(x=(x, "N D"), indices=(indices, "N k"), scores=(scores, "N k"), w1=(w1, "E F D"),
              b1=(b1, "E F"), w2=(w2, "E D F"), b2=(b2, "E D"))  # fmt: skip
     check_order(order)
     if block_t < 1:
         raise ValueError(f"block_t must be positive, got {block_t}")
+    impl = _choose(impl, interpret, order, x.dtype, n["E"] * n["F"] * n["D"])
+    if impl == "xla" and (block_n or block_k):
+        raise ValueError(f'block_n and block_k are for impl="triton" and "tpu", got {block_n} and {block_k}')
     if known(indices):
         check_choice(np.asarray(indices), n["E"])
-    return _ffn(x, indices, scores, w1, b1, w2, b2, order=order, block_t=block_t) if n["N"] else x
+    if not n["N"]:
+        return x
+    if impl == "xla":
+        return _ffn(x, indices, scores, w1, b1, w2, b2, order=order, block_t=block_t)
+    tiles = _Tiling(impl, interpret, block_t, block_n, block_k)
+    return _ffn_kernel(x, indices, scores, w1, b1, w2, b2, tiling=tiles)
+
+
+def _choose(impl, interpret, order, dtype, weights=0):
+    """The implementation of the experts. Kernels need the queues, and numbers of at most 32 bits."""
+    why = None
+    if order != "expert":
+        why = f'runs experts one after another: use order="expert", not {order!r}'
+    elif jnp.dtype(dtype).itemsize > 4 or not jnp.issubdtype(dtype, jnp.floating):
+        why = f'sums in float32: x is {jnp.dtype(dtype)}; use impl="xla"'
+    elif weights >= 2**31:
+        why = f'counts a layer\'s weights in 32 bits, and these are {weights:,}; use impl="xla"'
+    missing = 'does not exist: queues are shorter than its tiles of 64 rows; use "triton"'
+    return choose_impl(impl, interpret=interpret, obstacles={"hopper": missing, "triton": why, "tpu": why})
 
 
 @partial(jax.jit, static_argnames=("order", "block_t"))
@@ -150,28 +184,97 @@ def _ffn(x, indices, scores, w1, b1, w2, b2, *, order, block_t):
         hidden = gelu(jnp.einsum("nd,nkfd->nkf", x, w[0]) + w[1])
         out = jnp.einsum("nkf,nkdf->nkd", hidden, w[2]) + w[3]
         return (out.astype(acc) * scores.astype(acc)[..., None]).sum(1).astype(x.dtype)
-    token, weight, expert = _tiles(indices, scores.astype(acc), len(w1), block_t)
+    t = _tiles(indices, len(w1), block_t)
+    token = t.choice // indices.shape[1]
+    weight = jnp.where(t.real, scores.astype(acc).reshape(-1)[t.choice], jnp.zeros((), acc))
 
     def run(_, tile):
         rows, e = tile
         take = lambda a: jax.lax.dynamic_index_in_dim(a, e, keepdims=False)
         return None, mlp(x[rows], take(w1).T, take(b1), take(w2).T, take(b2))
 
-    _, out = jax.lax.scan(run, None, (token, expert))
+    _, out = jax.lax.scan(run, None, (token, t.expert))
     out = out.astype(acc) * weight[..., None]
     return jnp.zeros(x.shape, acc).at[token.reshape(-1)].add(out.reshape(-1, x.shape[1])).astype(x.dtype)
 
 
-def m3vit_forward(img, params: M3ViTParams, *, task, cfg: M3ViTConfig, block_t=BLOCK_T):
-    """Tokens [N, dim] of an image [H, W, 3] for a task, which is a choice of gates and of nothing else."""
-    if not 0 <= task < cfg.tasks:
-        raise ValueError(f"task must be in 0..{cfg.tasks - 1}, got {task}")
-    dims(img=(img, f"{cfg.height} {cfg.width} 3"))
-    return _network(img, params, task=task, cfg=cfg, block_t=block_t)
+class _Tiling(NamedTuple):
+    """How a grouped product runs: all static."""
+
+    impl: str
+    interpret: bool
+    block_t: int
+    block_n: int | None
+    block_k: int | None
 
 
-@partial(jax.jit, static_argnames=("task", "cfg", "block_t"))
-def _network(img, params, *, task, cfg, block_t):
+@partial(jax.jit, static_argnames="tiling")
+def _ffn_kernel(x, indices, scores, w1, b1, w2, b2, *, tiling):
+    (N, k), acc = indices.shape, wide(x.dtype)
+    t = _tiles(indices, len(w1), tiling.block_t)
+    choice, real = t.choice.reshape(-1), t.real.reshape(-1)
+    place = jnp.arange(len(choice), dtype=jnp.int32)
+    row = jnp.zeros(N * k + 1, jnp.int32).at[jnp.where(real, choice, N * k)].set(place)[:-1]  # of a choice
+    where = (t.expert, t.real.sum(1, dtype=jnp.int32), t.first, t.end)
+    hidden = gelu(_grouped(x[choice // k], w1, b1, where, tiling))
+    out = _grouped(hidden, w2, b2, where, tiling)[row].reshape(N, k, -1)
+    return (out.astype(acc) * scores.astype(acc)[..., None]).sum(1).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(x, w, b, where, tiling):
+    """x_t w_e^T + b_e by tile: [R, N] of x [R, K], w [E, N, K], b [E, N]; where: expert, rows, first, end."""
+    expert, real, _, _ = where
+    kernels, options = _kernels(tiling)
+    return kernels.grouped_linear(x, w, b, expert, real, **options)
+
+
+def _grouped_fwd(x, w, b, where, tiling):
+    return _grouped(x, w, b, where, tiling), (x, w, b, where)
+
+
+def _grouped_bwd(tiling, saved, dy):
+    """Rows that pad a tile have no part in the result: their dy is 0."""
+    x, w, b, (expert, real, first, end) = saved
+    kernels, options = _kernels(tiling)
+    dx = kernels.grouped_linear(dy, w, None, expert, real, turned=True, **options)
+    dw = kernels.grouped_outer(dy, x, expert, first, end, **options)
+    sums = dy.astype(jnp.float32).reshape(len(expert), tiling.block_t, -1).sum(1)
+    db = jnp.zeros(b.shape, jnp.float32).at[expert].add(sums)
+    return dx, dw.astype(w.dtype), db.astype(b.dtype), None
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+def _kernels(tiling):
+    """(the module of the kernels, their options)."""
+    if tiling.impl == "triton":
+        from accel.kernels import edge_moe_triton as kernels
+    else:
+        from accel.kernels import edge_moe_tpu as kernels
+    sizes = {"block_t": tiling.block_t, "block_n": tiling.block_n, "block_k": tiling.block_k}
+    return kernels, {n: s for n, s in sizes.items() if s is not None} | {"interpret": tiling.interpret}
+
+
+def m3vit_forward(
+    img, params: M3ViTParams, *, task, cfg: M3ViTConfig, impl="auto", interpret=False, block_t=BLOCK_T
+):
+    """Tokens [N, dim] of an image [H, W, 3] for a task, which is a choice of gates and of nothing else.
+
+    impl and block_t: of the experts, see `moe_ffn`.
+    """
+    check_image(img, task, cfg)
+    experts = {
+        "impl": _choose(impl, interpret, "expert", img.dtype),
+        "interpret": interpret,
+        "block_t": block_t,
+    }
+    return _network(img, params, task=task, cfg=cfg, **experts)
+
+
+@partial(jax.jit, static_argnames=("task", "cfg", "impl", "interpret", "block_t"))
+def _network(img, params, *, task, cfg, impl, interpret, block_t):
     x = embed_patches(img, params.vit)
     for p, experts in zip(params.vit.blocks, params.moe, strict=True):
         h = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=cfg.eps)
@@ -181,12 +284,25 @@ def _network(img, params, *, task, cfg, block_t):
             x = x + mlp(h, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2)
         else:
             g = moe_gate(h, experts.w_gate[task], top_k=cfg.top_k)
-            x = x + moe_ffn(h, g.indices, g.scores, *experts[1:], block_t=block_t)
+            run = partial(moe_ffn, impl=impl, interpret=interpret, block_t=block_t)
+            x = x + run(h, g.indices, g.scores, *experts[1:])
     return x
 
 
-def _tiles(indices, scores, E, block_t):
-    """(tokens [T, block_t], their weights, 0 for padding, expert [T]): every tile is of one expert."""
+class _Tiles(NamedTuple):
+    """Choices by expert: choice [T, block_t] of the N k, real [T, block_t] False where it pads a tile; expert
+    [T] of a tile; first, end [E]: an expert's tiles.
+    """
+
+    choice: jax.Array
+    real: jax.Array
+    expert: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def _tiles(indices, E, block_t):
+    """Tiles of block_t choices, every one of a single expert."""
     N, k = indices.shape
     flat = indices.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # choices by expert, tokens in order
@@ -195,11 +311,10 @@ def _tiles(indices, scores, E, block_t):
     counts = total(flat[:, None] == every[None], 0)
     tiles = (counts + (block_t - 1)) // block_t
     running = partial(jnp.cumsum, dtype=jnp.int32)
-    ends, first = running(tiles), running(counts) - counts
+    ends, start = running(tiles), running(counts) - counts
     t = jnp.arange(-(-N * k // block_t) + E - 1, dtype=jnp.int32)
     expert = jnp.minimum(total(t[:, None] >= ends[None], 1), E - 1)
     inside = (t - (ends - tiles)[expert])[:, None] * block_t + jnp.arange(block_t, dtype=jnp.int32)[None]
     real = inside < counts[expert][:, None]
-    choice = order[jnp.where(real, first[expert][:, None] + inside, 0)]
-    weight = jnp.where(real, scores.reshape(-1)[choice], jnp.zeros((), scores.dtype))
-    return choice // k, weight, expert
+    choice = order[jnp.where(real, start[expert][:, None] + inside, 0)]
+    return _Tiles(choice, real, expert, ends - tiles, ends)

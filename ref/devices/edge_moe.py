@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.blocks.attention import join_heads, split_heads
+from ref.blocks.fixed import Fixed, fixed_matmul
 from ref.blocks.fixed_ops import (
     ATTN_BIAS,
     BIAS,
@@ -33,19 +35,21 @@ from ref.blocks.fixed_ops import (
 from ref.blocks.gate import GateOut, build_expert_queues, check_choice, moe_gate, moe_gate_backward
 from ref.blocks.mlp import gelu, linear, mlp
 from ref.blocks.norms import layer_norm
+from ref.blocks.optim import tree_map
 from ref.blocks.quantize import known
 from ref.blocks.softmax import online_softmax
 from ref.blocks.stream import attention_cycles, linear_cycles, moe_cycles
 from ref.blocks.transformer import init_block, self_attention
 from ref.dims import dims, float64
 from ref.example import Example
-from ref.models.vit import ViTParams, embed_patches, init_vit
+from ref.models.vit import ViTParams, embed_patches, init_vit, patchify
 
 __all__ = [
     "ATTN_BIAS", "BIAS", "FM", "FM_EPS", "PATCH_WEIGHT", "PIXEL", "WEIGHT", "GateOut", "LoadTrace",
     "M3ViTConfig", "M3ViTParams", "MoEParams", "build_expert_queues", "edge_moe_cycles", "example",
     "gelu_delta", "gelu_fixed", "gelu_table", "init_m3vit", "layer_norm_fixed", "linear_fixed", "load_trace",
-    "m3vit_forward", "m3vit_macs", "moe_ffn", "moe_fixed", "moe_gate", "moe_gate_backward", "moe_traffic",
+    "m3vit_formats", "m3vit_forward", "m3vit_forward_fixed", "m3vit_macs", "m3vit_to_fixed", "moe_ffn",
+    "moe_fixed", "moe_gate", "moe_gate_backward", "moe_traffic",
     "online_softmax", "reordered_attention", "reordered_attention_fixed", "unified_linear",
 ]  # fmt: skip
 
@@ -179,9 +183,7 @@ def m3vit_forward(img, params: M3ViTParams, *, task, cfg: M3ViTConfig):
     x += attention(norm(x)), then x += MLP or experts of norm(x), layer by layer; no norm at the end.
     Raises: ValueError naming the argument.
     """
-    if not 0 <= task < cfg.tasks:
-        raise ValueError(f"task must be in 0..{cfg.tasks - 1}, got {task}")
-    dims(img=(img, f"{cfg.height} {cfg.width} 3"))
+    check_image(img, task, cfg)
     x = embed_patches(float64(img), params.vit)
     for p, experts in zip(params.vit.blocks, params.moe, strict=True):
         h = layer_norm(x, p.ln1_scale, p.ln1_bias, eps=cfg.eps)
@@ -193,6 +195,65 @@ def m3vit_forward(img, params: M3ViTParams, *, task, cfg: M3ViTConfig):
             g = moe_gate(h, experts.w_gate[task], top_k=cfg.top_k)
             x = x + moe_ffn(h, g.indices, g.scores, *experts[1:])
     return x
+
+
+def m3vit_forward_fixed(img, params: M3ViTParams, *, task, cfg: M3ViTConfig, lanes=4):
+    """(tokens [N, dim], lengths [layers with experts, E]) as the hardware computes them, in integers.
+
+    Args: img [H, W, 3] uint8, in steps of 2^-8; params: integers of the formats of `m3vit_formats`.
+    Returns: tokens in steps of 2^-22; how many tokens each expert had.
+    Raises: ValueError naming the argument.
+    """
+    check_image(img, task, cfg)
+    if np.asarray(img).dtype != np.uint8:
+        raise ValueError(f"img must be uint8, got {np.asarray(img).dtype}")
+    if cfg.dim % 16:
+        raise ValueError(f"cfg.dim must be a multiple of 16, the linear unit's blocks, got {cfg.dim}")
+    vit, lengths = params.vit, []
+    first = 0 if vit.cls_token is None else vit.cls_token
+    w_patch = vit.w_patch.reshape(-1, cfg.dim).T
+    x = fixed_matmul(patchify(img, cfg.patch), w_patch, fx=PIXEL, fw=PATCH_WEIGHT, facc=FM,
+                     bias_raw=vit.b_patch << 11)  # fmt: skip
+    x = FM.fit(np.concatenate([np.zeros((1, cfg.dim), np.int64) + first, x]) + vit.pos_embed)
+    for p, experts in zip(vit.blocks, params.moe, strict=True):
+        h = layer_norm_fixed(x, p.ln1_scale, p.ln1_bias, eps=cfg.eps)
+        maps = ((p.w_q, p.b_q), (p.w_k, p.b_k), (p.w_v, p.b_v))
+        q, k, v = (split_heads(linear_fixed(h, w.T, b << 2), cfg.num_heads) for w, b in maps)  # 2^-9 to 2^-11
+        heads, _, _ = reordered_attention_fixed(q, k, v, scale=q.shape[-1] ** -0.5, lanes=lanes)
+        x = FM.fit(x + linear_fixed(join_heads(heads), p.w_o.T, p.b_o << 2))
+        h = layer_norm_fixed(x, p.ln2_scale, p.ln2_bias, eps=cfg.eps)
+        if experts is None:
+            y = linear_fixed(gelu_fixed(linear_fixed(h, p.w_fc1.T, p.b_fc1)), p.w_fc2.T, p.b_fc2)
+        else:
+            y, _, _, each = moe_fixed(h, experts._replace(w_gate=experts.w_gate[task]), top_k=cfg.top_k)
+            lengths.append(each)
+        x = FM.fit(x + y)
+    return x, np.reshape(lengths, (len(lengths), cfg.num_experts))
+
+
+def m3vit_formats(params: M3ViTParams) -> M3ViTParams:
+    """The format that stores each array: weights <16, 2>, of patches <16, 0>; biases and norms <16, 5>,
+    attention's biases <16, 7>; embeddings as feature maps, <32, 10>.
+    """
+    special = {"w_patch": PATCH_WEIGHT, "cls_token": FM, "pos_embed": FM}
+    special |= dict.fromkeys(("b_q", "b_k", "b_v", "b_o"), ATTN_BIAS)
+
+    def of(tree, name):
+        if tree is None:
+            return None
+        if hasattr(tree, "_fields"):
+            return type(tree)(*(of(getattr(tree, n), n) for n in tree._fields))
+        if isinstance(tree, tuple):
+            return tuple(of(t, name) for t in tree)
+        return special.get(name, WEIGHT if name.startswith("w") else BIAS)
+
+    return of(params, None)
+
+
+def m3vit_to_fixed(params: M3ViTParams) -> M3ViTParams:
+    """The integers that store real parameters, floored. Raises: OverflowError for one out of range."""
+    strict = lambda f: Fixed(**{**vars(f), "overflow": "CHECK"})
+    return tree_map(lambda f, a: strict(f).quantise(a), m3vit_formats(params), params)
 
 
 def init_m3vit(rng, cfg: M3ViTConfig, *, std=0.02) -> M3ViTParams:
@@ -271,6 +332,13 @@ def m3vit_macs(cfg: M3ViTConfig, *, experts=None) -> dict[str, int]:
         "experts": half * 2 * n * d * cfg.expert_hidden * run,
         "gates": half * n * d * cfg.num_experts,
     }
+
+
+def check_image(img, task, cfg):
+    """Raise ValueError unless img is [height, width, 3] and the task one of the configuration's."""
+    if not 0 <= task < cfg.tasks:
+        raise ValueError(f"task must be in 0..{cfg.tasks - 1}, got {task}")
+    dims(img=(img, f"{cfg.height} {cfg.width} 3"))
 
 
 def check_queue(rows, n):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from ref.blocks.fixed_ops import S
 from ref.blocks.mlp import gelu, mlp
 from ref.blocks.norms import layer_norm
+from ref.blocks.optim import tree_leaves, tree_map
 from ref.devices.edge_moe import (
     BIAS,
     FM,
@@ -22,8 +23,11 @@ from ref.devices.edge_moe import (
     layer_norm_fixed,
     linear_fixed,
     load_trace,
+    m3vit_formats,
     m3vit_forward,
+    m3vit_forward_fixed,
     m3vit_macs,
+    m3vit_to_fixed,
     moe_ffn,
     moe_fixed,
     moe_gate,
@@ -325,6 +329,45 @@ def law_edge_moe_fixed_experts_are_near(seed):
     want = moe_ffn(FM.value(x), g.indices, g.scores, *real[1:])
     # a table within 1e-4, through weights near 1, of experts whose scores sum to less than 1
     assert np.abs(FM.value(y) - want).max() < 2e-4
+
+
+@settings(max_examples=4)
+@given(seeds, st.sampled_from((0, 1)), st.sampled_from((1, 3, 4)))
+def law_edge_moe_fixed_network_is_near(seed, task, lanes):
+    """All integers, patches to tokens, against the same weights in real numbers."""
+    rng = np.random.default_rng(seed)
+    stored = m3vit_to_fixed(init_m3vit(rng, SMALL, std=0.1))
+    formats = m3vit_formats(stored)
+    for f, a in zip(tree_leaves(formats), tree_leaves(stored), strict=True):
+        assert f.least <= a.min() <= a.max() <= f.most
+    real = tree_map(lambda f, a: f.value(a), formats, stored)
+    img = rng.integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    _, lengths = m3vit_forward_fixed(img, stored, task=task, cfg=SMALL, lanes=lanes)
+    assert lengths.shape == (1, 4)
+    assert lengths.sum() == 7 * 2
+    alone = real._replace(moe=(None, None))  # an MLP in both layers: no choice that a floor could turn
+    raw, none = m3vit_forward_fixed(img, stored._replace(moe=(None, None)), task=task, cfg=SMALL, lanes=lanes)
+    assert none.shape == (0, 4)
+    want = m3vit_forward(img / 256, alone, task=task, cfg=SMALL)
+    # each of two layers: the table's 1e-4 through 32 weights of at most 0.5, and norms that stretch by 1 / sd
+    widest = max(np.abs(p.w_fc2).sum(0).max() for p in real.vit.blocks)
+    assert np.abs(FM.value(raw) - want).max() < 2 * (1e-4 * widest + 2e-4)
+
+
+def law_edge_moe_weights_out_of_range_raise():
+    """Stored weights lie in [-2, 2), those of patches in [-1/2, 1/2): nothing wraps unseen."""
+    p = init_m3vit(np.random.default_rng(0), SMALL)
+    far = p.vit.blocks[0]._replace(w_q=p.vit.blocks[0].w_q + 2.0)
+    for vit in (
+        p.vit._replace(w_patch=p.vit.w_patch + 0.5),
+        p.vit._replace(blocks=(far, *p.vit.blocks[1:])),
+    ):
+        message = ""
+        try:
+            m3vit_to_fixed(p._replace(vit=vit))
+        except OverflowError as e:
+            message = str(e)
+        assert "do not fit" in message
 
 
 def law_edge_moe_fixed_norm_of_equal_numbers_is_its_bias():

@@ -1,5 +1,6 @@
 """Edge-MoE: laws on ref, golden vectors in ref and accel, the FPGA's schedule, bad inputs."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,11 +12,13 @@ import accel
 import ref
 from hw.stream import simulate_attention
 from tests.claims import edge_moe as claims
+from tests.claims import edge_moe_trained as trained
 from tests.claims import record
 from tests.devices import laws_edge_moe
 from tests.golden_runner import call_args, golden, run, run_accel
 from tests.hw_record import Cost, size
 from tests.laws import law_tests, rejects
+from tests.lower import lowered
 
 globals().update(law_tests(laws_edge_moe))
 
@@ -130,6 +133,132 @@ def test_edge_moe_accel_tiles_and_orders_agree():
     np.testing.assert_allclose(by[0], by[1], rtol=0, atol=256 * 2.0**-23 * float(jnp.abs(by[1]).max()))
 
 
+# Choices of 21 tokens among 5 experts: the last has none; two have them all; the first and the last have.
+QUEUES = {
+    "mixed": lambda rng: np.argsort(rng.random((21, 4)), axis=-1)[:, :2],
+    "two": lambda rng: np.tile([3, 1], (21, 1)),
+    "ends": lambda rng: np.tile([4, 0], (21, 1)),
+}
+
+
+def grouped(queue, dtype=jnp.float32, D=20, F=24):
+    """(indices, [x, scores, w1, b1, w2, b2] of the dtype), numbers near 1."""
+    rng = np.random.default_rng(3)
+    indices = QUEUES[queue](rng).astype(np.int32)
+    arrays = [rng.standard_normal((21, D)), rng.random((21, 2)), *laws_edge_moe.experts(rng, 5, D, F)]
+    return indices, [jnp.asarray(a, dtype) for a in arrays]
+
+
+def grouped_bound(eps, terms, *sizes):
+    """Each of so many terms, at most the product of the arrays' largest numbers, is off by eps of itself."""
+    return eps * terms * np.prod([max(1.0, float(np.abs(s).max())) for s in sizes])
+
+
+def value_and_grads(**options):
+    """(indices, x, scores, w1, b1, w2, b2) -> (y, its gradients under some cotangent), compiled once."""
+
+    def loss(arrays, indices):
+        y = A.moe_ffn(arrays[0], indices, *arrays[1:], block_t=16, **options)
+        return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), y
+
+    def run(indices, *arrays):
+        (_, y), grads = jax.value_and_grad(loss, has_aux=True)(arrays, indices)
+        return y, grads
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
+def test_edge_moe_kernel_matches_ref(impl):
+    """Values against ref; gradients against those of the XLA form, which the generic tests hold to ref."""
+    kernel, plain = value_and_grads(impl=impl, interpret=True), value_and_grads()
+    for queue in QUEUES:
+        indices, (x, scores, *w) = grouped(queue)
+        want = M.moe_ffn(np.asarray(x), indices, np.asarray(scores), *map(np.asarray, w))
+        (y, grads), (_, others) = (run(indices, x, scores, *w) for run in (kernel, plain))
+        # 20 and 24 terms, each up to |x| |w1| |w2|, twice for the two roundings of a product and its sum
+        bound = grouped_bound(2.0**-23, 2 * (20 + 24), x, w[0], w[2])
+        np.testing.assert_allclose(y, want, rtol=0, atol=bound)
+        for name, g, h in zip(("x", "scores", "w1", "b1", "w2", "b2"), grads, others, strict=True):
+            # a weight's gradient adds over the tokens
+            np.testing.assert_allclose(g, h, rtol=0, atol=len(x) * bound, err_msg=name)
+        idle = np.setdiff1d(np.arange(5), indices)
+        assert len(idle) > 0
+        assert not any(np.asarray(g)[idle].any() for g in grads[2:])
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
+def test_edge_moe_kernel_of_a_token_and_an_expert(impl):
+    """One of each, and no token at all."""
+    x, drawn = jnp.ones((1, 8)), laws_edge_moe.experts(np.random.default_rng(0), 1, 8, 4)
+    w = [jnp.asarray(a, jnp.float32) for a in drawn]
+    run = lambda x: A.moe_ffn(x, I[: len(x)], x[:, :1], *w, impl=impl, interpret=True)
+    want = M.moe_ffn(np.ones((1, 8)), I[:1], np.ones((1, 1)), *map(np.asarray, w))
+    np.testing.assert_allclose(run(x), want, rtol=0, atol=32 * 2.0**-23 * np.abs(want).max())
+    assert run(x[:0]).shape == (0, 8)
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
+def test_edge_moe_kernel_takes_tiles_halves_and_batches(impl):
+    """Two blocks of each axis, the last in part; bfloat16 with sums in float32; vmap."""
+    indices, arrays = grouped("mixed", D=200, F=136)
+    blocks = {"block_n": 64, "block_k": 64} if impl == "triton" else {"block_n": 128, "block_k": 128}
+    kernel = {"impl": impl, "interpret": True, "block_t": 16, **blocks}
+    run = lambda x, scores, *w, **kw: A.moe_ffn(x, indices, scores, *w, **kw)
+    half = [a.astype(jnp.bfloat16) for a in arrays]
+    x = jnp.stack([half[0], -half[0]])
+    got = jax.vmap(lambda x: run(x, *half[1:], **kernel))(x)
+    assert got.dtype == jnp.bfloat16
+    exact = [np.asarray(v, np.float64) for v in half]
+    # hidden numbers, result and sum are rounded; their errors, of either sign, add up over 136 hidden numbers
+    bound = grouped_bound(2.0**-8, np.sqrt(136), half[0], half[2], half[4]) * np.abs(exact[1]).max()
+    for g, x in zip(np.asarray(got, np.float64), (exact[0], -exact[0]), strict=True):
+        np.testing.assert_allclose(g, M.moe_ffn(x, indices, *exact[1:]), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"], ids=lambda p: f"edge_moe_{p}")
+def test_edge_moe_kernel_lowers(platform):
+    """Forward and both products of the backward pass, at the network's size, and off every tile."""
+    from accel.kernels import edge_moe_tpu, edge_moe_triton
+
+    module = edge_moe_tpu if platform == "tpu" else edge_moe_triton
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    for dtype, tile, T, N, K, E in ((jnp.float32, 16, 32, 384, 192, 16), (jnp.bfloat16, 32, 5, 200, 130, 3)):
+        R, whose = tile * T, [shape(jnp.int32, T)] * 2
+        x, dy, b = shape(dtype, R, K), shape(dtype, R, N), shape(dtype, E, N)
+        forward = partial(module.grouped_linear, block_t=tile)
+        lowered(forward, (x, shape(dtype, E, N, K), b, *whose), platform)
+        back = lambda dy, w, *rest, f=forward: f(dy, w, None, *rest, turned=True)
+        lowered(back, (dy, shape(dtype, E, N, K), *whose), platform)
+        outer = partial(module.grouped_outer, block_t=tile)
+        lowered(outer, (dy, x, whose[0], *[shape(jnp.int32, E)] * 2), platform)
+
+
+def test_edge_moe_kernel_serves_the_network():
+    """Its experts run in the kernel that was asked for, and in none by default."""
+    e = next(e for e in M.example() if e.fn == "m3vit_forward")
+    single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), e.args)
+    for impl in ("triton", "tpu", "auto"):
+        options = {"impl": impl, "interpret": impl != "auto", "block_t": 16}
+        jaxpr = jax.make_jaxpr(partial(A.m3vit_forward, **e.kwargs, **options))(*single)
+        assert ("pallas_call" in str(jaxpr)) == (impl != "auto")
+
+
+@pytest.mark.gpu
+def test_edge_moe_kernel_runs_on_the_gpu():
+    """Triton compiled: values and gradients against the XLA form, both at full float32 precision."""
+    kernel, plain = value_and_grads(impl="triton"), value_and_grads(impl="xla")
+    for queue in QUEUES:
+        for D, F in ((20, 24), (192, 384), (130, 66)):
+            indices, arrays = grouped(queue, D=D, F=F)
+            with jax.default_matmul_precision("highest"):
+                (y, grads), (want, others) = (run(indices, *arrays) for run in (kernel, plain))
+            bound = grouped_bound(2.0**-23, 2 * (D + F), arrays[0], arrays[2], arrays[4])
+            np.testing.assert_allclose(y, want, rtol=0, atol=bound)
+            for g, h in zip(grads, others, strict=True):
+                np.testing.assert_allclose(g, h, rtol=0, atol=len(indices) * bound)
+
+
 def test_edge_moe_accel_flags_of_the_unit():
     rng = np.random.default_rng(5)
     x, w, b = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), rng.standard_normal(3)
@@ -159,6 +288,7 @@ Q, N = np.ones((1, 5, 8)), np.ones((5, 8), int)
 SHAPES = ((2, 8), (2, 4, 8), (2, 4), (2, 8, 4), (2, 8))
 INTEGERS = M.MoEParams(*(np.ones(s, int) for s in SHAPES))
 CFG = M.M3ViTConfig(height=8, width=8, patch=4, dim=4, depth=2, num_heads=1, hidden=4, num_experts=5, tasks=1)
+PICTURE = np.zeros((8, 8, 3), np.uint8)
 BAD = {
     "top_k": (lambda: M.moe_gate(X, W, top_k=6), r"top_k must be in 1\.\.5"),
     "no_top_k": (lambda: M.moe_gate(X, W, top_k=0), "top_k must be in"),
@@ -183,12 +313,20 @@ BAD = {
     "into": (lambda: M.unified_linear(X, W, np.ones(5), accumulate_into=np.ones((3, 4))), "accumulate_into"),
     "task": (lambda: M.m3vit_forward(np.ones((8, 8, 3)), None, task=1, cfg=CFG), r"task must be in 0\.\.0"),
     "image": (lambda: M.m3vit_forward(np.ones((8, 4, 3)), None, task=0, cfg=CFG), "img"),
+    "floats": (lambda: M.m3vit_forward_fixed(np.ones((8, 8, 3)), None, task=0, cfg=CFG), "img must be uint8"),
+    "blocks": (lambda: M.m3vit_forward_fixed(PICTURE, None, task=0, cfg=CFG), "dim must be a multiple of 16"),
     "lengths": (lambda: M.edge_moe_cycles(CFG, [1] * 5), "lengths must be 5 numbers"),
     "real": (lambda: M.gelu_fixed(X), "x must be integers"),
     "head": (lambda: M.reordered_attention_fixed(*[np.ones((1, 5, 4), int)] * 3, scale=1.0), "multiple of 8"),
     "norm": (lambda: M.layer_norm_fixed(N, N[0], N[0, :4]), "b"),
     "gate": (lambda: M.moe_fixed(N, INTEGERS, top_k=3), r"top_k must be in 1\.\.2"),
 }  # fmt: skip
+
+
+def kernel(impl, **options):
+    """moe_ffn of small float32 arrays by a kernel, interpreted."""
+    arrays = [jnp.asarray(a, jnp.float32) for a in (P, *EXPERTS)]
+    return A.moe_ffn(jnp.asarray(X, jnp.float32), I, *arrays, impl=impl, interpret=True, **options)
 
 
 ACCEL_BAD = {
@@ -198,6 +336,11 @@ ACCEL_BAD = {
     "order": (lambda: A.moe_ffn(X, I, P, *EXPERTS, order="patch"), "order must be one of"),
     "index": (lambda: A.moe_ffn(X, I + 5, P, *EXPERTS), r"indices must be in 0\.\.4"),
     "block": (lambda: A.moe_ffn(X, I, P, *EXPERTS, block_t=0), "block_t must be positive"),
+    "blocks": (lambda: A.moe_ffn(X, I, P, *EXPERTS, block_n=64), "block_n and block_k are for impl"),
+    "tile": (lambda: kernel("triton", block_t=24), "block_t must be a power of two"),
+    "rows": (lambda: kernel("tpu", block_t=24), "block_t must be a multiple of 16"),
+    "lanes": (lambda: kernel("tpu", block_n=64), "block_n must be a multiple of 128"),
+    "impl": (lambda: kernel("cuda"), "impl must be"),
     "resident": (lambda: A.reordered_attention(Q, Q, Q, scale=1.0, lanes=5), r"lanes must be in 1\.\.4"),
     "step": (lambda: A.gelu_delta(X, step=9.0), "step must be in"),
     "task": (lambda: A.m3vit_forward(np.ones((8, 8, 3)), None, task=1, cfg=CFG), r"task must be in 0\.\.0"),
@@ -206,6 +349,28 @@ ACCEL_BAD = {
 test_edge_moe_accel_rejects_bad_input = rejects(ACCEL_BAD)
 
 test_edge_moe_rejects_bad_input = rejects(BAD)
+
+
+def test_edge_moe_kernels_refuse_by_name_what_they_cannot_run():
+    """And say why; auto never does."""
+    x = jnp.asarray(X, jnp.bfloat16)
+    refused = {
+        'does not exist.*use "triton"': lambda: kernel("hopper"),
+        'use order="expert", not \'token\'': lambda: kernel("triton", order="token"),
+        "sums in float32: x is int32": lambda: A.moe_ffn(x.astype(jnp.int32), I, P, *EXPERTS, impl="tpu",
+                                                        interpret=True),
+        "needs a TPU": lambda: A.moe_ffn(x, I, P, *EXPERTS, impl="tpu"),
+    }  # fmt: skip
+    for why, call in refused.items():
+        with pytest.raises(NotImplementedError, match=why):
+            call()
+    big = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 2**14), (1, 1), (16, 2**13, 2**14), (16, 2**13))
+    ]
+    big += [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((16, 2**14, 2**13), (16, 2**14))]
+    huge = lambda *a: A.moe_ffn(a[0], I[:1], *a[1:], impl="triton", interpret=True)
+    with pytest.raises(NotImplementedError, match="32 bits, and these are 2,147,483,648"):
+        jax.eval_shape(huge, *big)
 
 
 def test_edge_moe_overflow_wraps_and_a_check_raises():
@@ -235,6 +400,52 @@ def test_edge_moe_side_by_side_on_a_small_network():
     found = claims.measure(CFG)
     assert {x["target"] for x in found["rows"]} == set(claims.targets())
     assert found["macs"] > 0
+
+
+def test_edge_moe_race_is_of_one_function(monkeypatch):
+    """What the kernel races against computes the same, to the last few bits of float32."""
+    indices, arrays = grouped("mixed")
+    x, scores, *w = map(np.asarray, arrays)
+    want = M.moe_ffn(x, indices, scores, *w)
+    shape = {"N": 21, "D": 20, "F": 24, "E": 5, "k": 2, "dtype": "float32"}
+    runs = claims.contestants(shape, (16,))
+    assert list(runs)[2:] == ["weights gathered", "loop over tiles", "Triton, tiles of 16"]
+    for name in list(runs)[:2]:
+        got = runs[name](arrays[0], indices, *arrays[1:])
+        # 20 and 24 terms, as in the kernel's own test
+        np.testing.assert_allclose(got, want, rtol=0, atol=grouped_bound(2.0**-23, 88, x, w[0], w[2]))
+    monkeypatch.setattr(claims, "ROOM", 0)
+    assert "weights gathered" not in claims.contestants(shape)
+
+
+def test_edge_moe_trained_batches_integers_and_target():
+    """One cheap seed on digits: a batch is `m3vit_forward` of each, the loss falls, integers agree."""
+    cfg = M.M3ViTConfig(height=8, width=8, patch=2, dim=16, depth=2, num_heads=2, hidden=32, num_experts=4,
+                        expert_hidden=16)  # fmt: skip
+    training, test = trained.handwritten()
+    network, losses = trained.train(training, cfg, seed=0, steps=24, shift=0)
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+    images = trained.tested(test)[:4]
+    outputs, choices = trained.in_float(network, images, cfg, batch=4)
+    params, heads = jax.tree.map(lambda a: np.asarray(a, np.float64), network)
+    for task in (0, 1):
+        x = np.stack([M.m3vit_forward(image / 256, params, task=task, cfg=cfg) for image in images])
+        want = trained.read(jnp.asarray(x, jnp.float32), heads[task], task, cfg.eps)
+        np.testing.assert_allclose(outputs[task], want, rtol=0, atol=1e-4 * np.abs(want).max())
+    stored = trained.integers(network)
+    fixed, lengths, last = trained.in_fixed(stored, images, cfg)
+    assert lengths.sum(-1).tolist() == [[[34]] * 4] * 2  # 17 tokens, two experts each
+    for task in (
+        0,
+        1,
+    ):  # most differ by floors of weights and the table's 1e-4; where an expert turned, by more
+        assert np.median(np.abs(outputs[task] - fixed[task])) < 0.01
+    found = trained.routes(choices, lengths, cfg)
+    assert found["bytes"]["expert"] <= found["bytes"]["token"]
+    assert 0 <= min(found["overlap"]) <= max(found["overlap"]) <= 1
+    (row, _) = trained.on_fpga(stored, images[:1], last, cfg)
+    # the target's norm, softmax and GELU round elsewhere: the table's 1e-4 through two layers
+    assert row["largest"] < 1e-3
 
 
 def test_edge_moe_chapter_counts_loads_and_products_without_queues(capsys):
