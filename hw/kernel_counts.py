@@ -14,15 +14,24 @@ DSP = ("cortex_m7", "cortex_m4")  # two 16-bit products an instruction
 CORES = (*DSP, "cortex_m3")
 PROFILES = ("cmsis_nn", "tinyengine", "tflm_ref", "emitted")
 DIMS = {
-    **dict.fromkeys(("fully_connected_s8", "matmul_s8", "product_s8"), ("m", "k", "n")),
     **dict.fromkeys(
-        ("softmax_s8", "layernorm_s8", "reduce_sum_s8", "reduce_max_s8", "move_s8"), ("rows", "cols")
+        ("fully_connected_s8", "matmul_s8", "product_s8", "matmul_any_s8", "product_any_s8"), ("m", "k", "n")
     ),
-    **dict.fromkeys(("add_s8", "mul_s8", "rescale_s8", "lut_s8", "divide_s8", "copy_s8"), ("n",)),
+    # places and channels of the result; rows and taps of the kernel on the map, over all places; channels in
+    **dict.fromkeys(("conv_s8", "group_conv_s8"), ("m", "n", "rows", "taps", "k")),
+    **dict.fromkeys(("window_max_s8", "window_sum_s8"), ("n", "rows", "taps")),  # over all results
+    **dict.fromkeys(
+        ("softmax_s8", "layernorm_s8", "reduce_sum_s8", "reduce_max_s8", "sum_down_s8", "move_s8", "place_s8",
+         "take_s8"), ("rows", "cols")
+    ),
+    **dict.fromkeys(
+        ("add_s8", "mul_s8", "rescale_s8", "lut_s8", "divide_s8", "copy_s8", "extreme_s8", "select_s8",
+         "fill_s8"), ("n",)
+    ),
 }  # fmt: skip
 # Cycles a multiply-accumulate where a library is known by its published latencies alone.
 PER_MAC = {"tinyengine": 2.0, "tflm_ref": 46.0}
-_PRODUCTS = ("fully_connected_s8", "matmul_s8", "product_s8")
+_PRODUCTS = ("fully_connected_s8", "matmul_s8", "product_s8", "matmul_any_s8", "product_any_s8")
 
 
 def instructions(kernel, dims, core, *, inputs=None, profile="cmsis_nn") -> int:
@@ -71,7 +80,11 @@ def _name(library, kernel):
     """(library, kernel) whose constants count: CMSIS-NN where it has the kernel, else the project's own C."""
     if library == "emitted":
         return library, "matmul_s8" if kernel == "fully_connected_s8" else kernel
-    if kernel == "product_s8":  # CMSIS-NN multiplies two activations by the same routine, offsets first
+    if kernel in (
+        "product_s8",
+        "product_any_s8",
+        "matmul_any_s8",
+    ):  # CMSIS-NN multiplies two activations by the same routine, offsets first
         return library, "matmul_s8"
     return (library, kernel) if kernel in LIBRARY else ("emitted", kernel)
 
@@ -97,17 +110,26 @@ def form(library, kernel, core, sizes):
         tail = (1, k // 16, k % 16 // 4, k % 4) if dsp else (1, k)
         both = [pairs * (m // 2) * v for v in inner] + [pairs * (m % 2) * v for v in tail]
         return [1, pairs > 0, pairs, pairs * (m > 1), pairs * k, *both, odd, odd * k, odd * m, odd * m * k]
+    if kernel in ("conv_s8", "group_conv_s8"):
+        m, n, rows, taps, k = sizes
+        places = [taps * n] if kernel == "group_conv_s8" else []
+        return [1, m, m * n, rows * n, *places, taps * n * k]
+    if kernel in ("window_max_s8", "window_sum_s8"):
+        return [1, *sizes]
     if kernel == "softmax_s8":
         rows, cols, near = sizes
         return [1, rows, rows * cols, near]
     if kernel == "layernorm_s8":  # the root and the long divisions take more steps the wider the row
         rows, cols = sizes
         return [1, rows, rows * cols, rows * min(cols, 16)]
+    if kernel == "take_s8":
+        rows, cols = sizes
+        return [1, rows, *(rows * v for v in (cols > 3, cols // 16, cols % 16 // 4, cols % 4))]
     if len(sizes) == 2:
         rows, cols = sizes
         return [1, rows, rows * cols]
     n = sizes[0]
-    if kernel == "copy_s8":  # a library copy: few bytes singly, more by words
+    if kernel in ("copy_s8", "fill_s8"):  # a library copy: few bytes singly, more by words
         return [1, n > 3, n // 16, n % 16 // 4, n % 4]
     if library == "cmsis_nn" and core in DSP:
         return [1, n // 4, n % 4 > 0, n % 4]
@@ -117,15 +139,13 @@ def form(library, kernel, core, sizes):
 def fit(calibration, golden=()):
     """{"library/core/kernel": constants} that make relative errors least in squares.
 
-    calibration: {library: {core: [[kernel, m, k, n, instructions]]}}, k of a softmax being its near entries;
-    golden: cases of the cross-check file.
+    calibration: {library: {core: [[kernel, *sizes, instructions]]}}, sizes in the order of `DIMS`, those of a
+    softmax with its near entries; golden: cases of the cross-check file.
     """
     rows = {}
     for library, cores in calibration.items():
         for core, cases in cores.items():
-            for kernel, m, k, n, count in cases:
-                sizes = {3: [m, k, n], 2: [m, n], 1: [n]}[len(DIMS[kernel])]
-                sizes += [k] if kernel == "softmax_s8" else []
+            for kernel, *sizes, count in cases:
                 rows.setdefault((library, core, kernel), []).append((sizes, count))
     for case in golden:
         a = case["args"]
@@ -148,9 +168,7 @@ def worst_error(constants, calibration):
     worst = {}
     for library, cores in calibration.items():
         for core, cases in cores.items():
-            for kernel, m, k, n, count in cases:
-                sizes = {3: [m, k, n], 2: [m, n], 1: [n]}[len(DIMS[kernel])]
-                sizes += [k] if kernel == "softmax_s8" else []
+            for kernel, *sizes, count in cases:
                 key = f"{library}/{core}/{kernel}"
                 error = abs(np.dot(form(library, kernel, core, sizes), constants[key]) / count - 1)
                 worst[key] = max(worst.get(key, 0.0), float(error))

@@ -325,7 +325,7 @@ class Mcu(Target):
             return OpCost(flops=ctx.counts(op).flops, basis=self._basis)
         if unit.kind == "free" and all(o in units.static for o in op.outputs):
             return OpCost(basis=self._basis)
-        w = work(unit, units, self.core, self.weight_bits, **by_rows)
+        w = work(unit, units, self.core, self.weight_bits, own=self.profile == "emitted", **by_rows)
         done, total = self.formats.near.get(op.id, (1, 1)) if self.formats is not None else (1, 1)
         cycles = w.cycles(self.core, self.profile, self.cpi, done / total if total else 1.0)
         moved = _moved(unit, units)

@@ -364,14 +364,18 @@ class _Chooser:
         return taken
 
     def _scratch(self, unit, rows):
-        """Bytes beside operands and results: patches of a convolution, sums of weights of CMSIS-NN."""
-        op, own = unit.op, self.target.profile == "emitted"
+        """Bytes beside operands and results: patches of a convolution, sums of weights of CMSIS-NN. The
+        project's own kernels need none.
+        """
+        op = unit.op
+        if self.target.profile == "emitted":
+            return 0
         if op.kind == "conv" and hasattr(op.dims, "kernel"):
             taps = op.dims.in_channels // op.dims.groups
             for k in op.dims.kernel:
                 taps *= k
-            return taps if own else 4 * taps
-        if unit.kind == "product" and not own and op.inputs[1] in self.flow.units.static:
+            return 4 * taps
+        if unit.kind == "product" and op.inputs[1] in self.flow.units.static:
             return 4 * op.dims.n
         return 0
 

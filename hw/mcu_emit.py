@@ -1,50 +1,24 @@
 """A planned int8 network as C for a bare core: one arena, constants in flash, calls of the project's kernels.
 
 `emit_c` walks the steps of the memory plan as `hw.mcu_run` does and writes a call where that runs a unit, so
-the C does in the same bytes, in the same order, what the executor does. Straight programs of these units:
-tables, softmax, layer norm, products, sums, differences, products and quotients of two tensors, sums and
-maxima over an axis, concatenation, and whatever only moves. Everything else is refused by name.
+the C does in the same bytes, in the same order, what the executor does. Loops become loops, or their bodies
+one after another where every trip has weights of its own, branches become branches; the calls are
+`hw.mcu_emit_units`'. What has no C is refused by name.
 """
-
-from math import prod
 
 import numpy as np
 
-from hw import numerics
+from hw import mcu_c
 from hw.errors import UnsupportedPrimitive
-from hw.mcu_c import source
-from hw.mcu_calibrate import SOFTMAX, row
-from hw.mcu_flow import by_rows, nbytes, piece
-from hw.mcu_int8 import Int8Policy, add_multipliers, multiplier
+from hw.mcu_emit_units import Calls
+from hw.mcu_flow import by_rows, nbytes, piece_shapes
+from hw.mcu_int8 import Int8Policy
 from hw.mcu_run import _Machine
 from hw.program import Program, is_float
-from ref.blocks import int8_ops
 
-OWN = r"""
-void t_product_kn_s8(const int8_t *x, const int8_t *w, int8_t *y, int32_t M, int32_t K, int32_t N, int32_t xz,
-                     int32_t wz, int32_t mul, int32_t sh, int32_t out) {
-  /* as t_product_s8 with the right operand as it is stored, [K, N] */
-  for (int32_t m = 0; m < M; m++)
-    for (int32_t n = 0; n < N; n++) {
-      const int8_t *p = x + m * K, *q = w + n;
-      int32_t acc = 0;
-      for (int32_t k = 0; k < K; k++, q += N) acc += (p[k] - xz) * (*q - wz);
-      y[m * N + n] = t_clamp(t_requantize(acc, mul, sh) + out, -128, 127);
-    }
-}
-void t_sum_down_s8(const int8_t *x, int8_t *y, int32_t n, int32_t rows, int32_t in, int32_t mul, int32_t sh,
-                   int32_t out) {
-  for (int32_t i = 0; i < n; i++) {
-    int32_t acc = 0;
-    for (int32_t r = 0; r < rows; r++) acc += x[r * n + i] + in;
-    y[i] = t_clamp(t_requantize(acc, mul, sh) + out, -128, 127);
-  }
-}
-"""
-_WEIGHT = ("int8_t", "int32_t", "int32_t")
-_MOVES = frozenset(
-    "transpose rev slice broadcast_in_dim reshape copy squeeze expand_dims reduce_precision".split()
-)
+CTYPES = {"bool": "uint8_t", **{f"{u}int{n}": f"{u}int{n}_t" for u in ("", "u") for n in (8, 16, 32)}}
+
+BEGIN = "static int32_t t_begin(int32_t i, int32_t most) { return i < 0 ? 0 : i > most ? most : i; }\n"
 
 
 def emit_c(program: Program, target, args=()) -> dict[str, str]:
@@ -65,12 +39,13 @@ def emit_c(program: Program, target, args=()) -> dict[str, str]:
     return _Emitter(plan, policy, args).files()
 
 
-class _Emitter(_Machine):
+class _Emitter(Calls, _Machine):
     """The executor of a plan, writing calls."""
 
     def __init__(self, plan, policy, args):
         super().__init__(plan, policy, None)
         self.args, self.text, self.data, self.used, self.seen_names = args, [], [], set(), {}
+        self.loops, self.begins = 0, False
 
     def files(self):
         program = self.plan.program
@@ -92,11 +67,12 @@ class _Emitter(_Machine):
         head = "#include <stdint.h>\n" + "".join(f"#define {k} {v}\n" for k, v in places)
         head += f"#define ARENA_BYTES {total}\nextern int8_t arena[ARENA_BYTES];\n"
         head += "void net(const int8_t *camera);\n"
-        kernels = source(self.used) + OWN
+        kernels = mcu_c.source(self.used)
         protos = "".join(t[: t.index(") {")] + ");\n" for t in _functions(kernels))
         body = "".join(f"  {line}\n" for line in self.text)
         net = (
             f'#include "net.h"\n{protos}int8_t arena[ARENA_BYTES] __attribute__((aligned(16)));\n'
+            + BEGIN * self.begins
             + "".join(self.data)
             + f"void net(const int8_t *camera) {{\n  (void)camera;\n{body}}}\n"
         )
@@ -106,14 +82,11 @@ class _Emitter(_Machine):
         return self.flow.held(i) and self.flow.buffer(i) in self.plan.owner
 
     def _offset(self, i):
-        return self.place(i)[1]
+        return self.plan.where(i)[1]
 
     def refuse(self, op, why):
         shape = self.tensors[op.outputs[0]].shape if op.outputs else ()
         raise UnsupportedPrimitive(op.prim, shape, op.scope, op.source, why)
-
-    def structured(self, op):
-        self.refuse(op, "emit_c writes straight programs: no loops or branches")
 
     def constant(self, x, ctype):
         """The name of an array in flash."""
@@ -126,14 +99,28 @@ class _Emitter(_Machine):
             )
         return self.seen_names[key]
 
+    def pointer(self, i, at):
+        """A tensor's values at so many bytes from the arena's beginning."""
+        dtype = self.tensors[i].dtype
+        ctype = "int8_t" if is_float(dtype) else CTYPES[dtype]
+        return f"arena + {at}" if ctype == "int8_t" else f"({ctype} *)(arena + {at})"
+
+    def at(self, i):
+        """Where a tensor begins: in a loop its slice of this trip."""
+        extra = ""
+        while i in self.flow.alias:
+            extra += self.slice.get(i, "")
+            i = self.flow.alias[i]
+        return f"{self._offset(i)}{extra}"
+
     # The walk of the executor, in C
 
     def leaf(self, n, g):
         if g.rows == 1 and not g.inner:
             step = self.flow.steps[g.first]
-            where = {i: f"arena + {self.place(i)[1]}" for i in (*step.reads, *step.writes)}
-            shapes = {i: self.tensors[i].shape for i in where}
-            self.call(step, where, shapes, 1)
+            ids = (*step.reads, *step.writes)
+            where = {i: self.pointer(i, self.at(i)) for i in ids}
+            self.call(step, where, {i: self.tensors[i].shape for i in ids}, 1)
             return
         flow, rows = self.flow, g.rows
         steps = flow.steps[g.first : g.last + 1]
@@ -143,243 +130,150 @@ class _Emitter(_Machine):
 
         def at(i):
             b, size = flow.buffer(i), flow.size(i) // rows
-            if b in g.inner:
-                return f"arena + {base + g.inner[b]}"
-            return f"arena + {self.place(i)[1]} + r * {size}"
+            return str(base + g.inner[b]) if b in g.inner else f"{self.at(i)} + r * {size}"
 
         if g.streamed is not None:
             size = flow.size(g.streamed) // rows
-            self.used.add("copy_s8")
-            self.text.append(f"  t_copy_s8(camera + r * {size}, {at(g.streamed)}, {size});")
+            self.line("copy_s8", f"camera + r * {size}", f"arena + {at(g.streamed)}", size)
         for s, kind in zip(steps, kinds, strict=True):
-            where, shapes = {}, {}
+            shapes = piece_shapes(self.units, s.unit, rows)
+            where = {}
             for i in (*s.reads, *s.writes):
-                if kind.get(i, "row") == "row":
-                    where[i], shapes[i] = at(i), piece(self.tensors[i].shape, rows)
-                else:
-                    where[i], shapes[i] = self._matched(s.unit, i, rows)
+                row = kind.get(i, "row") == "row"
+                where[i] = self.pointer(i, at(i) if row else self._matched(s.unit, i, rows))
             out = s.writes[0]
             aside = ("row", out) in g.inner
-            final = where[out]
+            final = at(out)
             if aside:
-                where[out] = f"arena + {base + g.inner['row', out]}"
+                where[out] = self.pointer(out, base + g.inner["row", out])
             self.call(s, where, shapes, rows)
             if aside:
-                self.used.add("copy_s8")
-                self.text.append(f"  t_copy_s8({where[out]}, {final}, {flow.size(out) // rows});")
+                place = f"arena + {base + g.inner['row', out]}"
+                self.line("copy_s8", place, f"arena + {final}", flow.size(out) // rows)
         self.text.append("}")
 
     def _matched(self, unit, i, rows):
-        """A whole operand; of a product's right one, the matrix of the batch of row r."""
-        shape, here = self.tensors[i].shape, f"arena + {self.place(i)[1]}"
+        """Where a whole operand begins; of a product's right one, the matrix of the batch of row r."""
+        here = self.at(i)
         if unit.kind == "product" and i == unit.op.inputs[1]:
             batch = len(unit.op.attrs["dimension_numbers"][1][0])
-            many = prod(shape[:batch])
+            many = int(np.prod(self.tensors[i].shape[:batch], dtype=int))
             if many > 1:
-                size = prod(shape[batch:])
-                return f"{here} + r / {rows // many} * {size}", (*[1] * batch, *shape[batch:])
-        return here, shape
+                return f"{here} + r / {rows // many} * {self.flow.size(i) // many}"
+        return here
+
+    # Loops and branches
+
+    def structured(self, op):
+        if op.kind == "branch":
+            return self._branch(op)
+        d, fixed = op.dims, self._fix
+        rest = op.inputs[d.cond_consts :]
+        for x, o in zip(rest[d.consts :], op.outputs[: d.carries], strict=False):
+            self._copy_in(op, x, o)
+        for x, y in zip(rest[: d.consts], d.body.inputs, strict=False):
+            fixed(x, y)
+        self.loops += 1
+        if d.cond is not None:
+            for x, y in zip(op.inputs[: d.cond_consts], d.cond.inputs, strict=False):
+                fixed(x, y)
+            self.text.append("for (;;) {")
+            self._body(op, 0, d.cond)
+            again = d.cond.outputs[0]
+            if not self.flow.held(again):
+                self.refuse(op, "emit_c has no loop without an end")
+            self.text.append(f"if (!*({self.pointer(again, self.at(again))})) break;")
+            self._body(op, 1, d.body)
+            self._hand_over(op, 1, list(zip(d.body.outputs, op.outputs, strict=True)))
+            self.text.append("}")
+            return self.flow.at[op.id, len(op.blocks) - 1] + 1
+        stacked = list(zip(rest[d.consts + d.carries :], d.body.inputs[d.consts + d.carries :], strict=True))
+        own = any(not self.flow.held(y) for _, y in stacked)
+        if own:  # every trip has weights of its own: one body after another
+            for s in reversed(range(d.trips)) if d.reverse else range(d.trips):
+                self._trip(op, stacked, s)
+        elif d.trips:
+            var = f"s{self.loops}"
+            self.text.append(f"for (int32_t {var} = 0; {var} < {d.trips}; {var}++) {{")
+            self._trip(op, stacked, f"({d.trips - 1} - {var})" if d.reverse else var)
+            self.text.append("}")
+        return self.flow.at[op.id, len(op.blocks) - 1] + 1
+
+    def _branch(self, op):
+        which, last = op.inputs[0], len(op.dims.branches) - 1
+        if not self.flow.held(which):
+            self.refuse(op, "emit_c branches by what is found when it runs")
+        chosen = f"*({self.pointer(which, self.at(which))})"
+        for n, b in enumerate(op.dims.branches):
+            edge = "<=" if n == 0 else "=="
+            ask = f"if ({chosen} {edge} {n}) " if n < last else ""
+            self.text.append(f"{'else ' if n else ''}{ask}{{")
+            for x, y in zip(op.inputs[1:], b.inputs, strict=True):
+                self._fix(x, y)
+            self._body(op, n, b)
+            self._hand_over(op, n, list(zip(b.outputs, op.outputs, strict=True)))
+            self.text.append("}")
+        return self.flow.at[op.id, last] + 1
+
+    def _fix(self, x, y):
+        if not self.flow.held(y):
+            self.static[y] = self.fixed(x)
+
+    def _trip(self, op, stacked, s):
+        d = op.dims
+        for x, y in stacked:
+            if self.flow.held(y):
+                self.slice[y] = f" + {s} * {nbytes(self.tensors[y])}"
+            else:
+                self.static[y] = np.asarray(self.fixed(x))[s]
+        self._body(op, 0, d.body)
+        pairs = list(zip(d.body.outputs, op.outputs, strict=True))
+        self._hand_over(op, 0, pairs[: d.carries], pairs[d.carries :], s)
+
+    def _copy_in(self, op, x, o):
+        """A loop's first carried value; a constant as the codes of the value it becomes."""
+        size, to = self.flow.size(o), self.at(o)
+        if self.flow.held(x):
+            if self.at(x) != to:
+                self.line("copy_s8", f"arena + {self.at(x)}", f"arena + {to}", size)
+            return
+        raw = self._bytes(o, self.fixed(x)).view(np.int8)
+        if raw.size and (raw == raw[0]).all():
+            self.line("fill_s8", f"arena + {to}", size, raw[0])
+        else:
+            self.line("copy_s8", self.constant(raw, "int8_t"), f"arena + {to}", size)
+
+    def _hand_over(self, op, number, pairs, stacked=(), s=0):
+        """New carries over the old ones, by way of the scratch where they are old ones themselves."""
+        own, late = set(op.outputs), []
+        n, _ = self.segment[self.flow.at[op.id, number]]
+        aside = self.scratch.get(n, ("", 0))[1]
+        for x, o in pairs:
+            size = self.flow.size(o)
+            if not self.flow.held(x):
+                late.append((x, o, None))
+            elif self.flow.buffer(x) in own and self.flow.buffer(x) != self.flow.buffer(o):
+                self.line("copy_s8", f"arena + {self.at(x)}", f"arena + {aside}", size)
+                late.append((x, o, aside))
+                aside += size
+            elif self.at(x) != self.at(o):
+                late.append((x, o, self.at(x)))
+        for x, o in stacked:
+            to = f"arena + {self.at(o)} + {s} * {self.flow.size(x)}"
+            if self.flow.held(x):
+                self.line("copy_s8", f"arena + {self.at(x)}", to, self.flow.size(x))
+            else:
+                raw = self._bytes_as(x, o).view(np.int8)
+                self.line("copy_s8", self.constant(raw, "int8_t"), to, raw.size)
+        for x, o, at in late:
+            if at is None:
+                self._copy_in(op, x, o)
+            else:
+                self.line("copy_s8", f"arena + {at}", f"arena + {self.at(o)}", self.flow.size(o))
 
     def line(self, kernel, *args):
-        if kernel not in ("product_kn_s8", "sum_down_s8"):
-            self.used.add(kernel)
+        self.used.add(kernel)
         self.text.append(f"t_{kernel}({', '.join(str(a) for a in args)});")
-
-    def call(self, step, where, shapes, rows):
-        """The kernels of one unit on operands at `where`, of these shapes."""
-        unit, op, p = step.unit, step.unit.op, self.policy
-        for i in (*step.reads, *step.writes):
-            if not is_float(self.tensors[i].dtype):
-                self.refuse(op, f"emit_c has int8 values only, not {self.tensors[i].dtype}")
-        needed = {*self.units.reads(unit), *op.inputs, *(i for x in unit.chain for i in x.inputs)}
-        p.env = {i: self.fixed(i) for i in needed if i in self.units.static and self._known(i)}
-        out = step.writes[0]
-        n = prod(shapes[out])
-        last = shapes[out][-1] if shapes[out] else 1
-        name = unit.kind if unit.kind in ("lut", "softmax", "layer_norm", "product") else op.prim
-        if unit.kind == "lut":
-            self.line("lut_s8", where[unit.source], self.constant(p.table(unit), "int8_t"), where[out], n)
-        elif unit.kind == "softmax":
-            m, shift, least = int8_ops.softmax_params_s8(input_scale=p.grid(unit.source)[0])
-            self.line("softmax_s8", where[unit.source], where[out], n // last, last, m, shift, least)
-            if p.grid(out) != SOFTMAX:
-                self._rescale(where[out], where[out], n, *SOFTMAX, *p.grid(out))
-        elif unit.kind == "layer_norm" and unit.center:
-            scale, zero = p.grid(out)
-            gamma, beta = row(p.env, unit.gamma, last, 1.0), row(p.env, unit.beta, last, 0.0)
-            g, b, m, shift = int8_ops.norm_params_s8(gamma, beta, scale)
-            g, b = self.constant(g, "int16_t"), self.constant(b, "int32_t")
-            offset = -p.grid(unit.source)[1]
-            self.line(
-                "layernorm_s8", where[unit.source], g, b, where[out], n // last, last, offset, m, shift, zero
-            )
-        elif unit.kind == "product":
-            self._product(unit, where, shapes, out)
-        elif op.prim in ("add", "add_any", "sub", "mul", "div"):
-            self._two(op, where, out, n, rows)
-        elif op.prim in ("reduce_sum", "reduce_max"):
-            self._reduce(op, where, shapes, out)
-        elif op.prim == "concatenate":
-            self._join(op, where, shapes, out)
-        elif op.prim in _MOVES:
-            self._move(op, where, shapes, out)
-        else:
-            self.refuse(op, f"emit_c has no C for {name!r}")
-
-    def _rescale(self, x, y, n, scale, zero, out_scale, out_zero):
-        m, shift = (int(v) for v in multiplier(scale / out_scale))
-        self.line("rescale_s8", x, y, n, -zero, m, shift, out_zero)
-
-    def _product(self, unit, where, shapes, out):
-        op, p = unit.op, self.policy
-        a, b = op.inputs[:2]
-        (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
-        rank, right = len(shapes.get(a, self.tensors[a].shape)), len(self.tensors[b].shape)
-        free = [i for i in range(rank) if i not in (*lb, *lc)]
-        if a in self.units.static or [*lb, *free, *lc] != list(range(rank)):
-            self.refuse(op, "emit_c needs the left operand of a product as rows, the sum along its last axes")
-        m, k = prod(shapes[a][i] for i in free), prod(shapes[a][i] for i in lc)
-        batch = prod(shapes[a][i] for i in lb)
-        (sx, zx), (so, zo) = p.grid(a), p.grid(out)
-        if b in self.units.static:
-            if lb:
-                self.refuse(op, "emit_c has no weights for each batch")
-            w = np.asarray(self.fixed(b), np.float64)
-            w = w.transpose([i for i in range(right) if i not in rc] + list(rc)).reshape(-1, k)
-            codes, scale = p.factor(b, w.T[None], (2,))
-            codes, scale = codes[0].T.astype(np.int64), np.broadcast_to(scale.ravel(), (len(w),))
-            real = sx * scale
-            mul, shift = multiplier(real / so)
-            bias = 0
-            if unit.bias is not None:
-                flat = np.asarray(p.env[unit.bias], np.float64)
-                flat = np.broadcast_to(flat, self.tensors[out].shape).reshape(-1, len(w))[-1]
-                bias = self.constant(
-                    np.clip(np.rint(flat / real), -(2**30), 2**30).astype(np.int64), "int32_t"
-                )
-            if ((np.abs(codes).sum(1) * 255.0) * 2.0 ** np.maximum(shift, 0) >= 2**31).any():
-                self.refuse(op, "a multiplier above 1 could leave 32 bits")
-            w, mul, shift = (self.constant(v, t) for v, t in zip((codes, mul, shift), _WEIGHT, strict=True))
-            self.line(
-                "matmul_s8", where[a], w, bias, mul, shift, where[out], m, k, len(scale), -zx, zo, -128, 127
-            )
-            return
-        wide = [i for i in range(right) if i not in (*rb, *rc)]
-        order = [*rb, *wide, *rc]
-        turned = [*rb, *rc, *wide]
-        if order != list(range(right)) and turned != list(range(right)):
-            self.refuse(op, "emit_c needs the right operand of a product as rows or as columns")
-        kernel = "product_s8" if order == list(range(right)) else "product_kn_s8"
-        sw, zw = p.grid(b)
-        n = prod(shapes[b][i] for i in wide)
-        mul, shift = (int(v) for v in multiplier(sx * sw / so))
-        if k * 255.0**2 * 2.0 ** max(shift, 0) >= 2**31:
-            self.refuse(op, "a multiplier above 1 could leave 32 bits")
-        if batch > 1:
-            self.text.append(f"for (int32_t h = 0; h < {batch}; h++)")
-        step = lambda size: f" + h * {size}" if batch > 1 else ""
-        x, w, y = where[a] + step(m * k), where[b] + step(n * k), where[out] + step(m * n)
-        self.line(kernel, x, w, y, m, k, n, zx, zw, mul, shift, zo)
-
-    def _two(self, op, where, out, n, rows):
-        p = self.policy
-        so, zo = p.grid(out)
-        parts = []
-        for i in op.inputs:
-            if i in self.units.static:
-                whole = np.broadcast_to(np.asarray(self.fixed(i), np.float64), self.tensors[out].shape)
-                codes, scale, zero = p.operand(i, whole, out)
-                at = self.constant(codes, "int8_t") + (f" + r * {n}" if rows > 1 else "")
-                parts.append((at, scale, zero))
-            elif self.tensors[i].shape != self.tensors[out].shape:
-                self.refuse(op, "emit_c broadcasts nothing inside an operation")
-            else:
-                parts.append((where[i], *p.grid(i)))
-        (a, sa, za), (b, sb, zb) = parts
-        if op.prim == "mul":
-            m, s = (int(v) for v in multiplier(sa * sb / so))
-            self.line("mul_s8", a, b, where[out], n, -za, -zb, m, s, zo)
-        elif op.prim == "div":
-            m, s = (int(v) for v in multiplier(sa / (2**16 * sb * so)))
-            self.line("divide_s8", a, b, where[out], n, za, zb, m, s, zo)
-        else:
-            m1, s1, m2, s2, mo, eo = add_multipliers(sa, -sb if op.prim == "sub" else sb, so)
-            self.line("add_s8", a, b, where[out], n, -za, m1, s1, -zb, m2, s2, 20, zo, mo, eo, -128, 127)
-
-    def _reduce(self, op, where, shapes, out):
-        i, p = op.inputs[0], self.policy
-        axes, rank = sorted(op.attrs["axes"]), len(shapes[i])
-        first, length = prod(shapes[i][: axes[0]]), prod(shapes[i][a] for a in axes)
-        rest = prod(shapes[i][axes[-1] + 1 :])
-        if axes != list(range(axes[0], axes[-1] + 1)):
-            self.refuse(op, "emit_c reduces neighbouring axes only")
-        (scale, zero), (so, zo) = p.grid(i), p.grid(out)
-        m, shift = (int(v) for v in multiplier(scale / so))
-        if axes[-1] == rank - 1:
-            if op.prim == "reduce_max":
-                self.line("reduce_max_s8", where[i], where[out], first, length)
-            else:
-                self.line("reduce_sum_s8", where[i], where[out], first, length, -zero, m, shift, zo)
-        elif op.prim == "reduce_sum" and first == 1:
-            self.line("sum_down_s8", where[i], where[out], rest, length, -zero, m, shift, zo)
-        else:
-            self.refuse(op, "emit_c reduces the first or the last axes")
-
-    def _join(self, op, where, shapes, out):
-        axis = op.attrs["dimension"]
-        outer, whole = prod(shapes[out][:axis]), prod(shapes[out][axis:])
-        offset = 0
-        for i in op.inputs:
-            shape = shapes[i] if i in shapes else self.tensors[i].shape
-            size = prod(shape[axis:])
-            if i in self.units.static:
-                x = self.constant(self.policy.codes(out, self.fixed(i)), "int8_t")
-            else:
-                x = where[i]
-            self.text.append(f"for (int32_t h = 0; h < {outer}; h++)")
-            y = f"{where[out]} + {offset} + h * {whole}"
-            if i in self.units.static or self.policy.grid(i) == self.policy.grid(out):
-                self.line("copy_s8", f"{x} + h * {size}", y, size)
-            else:
-                self._rescale(f"{x} + h * {size}", y, size, *self.policy.grid(i), *self.policy.grid(out))
-            offset += size
-
-    def _move(self, op, where, shapes, out):
-        """A movement as a view of up to four axes: its strides are read off an array of indices."""
-        i = op.inputs[0]
-        if self.policy.grid(i) != self.policy.grid(out):
-            self.refuse(op, "emit_c moves values of one scale")
-        index = np.arange(prod(shapes[i])).reshape(shapes[i])
-        made = np.asarray(numerics.compute(op, [index.astype(np.float64)], [_Shape(shapes[out])])[0]).astype(
-            int
-        )
-        flat, dims = made, []
-        base = int(made.ravel()[0]) if made.size else 0
-        for d, size in enumerate(made.shape):
-            if size > 1:
-                step = int(np.take(flat, 1, d).ravel()[0] - np.take(flat, 0, d).ravel()[0])
-                if dims and dims[-1][1] == step * size:
-                    dims[-1] = dims[-1][0] * size, step
-                else:
-                    dims.append((size, step))
-        again = np.full((), base)
-        for size, step in dims:
-            again = again[..., None] + step * np.arange(size)
-        if len(dims) > 4 or not np.array_equal(again.ravel(), made.ravel()):
-            self.refuse(op, "emit_c moves views of up to four axes")
-        if not dims or (len(dims) == 1 and dims[0][1] == 1):
-            self.line("copy_s8", f"{where[i]} + {base}", where[out], made.size)
-            return
-        dims = [(1, 0)] * (4 - len(dims)) + dims
-        size, step = (self.constant(np.array(v), "int32_t") for v in zip(*dims, strict=True))
-        self.line("move_s8", where[i], where[out], size, step, base)
-
-
-class _Shape:
-    dtype = "float64"
-
-    def __init__(self, shape):
-        self.shape = shape
 
 
 def _functions(text):
@@ -390,7 +284,7 @@ def _functions(text):
 
 def stored_bytes(files) -> int:
     """Bytes of the constants of an emitted network, as the compiler lays them out."""
-    sizes = {"int8_t": 1, "int16_t": 2, "int32_t": 4}
+    sizes = {"int8_t": 1, "uint8_t": 1, "int16_t": 2, "int32_t": 4, "int64_t": 8}
     total = 0
     for line in files["net.c"].splitlines():
         if line.startswith("static const"):
@@ -399,4 +293,4 @@ def stored_bytes(files) -> int:
     return total
 
 
-__all__ = ["emit_c", "nbytes", "stored_bytes"]
+__all__ = ["emit_c", "stored_bytes"]

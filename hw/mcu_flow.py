@@ -218,6 +218,28 @@ def by_rows(units: Units, unit: Unit, rows: int):
     return None
 
 
+def piece_shapes(units: Units, unit: Unit, rows: int) -> dict:
+    """{operand or result: its shape in one of `rows` pieces}, of a product's whole right operand that of the
+    matrix of the batch that a piece is in.
+    """
+    t = units.tensors
+    ids = dict.fromkeys((*units.reads(unit), *units.writes(unit)))
+    if rows == 1:
+        return {i: t[i].shape for i in ids}
+    kinds, found = by_rows(units, unit, rows), {}
+    for i in ids:
+        if i in units.static:
+            found[i] = t[i].shape
+        elif kinds.get(i, "row") == "row":
+            found[i] = piece(t[i].shape, rows)
+        else:
+            found[i] = t[i].shape
+            if unit.kind == "product" and i == unit.op.inputs[1]:
+                batch = len(unit.op.attrs["dimension_numbers"][1][0])
+                found[i] = (*[1] * batch, *t[i].shape[batch:])
+    return found
+
+
 def _keeps(shape, rows, axes):
     """Do `rows` pieces cut only the first `axes` axes."""
     return (

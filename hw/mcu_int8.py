@@ -49,6 +49,12 @@ def multiplier(real):
     return quantize_multiplier(real)
 
 
+def rescaler(real):
+    """(multiplier, shift) that bring codes onto another scale, within what int32 holds of them."""
+    m, s = (int(v) for v in multiplier(real))
+    return (m, s) if s <= 20 else (2**31 - 1, 20)
+
+
 @dataclass
 class Int8Policy:
     """The arithmetic of `execute` on a microcontroller: a policy of one program with its `QuantPlan`.
@@ -229,8 +235,8 @@ class Int8Policy:
         if unit.kind == "product":
             a, b = numerics.dot_operands(op, args)
             left, right = (i in self.units.static for i in op.inputs[:2])
-            qa, sa = self.factor(op.inputs[0], a, (1,) if left else None)  # scale a row of a static left
-            qb, sb = self.factor(op.inputs[1], b, (2,) if right else None)
+            qa, sa = self.factor(op.inputs[0], a, (0, 1) if left else None)  # scale a row of a static left
+            qb, sb = self.factor(op.inputs[1], b, (0, 2) if right else None)
             int8_ops._check_sum(a.shape[2] * (1 if left or right else 2), None)
             acc = np.rint(np.matmul(qa, qb)).astype(np.int64)
             real = np.broadcast_to(sa * sb, acc.shape)
@@ -265,8 +271,7 @@ class Int8Policy:
             return np.clip(np.rint(x / scale) + zero, -128, 127) - zero, scale
         if not np.isfinite(x).all():
             raise ValueError(f"weight {self.program.tensors[i].name or i} must be finite")
-        keep = (0, *axes) if axes is not None and x.ndim == 3 else (axes or ())
-        rest = tuple(d for d in range(x.ndim) if d not in keep)
+        rest = tuple(d for d in range(x.ndim) if d not in (axes or ()))
         top = np.abs(x).max(axis=rest, keepdims=True, initial=0.0)
         scale = symmetric_params(top, bits=self.plan.weight_bits, eps=EPS)
         half = 2 ** (self.plan.weight_bits - 1) - 1
@@ -333,8 +338,7 @@ class Int8Policy:
                 a = self.reals(target, self.codes(target, a))
             elif is_float(t.dtype) and self.grid(i) != (so, zo):
                 scale, zero = self.grid(i)
-                m, s = (int(v) for v in multiplier(scale / so))
-                s, m = (s, m) if s <= 20 else (20, 2**31 - 1)
+                m, s = rescaler(scale / so)
                 y = int8_ops.rescale_s8(self.codes(i, a), m, s, input_offset=-zero, output_offset=zo)
                 a = self.reals(target, y)
             given.append(a)

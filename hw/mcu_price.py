@@ -5,6 +5,7 @@ from math import prod
 
 from hw.count import op_counts
 from hw.kernel_counts import PER_MAC, instructions
+from hw.mcu_own import own_calls
 from hw.mcu_parts import BORROWED, FPU, SCALAR
 from hw.primitives import RANDOM, SCATTER
 from hw.program import is_float
@@ -44,13 +45,18 @@ class Work:
         return total
 
 
-def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0) -> Work:
+def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0, own=False) -> Work:
     """What one execution of a unit does. rows: pieces that it is run in, one row (or some) each; aside: a row
-    is written beside its place and copied; streamed: bytes that come from the camera piece by piece.
+    is written beside its place and copied; streamed: bytes that come from the camera piece by piece; own: by
+    the project's own kernels, where `hw.mcu_emit` has calls for it.
     """
     w = _whole(unit, units, core, weight_bits, rows)
-    if rows > 1:
+    calls = own_calls(unit, units, rows) if own else None
+    if calls is not None:
+        w.calls, w.extra, w.note = calls, 0.0, ""
+    elif rows > 1:
         w.calls = [c if "k" in c[2] else _cut(*c, rows) for c in w.calls]
+    if rows > 1:
         if aside:
             w.calls.append((rows, "copy_s8", {"n": units.tensors[unit.out].size // rows}))
         if streamed:

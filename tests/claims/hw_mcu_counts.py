@@ -40,6 +40,7 @@ static void say(uint32_t v) {
   do { *--p = (char)('0' + v % 10); v /= 10; } while (v);
   host(4, p);
 }
+__attribute__((optimize("no-tree-loop-distribute-patterns"))) /* or it would call itself */
 void *memset(void *p, int c, unsigned n) { char *q = p; while (n--) *q++ = (char)c; return p; }
 void *memcpy(void *d, const void *s, unsigned n) {
   char *a = d; const char *q = s; while (n--) *a++ = *q++; return d; }
@@ -47,6 +48,7 @@ void *memcpy(void *d, const void *s, unsigned n) {
 """
 MAIN = r"""
 static int8_t x[1 << 17], w[1 << 17], y[1 << 17], table[256];
+static uint8_t mask[4096];
 static int16_t g[4096];
 static int32_t b[4096], mul[4096], sh[4096];
 static const struct { int kind, m, k, n; } cases[] = {%s};
@@ -57,6 +59,7 @@ void main_(void) {
     w[i] = (int8_t)(seed >> 16); }
   for (int i = 0; i < 4096; i++) { b[i] = i * 7 - 300; mul[i] = 1500000000; sh[i] = -8; g[i] = 20000; }
   for (int i = 0; i < 256; i++) table[i] = (int8_t)i;
+  for (int i = 0; i < 4096; i++) mask[i] = (uint8_t)x[i] >> 7;
   for (unsigned i = 0; i < sizeof cases / sizeof *cases; i++) {
     int m = cases[i].m, k = cases[i].k, n = cases[i].n;
     prepare(m, k, n);
@@ -88,21 +91,47 @@ CMSIS = {
     " -19, -128, 127, n);",
     "softmax_s8": "arm_softmax_s8(x, m, n, 1717986918, 23, k, y);",
 }
+# Convolutions and windows of an m x m map, k channels in and n out: their geometry by m.
+GEOMETRY = """static int32_t conv[21], window[13];
+static void prepare(int m, int k, int n) {
+  int e = 1 + m % 3 * 2, s = 1 + m % 2, p = e / 2, o = (m + 2 * p - e) / s + 1;
+  int32_t c[21] = {m, m, k, o, o, n, e, e, s, s, p, p, 1, 1, n, m * k, k, 1, o * n, n, 1};
+  int32_t v[13] = {m, m, n, o, o, e, e, s, s, p, p, 1, 1};
+  for (int i = 0; i < 21; i++) conv[i] = c[i];
+  for (int i = 0; i < 13; i++) window[i] = v[i];
+}
+"""
 OWN = {
     "matmul_s8": "t_matmul_s8(x, w, b, mul, sh, y, m, k, n, 3, 1, -128, 127);",
     "product_s8": "t_product_s8(x, w, y, m, k, n, 3, -4, 1500000000, -8, 1);",
-    "add_s8": "t_add_s8(x, w, y, n, 3, 1192956462, -1, -20, 1073741824, 0, 20, 1, 1243582195, -19, -128,"
-    " 127);",
-    "mul_s8": "t_mul_s8(x, w, y, n, 3, -20, 1500000000, -8, 1);",
+    "add_s8": "t_add_s8(x, 1, w, 1, y, n, 3, 1192956462, -1, -20, 1073741824, 0, 20, 1, 1243582195, -19,"
+    " -128, 127);",
+    "mul_s8": "t_mul_s8(x, 1, w, 1, y, n, 3, -20, 1500000000, -8, 1);",
     "rescale_s8": "t_rescale_s8(x, y, n, 3, 1500000000, -2, 1);",
     "lut_s8": "t_lut_s8(x, table, y, n);",
-    "divide_s8": "t_divide_s8(x, w, y, n, 3, -20, 1500000000, -8, 1);",
+    "divide_s8": "t_divide_s8(x, 1, w, 1, y, n, 3, -20, 1500000000, -8, 1);",
     "reduce_sum_s8": "t_reduce_sum_s8(x, y, m, n, 3, 1500000000, -8, 1);",
-    "reduce_max_s8": "t_reduce_max_s8(x, y, m, n);",
+    "reduce_max_s8": "t_reduce_max_s8(x, y, m, n, 0);",
     "copy_s8": "t_copy_s8(x, y, n);",
     "move_s8": "{ int32_t size[4] = {1, 1, m, n}, step[4] = {0, 0, 1, m}; t_move_s8(x, y, size, step, 0); }",
     "softmax_s8": "t_softmax_s8(x, y, m, n, 1717986918, 23, k);",
-    "layernorm_s8": "t_layernorm_s8(x, g, b, y, m, n, 3, 1500000000, -8, 1);",
+    "layernorm_s8": "t_layernorm_s8(x, g, b, y, m, n, 3, 1500000000, -8, 1, 1);",
+    "matmul_any_s8": "{ int32_t step[4] = {1, m, 1, m};"
+    " t_matmul_any_s8(x, w, b, mul, sh, y, m, k, n, step, 3, 1); }",
+    "product_any_s8": "{ int32_t step[6] = {k, 1, 1, n, n, 1};"
+    " t_product_any_s8(x, w, y, m, k, n, step, 3, -4, 1500000000, -8, 1); }",
+    "conv_s8": "t_conv_s8(x, w, b, mul, sh, y, conv, 3, 1);",
+    "group_conv_s8": "conv[2] = 1 + k % 4; conv[15] = 16 * m; conv[16] = 16;"
+    " t_group_conv_s8(x, w, b, mul, sh, y, conv, 3, 1);",
+    "window_max_s8": "t_window_max_s8(x, y, window, 0);",
+    "window_sum_s8": "t_window_sum_s8(x, y, window, 3, 1500000000, -8, 1);",
+    "sum_down_s8": "t_sum_down_s8(x, y, m, n, 3, 1500000000, -8, 1);",
+    "extreme_s8": "t_extreme_s8(x, 1, w, 1, y, n, 3, 1500000000, -1, -20, 1073741824, 0, 1, 0);",
+    "select_s8": "t_select_s8(mask, 1, x, 1, w, 1, y, n, 3, 1500000000, -1, -20, 1073741824, 0, 1);",
+    "fill_s8": "t_fill_s8(y, n, 7);",
+    "place_s8": "{ int32_t size[4] = {1, 1, m, n}, step[4] = {0, 0, 2 * n, 1};"
+    " t_place_s8(x, y, size, step, 5); }",
+    "take_s8": "t_take_s8(x, y, at, m, n);",
 }
 SOURCES = (
     "FullyConnectedFunctions/arm_fully_connected_s8.c", "FullyConnectedFunctions/arm_vector_sum_s8.c",
@@ -127,7 +156,32 @@ def shapes(seed, count=100):
         for kernel in ("reduce_sum_s8", "reduce_max_s8", "move_s8", "layernorm_s8"):
             rows.append((kernel, either(4, 20), 1, 1 + either(16, 128)))
         rows.append(("softmax_s8", either(4, 12), r.choice((-256, -100, -40)), either(16, 100)))
+    for _ in range(count // 3):
+        for kernel in ("matmul_any_s8", "product_any_s8"):
+            rows.append((kernel, either(8, 40), either(40, 130), either(8, 40)))
+        for kernel in ("conv_s8", "group_conv_s8", "window_max_s8", "window_sum_s8"):
+            rows.append((kernel, r.randint(3, 14), r.randint(1, 12), r.randint(1, 16)))
+        for kernel in ("extreme_s8", "select_s8", "fill_s8"):
+            rows.append((kernel, 1, 1, either(12, 500)))
+        for kernel in ("sum_down_s8", "place_s8", "take_s8"):
+            rows.append((kernel, either(4, 20), 1, 1 + either(16, 128)))
     return rows
+
+
+def sizes(kernel, m, k, n):
+    """The sizes of a case in the order of `kernel_counts.DIMS`."""
+    if kernel == "softmax_s8":
+        return [m, n, within(m, k, n)]
+    edge, stride = 1 + m % 3 * 2, 1 + m % 2
+    out = (m + 2 * (edge // 2) - edge) // stride + 1
+    meet = sum(0 <= i * stride - edge // 2 + r < m for i in range(out) for r in range(edge))
+    dims = {"m": m, "k": k, "n": n, "rows": m, "cols": n}
+    if kernel.endswith("conv_s8"):
+        dims = {"m": out**2, "n": n, "rows": meet * out, "taps": meet**2, "k": k}
+        dims["k"] = 1 + k % 4 if kernel == "group_conv_s8" else k
+    elif kernel.startswith("window"):
+        dims = {"n": out**2 * n, "rows": meet * out * n, "taps": meet**2 * n}
+    return [dims[d] for d in kernel_counts.DIMS[kernel]]
 
 
 def filling(count):
@@ -147,7 +201,7 @@ def within(m, diff_min, n):
 
 
 def count(core, library, rows, checkout=None):
-    """[[kernel, m, k, n, instructions]] of a library on a core; k of a softmax: entries near the maximum."""
+    """[[kernel, *sizes, instructions]] of a library on a core; `sizes` says which."""
     calls = CMSIS if library == "cmsis_nn" else OWN
     kinds = list(calls)
     rows = [r for r in rows if r[0] in calls]
@@ -168,7 +222,8 @@ def count(core, library, rows, checkout=None):
             units = [d / "kernels.c"]
             protos = "".join(t[t.index("void t_") : t.index(") {", t.index("void t_"))] + ");\n"
                              for t in mcu_c.KERNELS.values())  # fmt: skip
-            main = "#include <stdint.h>\nstatic void prepare(int m, int k, int n) {}\n" + protos + main
+            at = "static int32_t at[64];\n"
+            main = "#include <stdint.h>\n" + at + GEOMETRY + protos + main
         (d / "main.c").write_text(main)
         build = [
             "arm-none-eabi-gcc",
@@ -187,8 +242,7 @@ def count(core, library, rows, checkout=None):
     found = [int(v) for v in (said.stdout + said.stderr).split()]
     if len(found) != len(rows):
         raise RuntimeError(f"{core}: {len(found)} counts for {len(rows)} cases")
-    rows = [(k, m, within(m, d, n) if k == "softmax_s8" else d, n) for k, m, d, n in rows]
-    return [[*row, round(v / TICKS)] for row, v in zip(rows, found, strict=True)]
+    return [[row[0], *sizes(*row), round(v / TICKS)] for row, v in zip(rows, found, strict=True)]
 
 
 def main(checkout):

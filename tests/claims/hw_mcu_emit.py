@@ -9,6 +9,7 @@ beside the estimate under profile="emitted", whose constants come from other sha
 import subprocess
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hw
+from accel.devices.mcuformer import SubnetConfig, init_mcuformer, mcuformer_forward
 from hw.mcu_arena import SWITCHES
 from hw.mcu_emit import emit_c
 from ref.data import digits
@@ -29,13 +31,18 @@ FILES = (
     "hw/mcu_c.py",
     "hw/mcu_calibrate.py",
     "hw/mcu_emit.py",
+    "hw/mcu_emit_moves.py",
+    "hw/mcu_emit_units.py",
     "hw/mcu_flow.py",
     "hw/mcu_int8.py",
+    "hw/mcu_layout.py",
+    "hw/mcu_own.py",
     "hw/mcu_parts.py",
     "hw/mcu_patterns.py",
     "hw/mcu_price.py",
     "hw/mcu_run.py",
     "hw/mcu_units.py",
+    "accel/devices/mcuformer.py",
     "ref/blocks/int8_ops.py",
     "tests/claims/hw_mcu_emit.py",
 )
@@ -94,6 +101,62 @@ def vit_args(rng, side=20, E=24):
     w = {"patch": g(48, E), "b": g(E), "pos": 3 * g(n, E), "g": 1 + g(E) / 8, "o": g(E, E), "up": g(E, 3 * E)}
     w |= {"bu": g(3 * E), "down": g(3 * E, E), "head": g(E, 10)} | {c: g(E, E) for c in "qkv"}
     return rng.random((side, side, 3)).astype(np.float32), w
+
+
+def cnn(img, w):
+    """A convolution, a depthwise and a pointwise one, pooling between them, mean over the map, a head."""
+    conv = lambda x, w, stride=1, groups=1: jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    row = lambda v: v[None, None, None]
+    x = jax.nn.relu(conv(img[None], w["a"]) + row(w["ba"]))
+    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+    y = jax.nn.relu(conv(x, w["b"], groups=x.shape[-1]) + row(w["bb"]))
+    x = jnp.maximum(conv(y, w["c"]), x)
+    x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+    return x.mean((1, 2)) @ w["head"]
+
+
+def cnn_args(rng, side=18, C=12):
+    """An image and weights."""
+    g = lambda *s: (rng.standard_normal(s) / np.sqrt(np.prod(s[:-1]))).astype(np.float32)
+    w = {"a": g(3, 3, 3, C), "ba": g(C), "b": 2 * g(3, 3, 1, C), "bb": g(C), "c": g(1, 1, C, C)}
+    return rng.random((side, side, 3)).astype(np.float32), w | {"head": g(C, 10)}
+
+
+def layers(x, w):
+    """Residual layers with RMS norms, their weights stacked, as one loop; then a recurrent one over rows."""
+
+    def layer(x, p):
+        y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["g"][None]
+        return x + jax.nn.silu(y @ p["up"]) @ p["down"], None
+
+    x = jax.lax.scan(layer, x, {k: w[k] for k in ("g", "up", "down")})[0]
+    return jax.lax.scan(lambda h, t: (jnp.tanh(h @ w["h"] + t), h), jnp.zeros(x.shape[1]), x)[0] @ w["head"]
+
+
+def layers_args(rng, n=9, E=20, depth=3):
+    """Rows and weights."""
+    g = lambda *s: (rng.standard_normal(s) / np.sqrt(s[-2])).astype(np.float32)
+    w = {"g": 1 + g(depth, E) / 8, "up": g(depth, E, 2 * E), "down": g(depth, 2 * E, E), "h": g(E, E) / 2}
+    return rng.standard_normal((n, E)).astype(np.float32), w | {"head": g(E, 7)}
+
+
+NET = {"patch": 8, "rank_ratio": 0.75, "max_distance": 3, "head_dim": 8}
+
+
+def mcuformer(img, w, *, relative_position=True):
+    """MCUFormer whole: patches, low-rank layers, relative positions, a mean over the patches, a head."""
+    depth, E = len(w.blocks), w.w_patch.shape[0]
+    subnet = SubnetConfig(E, (2,) * depth, (1.5,) * depth)
+    return mcuformer_forward(img, w, subnet=subnet, relative_position=relative_position, **NET)
+
+
+def mcuformer_args(rng, side=40, E=20, depth=2):
+    """An image of 5 x 5 patches, framed by zeros if its side is not 40, and weights."""
+    shape = {"image_size": side, "embed_dim": E, "depth": depth, "heads": 2, "mlp_ratio": 1.5}
+    w = init_mcuformer(rng, **shape, num_classes=10, std=0.3, **NET)
+    return rng.random((side, side, 3)).astype(np.float32), jax.tree.map(lambda a: a.astype(np.float32), w)
 
 
 def trained(epochs=300, hidden=32, seed=0):
@@ -158,7 +221,14 @@ def digit_classifier(images=4) -> dict:
     }  # fmt: skip
 
 
-NETWORKS = {"mlp": (mlp, mlp_args), "vit": (vit, vit_args)}
+NETWORKS = {
+    "mlp": (mlp, mlp_args),
+    "vit": (vit, vit_args),
+    "cnn": (cnn, cnn_args),
+    "layers": (layers, layers_args),
+    "mcuformer": (mcuformer, mcuformer_args),
+    "mcuformer_absolute": (partial(mcuformer, relative_position=False), partial(mcuformer_args, side=38)),
+}
 
 
 def run_c(files, given, n, core) -> tuple[int, np.ndarray, int]:
@@ -219,7 +289,7 @@ def run_network(name, core, switches, seed=0) -> dict:
 
 
 def main():
-    """Both networks on three cores, with all ways to save memory and with none."""
+    """Every network on three cores, with all ways to save memory and with none."""
     rows = []
     for name in NETWORKS:
         for core in PARTS:

@@ -48,15 +48,15 @@ def test_hw_mcu_c_kernels_equal_the_reference(library, seed):
 
     a, c, z = x.ravel(), rng.integers(-128, 128, m * k).astype(np.int8), np.empty(m * k, np.int8)
     m1, e1, m2, e2, mo, eo = ops.add_params_s8(0.03, -0.05, 0.06)
-    call(library.t_add_s8, a, c, z, a.size, 3, m1, e1, -20, m2, e2, 20, 1, mo, eo, -128, 127)
+    call(library.t_add_s8, a, 1, c, 1, z, a.size, 3, m1, e1, -20, m2, e2, 20, 1, mo, eo, -128, 127)
     want = ops.add_s8(a, c, input1_offset=3, input1_multiplier=m1, input1_shift=e1, input2_offset=-20,
                       input2_multiplier=m2, input2_shift=e2, output_offset=1, output_multiplier=mo,
                       output_shift=eo)  # fmt: skip
     np.testing.assert_array_equal(z, want)
-    call(library.t_mul_s8, a, c, z, a.size, 3, -20, mul[0], sh[0], 1)
+    call(library.t_mul_s8, a, 1, c, 1, z, a.size, 3, -20, mul[0], sh[0], 1)
     want = ops.mul_s8(a, c, int(mul[0]), int(sh[0]), input1_offset=3, input2_offset=-20, output_offset=1)
     np.testing.assert_array_equal(z, want)
-    call(library.t_divide_s8, a, c, z, a.size, -3, 20, mul[0], -11, 1)
+    call(library.t_divide_s8, a, 1, c, 1, z, a.size, -3, 20, mul[0], -11, 1)
     want = ops.divide_s8(a, c, int(mul[0]), -11, input1_offset=3, input2_offset=-20, output_offset=1)
     np.testing.assert_array_equal(z, want)
     call(library.t_rescale_s8, a, z, a.size, 3, mul[0], -1, 1)
@@ -70,17 +70,50 @@ def test_hw_mcu_c_kernels_equal_the_reference(library, seed):
     call(library.t_softmax_s8, x, rows, m, k, multiplier, shift, least)
     np.testing.assert_array_equal(rows, ops.softmax_s8(x, multiplier=multiplier, shift=shift, diff_min=least))
     g, o, nm, ns = ops.norm_params_s8(rng.uniform(-2, 2, k), rng.uniform(-2, 2, k), 0.04)
-    call(library.t_layernorm_s8, x, g, o, rows, m, k, 5, nm, ns, 3)
-    want = ops.layernorm_s8(x, g, o, input_offset=5, multiplier=nm, shift=ns, output_offset=3)
-    np.testing.assert_array_equal(rows, want)
+    for center in (True, False):
+        call(library.t_layernorm_s8, x, g, o, rows, m, k, 5, nm, ns, 3, center)
+        want = ops.layernorm_s8(
+            x, g, o, input_offset=5, multiplier=nm, shift=ns, output_offset=3, center=center
+        )
+        np.testing.assert_array_equal(rows, want)
 
     sums = np.empty(m, np.int8)
     call(library.t_reduce_sum_s8, x, sums, m, k, 4, mul[0], sh[0], 1)
     want = np.clip(requantize((x.astype(int) + 4).sum(1), int(mul[0]), int(sh[0])) + 1, -128, 127)
     np.testing.assert_array_equal(sums, want)
-    call(library.t_reduce_max_s8, x, sums, m, k)
-    np.testing.assert_array_equal(sums, x.max(1))
+    for flip, best in ((0, x.max(1)), (-1, x.min(1))):
+        call(library.t_reduce_max_s8, x, sums, m, k, flip)
+        np.testing.assert_array_equal(sums, best)
     size, step = np.array([1, 1, k, m], np.int32), np.array([0, 0, 1, k], np.int32)
     turned = np.empty((k, m), np.int8)
     call(library.t_move_s8, x, turned, size, step, 0)
     np.testing.assert_array_equal(turned, x.T)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hw_mcu_c_convolutions_equal_the_reference(library, seed):
+    """Padded at any edge, strided, dense and depthwise; the general kernel gives what the plain one does."""
+    rng = np.random.default_rng(seed)
+    (H, W, C, N), e, stride = rng.integers(3, 9, 4), int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((H, W, C), (N, e, e, C)))
+    b = rng.integers(-3000, 3000, N).astype(np.int32)
+    mul, sh = quantize_multiplier(2.0 ** rng.uniform(-11, -4, N))
+    rest = {"stride": stride, "input_offset": 9, "output_offset": -4}
+    want = ops.conv_s8(x, w, b, mul, sh, **rest)
+    Ho, Wo = want.shape[:2]
+    before = [max((o - 1) * stride + e - n, 0) // 2 for o, n in ((Ho, H), (Wo, W))]
+    d = [H, W, C, Ho, Wo, N, e, e, stride, stride, *before]
+    any_way = [1, 1, N, W * C, C, 1, Wo * N, N, 1]  # dilations, channels a group, steps of x and of y
+    y = np.empty(want.shape, np.int8)
+    for kernel, numbers in ((library.t_conv_s8, d), (library.t_group_conv_s8, d + any_way)):
+        call(kernel, x, w, b, mul, sh, y, np.array(numbers, np.int32), 9, -4)
+        np.testing.assert_array_equal(y, want)
+    own = rng.integers(-128, 128, (e, e, C)).astype(np.int8)
+    mul, sh = quantize_multiplier(2.0 ** rng.uniform(-9, -4, C))
+    want = ops.depthwise_conv_s8(x, own, None, mul, sh, **rest)
+    turned = np.ascontiguousarray(own.transpose(2, 0, 1))
+    numbers = [*d[:2], 1, Ho, Wo, C, *d[6:], 1, 1, 1, W * C, C, 1, Wo * C, C, 1]
+    y, numbers = np.empty(want.shape, np.int8), np.array(numbers, np.int32)
+    no_bias = np.zeros(C, np.int32)
+    call(library.t_group_conv_s8, x, turned, no_bias, mul, sh, y, numbers, 9, -4)
+    np.testing.assert_array_equal(y, want)

@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,25 @@ from tests.claims import record
 CC = shutil.which("cc") or shutil.which("gcc")
 
 
-def made(name, seed=4, **fields):
-    """(program, arguments, target) of a network on other sizes than the stored ones."""
+SIZES = {
+    "mlp": {"n": 37, "hidden": 22}, "vit": {"side": 12, "E": 18}, "cnn": {"side": 11, "C": 7},
+    "layers": {"n": 5, "E": 12}, "mcuformer": {"E": 12, "depth": 1}, "mcuformer_absolute": {"E": 14},
+}  # fmt: skip
+
+
+@cache
+def traced(name, seed=4):
+    """(program, arguments, plan) of a network on other sizes than the stored ones."""
     fn, make = claims.NETWORKS[name]
-    args = make(
-        np.random.default_rng(seed), **({"n": 37, "hidden": 22} if name == "mlp" else {"side": 12, "E": 18})
-    )
+    args = make(np.random.default_rng(seed), **SIZES[name])
     program = hw.trace(fn, *args, weights=("w",))
-    return program, args, hw.stm32f746(plan=hw.calibrate(program, [args]), profile="emitted", **fields)
+    return program, args, hw.calibrate(program, [args])
+
+
+def made(name, **fields):
+    """(program, arguments, target) of such a network."""
+    program, args, plan = traced(name)
+    return program, args, hw.stm32f746(plan=plan, profile="emitted", **fields)
 
 
 def expected(program, args, target):
@@ -57,7 +69,7 @@ def test_hw_mcu_emit_stored_results_hold():
     """Every network on every core: equal, RAM as planned, instructions within 10 % of the estimate."""
     assert record.is_fresh("hw_mcu_emit")
     results = record.load("hw_mcu_emit")["results"]
-    assert len(results["networks"]) == 12
+    assert len(results["networks"]) == 2 * len(claims.PARTS) * len(claims.NETWORKS)
     for r in results["networks"]:
         assert r["equal"], r
         assert r["ram"] == r["plan"], r
@@ -77,44 +89,172 @@ def test_hw_mcu_emit_refuses_what_it_has_no_c_for():
     with pytest.raises(ValueError, match="one region"):
         emit_c(program, replace(target, regions=(("a", 64), ("b", 64))), args)
     x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    conv = lambda x: jax.lax.conv_general_dilated(x[None, None], x[None, None], (1, 1), "SAME")
+    deep = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1, 1), "SAME")
+    apart = lambda x: jnp.einsum("iaj,iaj->a", x.reshape(3, 2, 2), x.reshape(3, 2, 2))
     for fn, words in (
-        (lambda x: jax.lax.scan(lambda c, r: (c + r, r), x[0], x)[0], "no loops or branches"),
-        (lambda x: jnp.maximum(x, x[::-1]), "no C for 'max'"),
-        (lambda x: jnp.argmax(x, -1), "int8 values only"),
-        (lambda x: jnp.einsum("ki,kj->ij", x, x), "as rows"),
+        (lambda x: jnp.cumsum(x, 0), "no C for 'cumsum'"),
+        (lambda x: jnp.argmax(x, -1), "not int32"),
+        (lambda x: jnp.sort(x, 0), "no C for 'sort'"),
+        (conv, "convolves with weights"),
+        (lambda x: deep(x.reshape(1, 1, 3, 2, 2), np.ones((1, 1, 2, 2, 2), np.float32)), "one or two axes"),
+        (
+            lambda x: jax.lax.conv_transpose(x[None], np.ones((2, 4, 3), np.float32), (2,), "SAME"),
+            "transposed",
+        ),
+        (apart, "sums along axes that lie next to each other"),
+        (lambda x: x.reshape(3, 2, 2).sum((0, 2)), "neighbouring axes"),
     ):
         p = hw.trace(fn, x)
         with pytest.raises(hw.UnsupportedPrimitive, match=words):
             emit_c(p, hw.stm32f746(plan=hw.calibrate(p, [(x,)])))
 
 
+def on_this_computer(program, args, target, d):
+    """[(codes by the compiled network, codes by the executor)] of every result."""
+    files = emit_c(program, target, args)
+    for f, text in files.items():
+        (d / f).write_text(text)
+    units = [str(d / f) for f in ("net.c", "kernels.c")]
+    flags = ["-O1", "-fwrapv", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-fPIC"]
+    subprocess.run([CC, *flags, *units, "-o", str(d / "net.so")], check=True)
+    defined = dict(line.split()[1:] for line in files["net.h"].splitlines() if line.startswith("#define"))
+    library = ctypes.CDLL(str(d / "net.so"))
+    arena = np.frombuffer((ctypes.c_int8 * int(defined["ARENA_BYTES"])).in_dll(library, "arena"), np.int8)
+    arena[:] = 0x55
+    policy, camera = target.prepared(program, args).formats, np.zeros(1, np.int8)
+    want, _ = hw.run_program(program, args, policy=policy)
+    for n, (i, x) in enumerate(zip(program.body.inputs, jax.tree.leaves(args), strict=True)):
+        if f"IN_{n}" in defined:
+            codes = policy.codes(i, x).astype(np.int8).ravel()
+            arena[int(defined[f"IN_{n}"]) :][: codes.size] = codes
+        elif program.tensors[i].role == "input":
+            camera = policy.codes(i, x).astype(np.int8).ravel()
+    library.net(camera.ctypes.data_as(ctypes.c_void_p))
+    pairs = []
+    want = want if isinstance(want, tuple) else (want,)
+    for n, (o, x) in enumerate(zip(program.body.outputs, want, strict=True)):
+        codes = policy.codes(o, x).astype(np.int8).ravel()
+        pairs.append((arena[int(defined[f"OUT_{n}"]) :][: codes.size].copy(), codes))
+    return pairs
+
+
 @pytest.mark.tools
 @pytest.mark.parametrize("switches", [{}, claims.OFF], ids=["hw_mcu-saved", "hw_mcu-plain"])
 @pytest.mark.parametrize("name", list(claims.NETWORKS))
 def test_hw_mcu_emit_runs_on_this_computer(name, switches, tmp_path):
-    program, args, target = made(name, **switches)
-    files = emit_c(program, target, args)
-    for f, text in files.items():
-        (tmp_path / f).write_text(text)
-    units = [str(tmp_path / f) for f in ("net.c", "kernels.c")]
-    flags = ["-O2", "-fwrapv", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-fPIC"]
-    subprocess.run([CC, *flags, *units, "-o", str(tmp_path / "net.so")], check=True)
-    defined = dict(line.split()[1:] for line in files["net.h"].splitlines() if line.startswith("#define"))
-    library = ctypes.CDLL(str(tmp_path / "net.so"))
-    arena = np.frombuffer((ctypes.c_int8 * int(defined["ARENA_BYTES"])).in_dll(library, "arena"), np.int8)
-    arena[:] = 0x55
-    codes, want = expected(program, args, target)
-    codes = codes.astype(np.int8).ravel()
-    if "IN_0" in defined:
-        at = int(defined["IN_0"])
-        arena[at : at + codes.size] = codes
-    library.net(codes.ctypes.data_as(ctypes.c_void_p))
-    at = int(defined["OUT_0"])
-    np.testing.assert_array_equal(arena[at : at + want.size], want)
+    for got, want in on_this_computer(*made(name, **switches), tmp_path):
+        np.testing.assert_array_equal(got, want)
+
+
+def conv(x, w, stride=1, pad="SAME", dilation=1, groups=1, dims=("NHWC", "HWIO", "NHWC")):
+    n = w.ndim - 2
+    return jax.lax.conv_general_dilated(x, w, (stride,) * n, pad, rhs_dilation=(dilation,) * n,
+                                        feature_group_count=groups, dimension_numbers=dims)  # fmt: skip
+
+
+def convolutions(x, w):
+    """Dense, strided, dilated, depthwise with one and two channels each, grouped, channels first, a row."""
+    return (
+        conv(x, w["dense"]) + w["b"][None, None, None], conv(x, w["dense"], 2, "VALID"),
+        conv(x, w["dense"], dilation=2), conv(x, w["own"], groups=6), conv(x, w["two"], 2, groups=6),
+        conv(x, w["three"], groups=3),
+        conv(x, w["first"], dims=("NCHW", "OIHW", "NCHW")),
+        conv(x[:, 0], w["row"], pad=[(4, 0)], dilation=2, dims=("NWC", "WIO", "NWC")),
+    )  # fmt: skip
+
+
+def pools(x):
+    """Windows of extremes and sums, overlapping, padded, along one axis; reductions of neighbouring axes."""
+    at = lambda start, fn, window, stride, pad: jax.lax.reduce_window(
+        x, start, fn, (1, *window, 1), (1, *stride, 1), pad
+    )
+    return (
+        at(-jnp.inf, jax.lax.max, (3, 3), (2, 2), "SAME"), at(jnp.inf, jax.lax.min, (2, 3), (1, 2), "SAME"),
+        at(0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4, at(0.0, jax.lax.add, (1, 3), (1, 2), "SAME"),
+        x.mean((1, 2)), x.max((1, 2)), x.min(0), x.sum(-1), x.min(-1),
+    )  # fmt: skip
+
+
+def pairs(a, b, c):
+    """Operations of two tensors, of one shape or broadcast; choices by flags known before and found out."""
+    fill = jnp.where(jnp.tri(5, 6, dtype=bool), a[0], -1e30)
+    return (
+        jnp.maximum(a, b), jnp.minimum(a, b[:1]), a + c, a * c, a - b[:, :1], a / (2 + jnp.abs(c)),
+        jnp.where(a > 0.2, a, b), jax.nn.softmax(fill),
+    )  # fmt: skip
+
+
+def products(x, y, w):
+    """Weights on either side, of a batch, summed along any axis; two activations however they lie."""
+    return (
+        jnp.einsum("oi,bij->boj", w["left"], x), x @ w["batch"], jnp.einsum("bij,ik->bjk", x, w["tall"]),
+        jnp.einsum("bij,ijk->bik", x, w["rows"]), jnp.einsum("bij,bik->bjk", x, y),
+        jnp.einsum("bij,bkj->bik", x, x),
+        jnp.einsum("bij,ckj->bcik", x, x), x[0].T @ y[0],
+    )  # fmt: skip
+
+
+def moves(x):
+    """Padding outside and between, gathers by known places, reversals, rolls, joins."""
+    return (
+        jnp.pad(jnp.tanh(x), ((1, 2), (0, 3), (0, 0))), jax.lax.pad(x, np.float32(0.5), ((1, 2, 1),) * 3),
+        x[np.array([2, 0, 0, 1])], jnp.roll(x, 2, 1), x[::-1, ::2], jnp.concatenate([x, 2 * x, x[:1]]),
+    )  # fmt: skip
+
+
+def loops(x, w):
+    """Carries that swap, rows read, results stacked, both ways; slices found later; nested; a branch."""
+    rnn = lambda h, t: (jnp.tanh(h @ w["h"] + t), h)
+    at = lambda i: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+    put = lambda i, s: jax.lax.dynamic_update_slice(s, x[:1] * 0.5 + s[:1], (i, 0))
+    inner = lambda h, t: (jax.lax.fori_loop(0, 3, lambda i, v: jnp.tanh(v + t), h), h * 2)
+    return (
+        jax.lax.scan(rnn, jnp.zeros(6), x), jax.lax.scan(rnn, jnp.full(6, 0.3), x, reverse=True),
+        jax.lax.fori_loop(0, 5, lambda i, s: (s[1], s[0] * 0.5 + s[1]), (x, x[::-1])),
+        jax.lax.fori_loop(0, 4, lambda i, s: s + at(i), jnp.zeros(6)), jax.lax.fori_loop(0, 4, put, x),
+        jax.lax.while_loop(lambda s: s[1] < 5, lambda s: (jnp.tanh(s[0] @ w["h"]), s[1] + 1), (x, 0))[0],
+        jax.lax.scan(inner, x[0], x), jax.lax.cond(x.sum() > 0, lambda v: v * 2, lambda v: v @ v.T @ v, x),
+    )  # fmt: skip
+
+
+def drawn(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(s).astype(np.float32) for s in shapes]
+
+
+def small_programs():
+    """{name: (function, arguments)} of everything that has C, on odd sizes."""
+    conv = dict(zip(("dense", "b", "own", "two", "three", "first", "row"),
+                    drawn((3, 2, 6, 5), (5,), (3, 3, 1, 6), (3, 3, 1, 12), (3, 3, 2, 9), (5, 9, 3, 3),
+                          (3, 6, 7)), strict=True))  # fmt: skip
+    held = dict(
+        zip(("left", "batch", "tall", "rows"), drawn((7, 4), (3, 5, 6), (4, 6), (4, 5, 6)), strict=True)
+    )
+    x = drawn((2, 9, 8, 6), (3, 4, 5), (3, 4, 6), (4, 5, 6), (4, 5, 6), (1, 5, 1), (4, 6), (6, 6))
+    return {
+        "convolutions": (convolutions, (x[0], conv)), "pools": (pools, (x[0],)),
+        "products": (products, (x[1], x[2], held)), "pairs": (pairs, (x[3], 2 * x[4], x[5])),
+        "moves": (moves, (x[1],)), "loops": (loops, (x[6], {"h": x[7] / 2})),
+    }  # fmt: skip
 
 
 @pytest.mark.tools
-@pytest.mark.parametrize(("name", "core"), [("mlp", "cortex_m3"), ("vit", "cortex_m7"), ("vit", "cortex_m4")])
+@pytest.mark.parametrize("name", list(small_programs()))
+def test_hw_mcu_emit_has_c_for(name, tmp_path):
+    fn, args = small_programs()[name]
+    weights = ("w",) if isinstance(args[-1], dict) else ()
+    program = hw.trace(fn, *args, weights=weights)
+    target = hw.stm32f746(plan=hw.calibrate(program, [args]), profile="emitted")
+    for n, (got, want) in enumerate(on_this_computer(program, args, target, tmp_path)):
+        np.testing.assert_array_equal(got, want, err_msg=f"result {n}")
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(("name", "core"), [
+    ("mlp", "cortex_m3"), ("vit", "cortex_m7"), ("vit", "cortex_m4"), ("cnn", "cortex_m7"),
+    ("layers", "cortex_m3"), ("mcuformer", "cortex_m7"), ("mcuformer_absolute", "cortex_m4"),
+])  # fmt: skip
 def test_hw_mcu_emit_runs_in_the_emulator(name, core):
     """Codes equal, RAM of the linked program equal to the plan, instructions within 10 % of the estimate."""
     program, args, target = made(name)
