@@ -19,11 +19,12 @@ def lines(title, caption, series, *, x, y, log="", ticks=None, yticks=None, widt
     ticks, yticks = (_ticks(v, t, axis in log) for v, t, axis in ((xs, ticks, "x"), (ys, yticks, "y")))
     x0, x1 = _span([*xs, *(fx(t) for t in ticks)])
     y0, y1 = _span([*ys, *(fy(t) for t in yticks)])
-    left, right, top, bottom = 58, 14, 12, 44
+    left, right, top, bottom = 58, 24, 12, 44
     rows = ceil(len(series) / 2) if len(series) > 1 else 0
     px = lambda v: left + (fx(v) - x0) / (x1 - x0) * (width - left - right)
     py = lambda v: height - bottom - (fy(v) - y0) / (y1 - y0) * (height - bottom - top)
     fig = Figure(width, height + 22 * rows, title, caption)
+    fig.px, fig.py = px, py  # for marks of the caller's own
     fig.line(left, height - bottom, width - right, height - bottom).line(left, top, left, height - bottom)
     for at, label in ticks.items():
         fig.line(px(at), height - bottom, px(at), height - bottom + 4)
