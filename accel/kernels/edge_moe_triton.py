@@ -36,11 +36,17 @@ def _linear_kernel(expert_ref, real_ref, x_ref, w_ref, *rest, turned, block_n, b
             return acc + _dot(x_ref[:, at], w_ref[e, at, columns].astype(x_ref.dtype), ((1,), (0,)))
         return acc + _dot(x_ref[:, at], w_ref[e, columns, at].astype(x_ref.dtype), ((1,), (1,)))
 
-    steps = jnp.where(real_ref[t] > 0, x_ref.shape[1] // block_k, 0)  # a tile without rows costs nothing
-    acc = lax.fori_loop(0, steps, step, jnp.zeros(y_ref.shape, jnp.float32))
-    for b_ref in bias:
-        acc = acc + b_ref[e, columns].astype(jnp.float32)[None, :]
-    y_ref[...] = acc.astype(y_ref.dtype)
+    @pl.when(real_ref[t] > 0)
+    def _():
+        steps = x_ref.shape[1] // block_k
+        acc = lax.fori_loop(0, steps, step, jnp.zeros(y_ref.shape, jnp.float32))
+        for b_ref in bias:
+            acc = acc + b_ref[e, columns].astype(jnp.float32)[None, :]
+        y_ref[...] = acc.astype(y_ref.dtype)
+
+    @pl.when(real_ref[t] <= 0)
+    def _():  # nobody reads it, but it must not be NaN
+        y_ref[...] = jnp.zeros_like(y_ref)
 
 
 def _outer_kernel(first_ref, end_ref, dy_ref, x_ref, dw_ref, *, block_t):
@@ -62,7 +68,7 @@ def grouped_linear(
     """x_t w_e^T + b_e of every tile t of block_t rows, e its expert: [R, N] in x's dtype, sums in float32.
 
     Args: x [R, K]; w [E, N, K], or turned [E, K, N]; b [E, N] or None; expert, real int32 [R / block_t]:
-      whose a tile is, and its number of rows that count (if none, they become b_e). Blocks are powers of two,
+      whose a tile is, and its number of rows that count (if none, they become 0). Blocks are powers of two,
       at least 16; block_n and block_k are halved until they divide N and K, padded to 16 if need be.
     """
     check_blocks(block_t, block_n, block_k)

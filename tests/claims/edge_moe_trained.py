@@ -57,7 +57,7 @@ GROUP, MAP = 0, 1  # the tasks
 TASKS = ("group", "map")
 NETWORKS = ("experts", "dense")
 SEEDS = (0, 1, 2)
-STEPS, BATCH, RATE = 600, 32, 2e-3
+STEPS, BATCH, RATE = 600, 16, 2e-3
 AUX, MAP_WEIGHT, DECAY = 0.01, 2.0, 0.02  # of the losses; the gate's is the paper's
 FIXED, ON_FPGA = 200, 3  # test pictures that run in integers, and on the target
 
@@ -151,7 +151,7 @@ def tokens(images, params, cfg, task, noise=None):
         rows = h.reshape(-1, cfg.dim)
         training = {} if noise is None else {"noise": noise[len(chosen)], "train": True}
         g = moe_gate(rows, experts.w_gate[task], top_k=cfg.top_k, **training)
-        x = x + moe_ffn(rows, g.indices, g.scores, *experts[1:], block_t=64).reshape(h.shape)
+        x = x + moe_ffn(rows, g.indices, g.scores, *experts[1:], block_t=32).reshape(h.shape)
         aux = aux + g.aux_loss
         chosen.append(g.indices.reshape(*h.shape[:2], -1))
     return x, aux, chosen

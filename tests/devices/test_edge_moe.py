@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import accel
+import hw
 import ref
 from hw.stream import simulate_attention
 from tests.claims import edge_moe as claims
@@ -242,6 +243,20 @@ def test_edge_moe_kernel_serves_the_network():
         options = {"impl": impl, "interpret": impl != "auto", "block_t": 16}
         jaxpr = jax.make_jaxpr(partial(A.m3vit_forward, **e.kwargs, **options))(*single)
         assert ("pallas_call" in str(jaxpr)) == (impl != "auto")
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
+def test_edge_moe_kernel_counts_the_tiles_that_have_rows(impl):
+    """The op program of hw runs the kernel, and counts what ran: tiles without a token cost no product."""
+    indices, (x, scores, *w) = grouped("two", D=16, F=16)
+    run = partial(A.moe_ffn, impl=impl, interpret=True, block_t=16)
+    args = [np.asarray(a) for a in (x, indices, scores, *w)]
+    program = hw.trace(run, *args)
+    y, report = hw.execute(program, args, hw.h200())
+    np.testing.assert_allclose(y, M.moe_ffn(*args), rtol=0, atol=64 * 2.0**-23 * np.abs(y).max())
+    tiles = sum(-(-n // 16) for n in np.bincount(indices.ravel()))
+    assert tiles == 4
+    assert report.macs == 2 * tiles * 16 * 16 * 16
 
 
 @pytest.mark.gpu
