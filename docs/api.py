@@ -44,49 +44,43 @@ def path_of(module):
     return ROOT / f"{module.replace('.', '/')}.py"
 
 
-@functools.cache
 def tree(module):
     return ast.parse(path_of(module).read_text())
 
 
 @functools.cache
-def names(module):
-    """({what the file defines: kind}, {what it imports: (module, name)}), of its public names."""
-    own, borrowed, listed = {}, {}, None
+def outline(module):
+    """The top of a file: ({name: (kind, has a docstring)}, {imported name: (module, name)}, `__all__`)."""
+    own, imported, listed = {}, {}, None
     for node in tree(module).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            own[node.name] = "class" if isinstance(node, ast.ClassDef) else "function"
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            own[node.name] = kind, ast.get_docstring(node) is not None
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            borrowed |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+            imported |= {a.asname or a.name: (node.module, a.name) for a in node.names}
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             listed = ast.literal_eval(node.value)
-    if (public := listed) is None:
+    return own, imported, listed
+
+
+@functools.cache
+def names(module):
+    """({what the file defines: kind}, {what it imports: (module, name)}), of its public names."""
+    own, imported, public = outline(module)
+    if public is None:
         technique = BY_SLUG.get(module.rsplit(".", 1)[-1])
-        core = [n for n in technique.core if n in borrowed] if technique else []
+        core = [n for n in technique.core if n in imported] if technique else []
         public = [n for n in own if not n.startswith("_")] + core
-    shown = {n: own[n] for n in own if n in public and documented_here(module, n)}
-    return shown, {n: borrowed[n] for n in public if n in borrowed}
-
-
-def documented_here(module, name):
-    node = next(n for n in tree(module).body if getattr(n, "name", None) == name)
-    return ast.get_docstring(node) is not None
+    shown = {n: kind for n, (kind, told) in own.items() if told and n in public}
+    return shown, {n: imported[n] for n in public if n in imported}
 
 
 def home(module, name):
     """The path of what a module exports under a name: where it is defined, if that has an entry."""
-    for _ in range(9):
-        if not path_of(module).is_file():
-            return None
-        own, _borrowed = names(module)
-        if name in own:
+    while path_of(module).is_file():
+        if name in names(module)[0]:
             return f"{module}.{name}"
-        imported = {
-            a.asname or a.name: (node.module, a.name)
-            for node in tree(module).body
-            if isinstance(node, ast.ImportFrom) and node.module
-            for a in node.names
-        }
+        _, imported, _ = outline(module)
         if name not in imported:
             return None
         module, name = imported[name]

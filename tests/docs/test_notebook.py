@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def run(nb, *again):
         capture_output=True,
         text=True,
         cwd=ROOT / "tests",  # the first cell finds the checkout above
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # as installed
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
