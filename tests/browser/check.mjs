@@ -1,8 +1,8 @@
 // Opens every built page in headless Chromium and fails on what a reader would stumble over: a request to another
 // host, an error in the console, an equation KaTeX could not set, a page wider than a phone, an axe violation, a
 // technique's file or an exercise that cannot be run, anything that the page's content-security policy stops (the
-// browser reports it in the console). On two chapters it runs cells, edits, shares and stops them, breaks the laws
-// and solves an exercise.
+// browser reports it in the console). On two chapters it runs cells, edits, shares and stops them, breaks the laws,
+// solves an exercise and moves the sliders of the prices.
 // Usage: node tests/browser/check.mjs SITE_FOLDER [PART_OF_A_PATH]
 // (CHROMIUM names the browser; playwright-core and axe-core are in NODE_PATH)
 import { createRequire } from "node:module";
@@ -130,11 +130,11 @@ async function problemsOf(path) {
 
 // Two chapters, each with an edit of its file that its laws must catch, and an exercise.
 const LIVE = [
-  { path: "/attention/flash/", from: "opt.scale * qi @", to: "qi @", exercise: "merge" },
-  { path: "/memory/rum/", from: "def _turn(plane, v):", to: "def _turn(plane, v):\n    return v\n\n\ndef _unused(plane, v):", exercise: "turn" },
+  { path: "/attention/flash/", from: "opt.scale * qi @", to: "qi @", exercise: "merge", refusal: /runs no Pallas kernel/ },
+  { path: "/memory/rum/", from: "def _turn(plane, v):", to: "def _turn(plane, v):\n    return v\n\n\ndef _unused(plane, v):", exercise: "turn", refusal: /DoesNotFit: stm32f746: .* B short/ },
 ];
 
-async function liveProblems({ path, from, to, exercise }) {
+async function liveProblems({ path, from, to, exercise, refusal }) {
   const problems = [];
   const asked = [];
   const sizes = []; // compressed, as hosts send them
@@ -241,6 +241,29 @@ async function liveProblems({ path, from, to, exercise }) {
   await cell.press("Run");
   expect((await cell.done()) === shown, "a cell does not run after Stop and Reset");
 
+  // A slider prices the chapter's program anew, by keyboard too; Reset brings back what the page was built with.
+  const price = page.locator("[data-price]");
+  await page.locator(".tabbed-labels label", { hasText: "hw: what it costs" }).first().click();
+  const priced = async () => {
+    await page.waitForFunction(() => document.querySelector("[data-price] [role=status]").textContent === "", null, { timeout: 60000 });
+    return price.locator(".price-result").innerHTML();
+  };
+  const built = await price.locator(".price-result").innerHTML();
+  const slider = price.locator("[data-size][type=range]").first();
+  await slider.focus();
+  since = Date.now();
+  await page.keyboard.press(await slider.evaluate((node) => (node.value === node.min ? "ArrowRight" : "ArrowLeft")));
+  const moved = await priced();
+  const repriced = Date.now() - since;
+  expect(moved !== built && /<dd>.* bound by /.test(moved), "a slider that moves changes no price");
+  expect(/^[\d,]+$/.test(await slider.getAttribute("aria-valuetext")), "a slider does not say its value");
+  await price.getByRole("radio", { name: /mcu/ }).check();
+  await price.locator('[data-size="width"]').press("End");
+  expect(refusal.test(await priced()), `a microcontroller does not say ${refusal} of the greatest width`);
+  await price.getByRole("button", { name: "Reset" }).click();
+  await page.waitForFunction((html) => document.querySelector(".price-result").innerHTML === html, built, { timeout: 10000 })
+    .catch(() => problems.push("Reset does not bring back the panel's first prices"));
+
   // Another chapter, by a link: the same Python goes on.
   const starts = () => asked.filter((p) => p.endsWith("pyodide.asm.wasm")).length;
   const before = starts();
@@ -250,7 +273,7 @@ async function liveProblems({ path, from, to, exercise }) {
   await cell.press("Run");
   await cell.done();
   expect(starts() === before, "instant navigation starts Python again");
-  console.log(`${path}: first output after ${cold} ms, again after ${warm} ms, broken law after ${caught} ms, exercise after ${solved} ms, ${(first / 1e6).toFixed(2)} MB before the first run, ${((await loaded()) / 1e6).toFixed(1)} in all`);
+  console.log(`${path}: first output after ${cold} ms, again after ${warm} ms, broken law after ${caught} ms, exercise after ${solved} ms, prices after ${repriced} ms, ${(first / 1e6).toFixed(2)} MB before the first run, ${((await loaded()) / 1e6).toFixed(1)} in all`);
   await context.close();
   return problems;
 }

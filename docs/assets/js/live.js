@@ -1,14 +1,11 @@
 // Makes the code of a chapter run: the cells whose output the page shows, the files of ref that it includes, and the
 // stubs of its exercises. Without the vendored runtime, or without JavaScript, they stay what they are: text.
+import { ask, end, runtime } from "./runtime.js";
+
 const vendor = new URL("../vendor/", import.meta.url);
 const NEEDS_JAX = /\b(jax|accel)\b|hw\.(trace|from_onnx)/; // JAX has no build for the browser
 
-// {files: {fingerprint: path}, exercises: {fingerprint: [module, name]}, laws: {"part/slug": module}, wheels}; null
-// where there is no runtime
-let library;
-let worker;
 let current; // the panel whose run is going on
-let runs = 0;
 let edits = new Map(); // path -> the reader's text, on this page
 
 function fingerprint(text) {
@@ -72,7 +69,7 @@ class Panel {
       : button("Run", this.run, path ? "Run the file's example" : "Run this code (Ctrl+Enter in the editor)");
     this.editButton = button(exercise ? "Solve" : "Edit", this.edit, "Edit this code");
     this.breakButton = laws && button("Break it", this.breakIt, "Search for an input on which the chapter's laws fail");
-    this.stopButton = button("Stop", () => stop("stopped"), "End the run");
+    this.stopButton = button("Stop", () => end(), "End the run");
     this.resetButton = button("Reset", this.reset, "Back to the text as it was");
     this.shareButton = button("Share", this.share, "Make a link that holds your edit");
     this.stopButton.hidden = this.resetButton.hidden = this.shareButton.hidden = true;
@@ -176,17 +173,8 @@ function start(panel, kind, what) {
   panel.output.hidden = panel.resetButton.hidden = false;
   panel.output.classList.remove("live-failed");
   if (panel.result) panel.result.hidden = true;
-  panel.id = ++runs;
   panel.since = performance.now();
-  if (!worker) {
-    worker = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
-    worker.onmessage = hear;
-    worker.onerror = (event) => {
-      current?.output.append(`The runtime could not be loaded. ${event.message ?? ""}`);
-      stop("failed");
-    };
-  }
-  worker.postMessage({ id: panel.id, kind, what, edits: Object.fromEntries(edits), wheels: library.wheels });
+  ask({ kind, what, edits: Object.fromEntries(edits) }, (data) => hear(panel, data));
 }
 
 // Follows what comes in; a law that breaks is marked, so that the reader is led to it at the end.
@@ -221,14 +209,17 @@ function draw(panel) {
   }
 }
 
-function hear({ data }) {
-  const panel = current;
-  if (!panel || data.id !== panel.id) return;
+function hear(panel, data) {
+  if (panel !== current) return;
   if (data.status) panel.say(`${data.status} …`);
   if (data.text) show(panel, data.text);
   if (!data.done) return;
-  if (data.dead) return stop("failed");
   busy(panel, false);
+  if (data.dead || data.stopped) {
+    panel.say(data.dead ? "failed" : "stopped");
+    panel.runButton.focus();
+    return;
+  }
   const seconds = ((performance.now() - panel.since) / 1000).toFixed(2);
   const changed = [...edits.keys()].filter((path) => path !== panel.path);
   const note = changed.length ? `, with your edit of ${changed.join(", ")}` : "";
@@ -238,27 +229,13 @@ function hear({ data }) {
   panel.say(`${data.ok ? "done" : "failed"} in ${seconds} s${note}`);
 }
 
-function stop(word) {
-  worker?.terminate();
-  worker = undefined;
-  if (!current) return;
-  const panel = current;
-  busy(panel, false);
-  panel.say(word);
-  panel.runButton.focus();
-}
-
 async function attach() {
-  if (current) stop("stopped"); // its page is gone
+  if (current) end(); // its page is gone
   edits = new Map();
   const blocks = [...document.querySelectorAll(".md-content .highlight:not(.result .highlight)")];
   if (!blocks.length) return;
-  if (library === undefined) {
-    const answer = await fetch(new URL("library.json", vendor)).catch(() => null);
-    const found = answer?.ok ? await answer.json() : null;
-    library = found?.wheels.length ? found : null;
-  }
-  if (!library || !("Worker" in window)) return;
+  const library = await runtime();
+  if (!library) return;
   const chapter = location.pathname.split("/").filter((part) => part && part !== "index.html").slice(-2).join("/");
   let cells = 0;
   const panels = [];

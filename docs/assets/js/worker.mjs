@@ -1,5 +1,6 @@
 // The Python of the live cells, in a worker: nothing of it is fetched before a reader's first Run.
-// In: {id, kind, what, edits, wheels}. Out: {id, status} | {id, text} | {id, done: true, ok}.
+// In: {id, kind, what, edits, wheels}, or of a panel {id, kind: "price", what, programs}. Out: {id, status} |
+// {id, text} | {id, html} | {id, done: true, ok}.
 import { loadPyodide } from "../vendor/pyodide/pyodide.mjs";
 
 const vendor = new URL("../vendor/", import.meta.url);
@@ -21,16 +22,31 @@ async function start(id) {
   });
   postMessage({ id, status: "loading NumPy" });
   await py.loadPackage("numpy", quiet);
-  py.FS.mkdir("/library");
+  py.FS.mkdirTree("/library/assets/programs");
   py.unpackArchive(await zip, "zip", { extractDir: "/library" });
   py.runPython("import sys; sys.path.insert(0, '/library'); import numpy, live");
   return py;
 }
 
-onmessage = async ({ data: { id, kind, what, edits, wheels } }) => {
+// The op programs of a panel, once.
+async function store(py, slug) {
+  const path = `/library/assets/programs/${slug}.gz`;
+  if (py.FS.analyzePath(path).exists) return;
+  const answer = await fetch(new URL(`../programs/${slug}.gz`, import.meta.url));
+  if (!answer.ok) throw new Error(`${slug}.gz: ${answer.status}`);
+  py.FS.writeFile(path, new Uint8Array(await answer.arrayBuffer()));
+}
+
+onmessage = async ({ data: { id, kind, what, edits, wheels, programs } }) => {
   try {
     python ??= start(id);
     const py = await python;
+    if (kind === "price") {
+      if (programs) await store(py, programs);
+      postMessage({ id, status: "pricing" });
+      postMessage({ id, html: py.pyimport("panel").answer(what), done: true, ok: true });
+      return;
+    }
     if (kind === "laws" || kind === "exercise") {
       if (!laws) postMessage({ id, status: "loading Hypothesis" });
       laws ??= py.loadPackage(wheels.map((name) => new URL(`pyodide/${name}`, vendor).href), quiet);
