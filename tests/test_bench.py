@@ -81,7 +81,7 @@ def test_bench_prints_a_table_in_80_columns(capsys):
     [{}, {"causal": True, "window": 5}, {"kv_heads": 1, "window": 3}],
     ids=["full", "band", "group"],
 )
-def test_bench_flash_rows_that_are_checked_are_exact(options, backward):
+def test_flash_bench_rows_that_are_checked_are_exact(options, backward):
     """The definition in float64, all of it, passes the check of random rows; a changed number does not."""
     a = Attention((2, 24, 2, 8), "float32", backward=backward, seed=1, **options)
     x = {n: jnp.asarray(v, jnp.float64) for n, v in a.arrays.items()} if jax.config.x64_enabled else a.arrays

@@ -1,0 +1,207 @@
+"""Arrays in parts on eight devices under plain `jit`: what XLA makes of our functions sends what it must.
+
+Batches and heads need no exchange at all; a tensor-parallel block (Shoeybi et al. 2019, section 3: columns,
+then rows) one sum a sublayer; replicated weights the sum of their gradients. Nothing is ever gathered. The
+collectives are read from the compiled program. Inside `shard_map` nothing is exchanged but by name:
+tests/test_layers.py runs every example there, the tests below what has a gradient rule of its own.
+"""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import accel
+from accel.blocks.transformer import transformer_block
+from accel.models import gpt
+from ref.blocks.transformer import BlockParams, init_block
+
+DEVICES = 8
+MESH = jax.make_mesh(
+    (DEVICES,), ("parts",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:DEVICES]
+)
+KINDS = r"(all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
+EPS = 2.0**-23
+
+
+def spec(*axes):
+    return NamedSharding(MESH, P(*axes))
+
+
+ALL, FIRST = spec(), spec("parts")
+
+
+def compiled(fn, args, shardings, out):
+    """(the compiled program, {collective: how many})."""
+    program = jax.jit(fn, in_shardings=shardings, out_shardings=out).lower(*args).compile()
+    return program, Counter(re.findall(rf" {KINDS}", program.as_text()))
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def close(got, want, terms):
+    """Sums of so many products of normal numbers in another order; each leaf by its largest entry."""
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g), np.asarray(w)
+        np.testing.assert_allclose(g, w, rtol=0, atol=terms * EPS * max(1.0, np.abs(w).max()))
+
+
+TILES = np.tri(4, 4, dtype=bool)
+ATTENTION = {
+    "flash": partial(accel.flash.flash_attention, causal=True),
+    "block_sparse_flash": lambda q, k, v: accel.block_sparse_flash.block_sparse_attention(
+        q, k, v, TILES, block_q=4, block_k=4
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("slug", "axis"), [("flash", "batch"), ("flash", "heads"), ("block_sparse_flash", "batch")]
+)
+def test_sharding_of_attention_needs_no_exchange(slug, axis):
+    """Values and gradients; the list of tiles names heads, so heads in parts need a `shard_map` there."""
+    cut = FIRST if axis == "batch" else spec(None, "parts")
+    args = [drawn(DEVICES, DEVICES, 16, 8, seed=s) for s in range(4)]
+
+    def both(q, k, v, do):
+        o, pull = jax.vjp(ATTENTION[slug], q, k, v)
+        return o, *pull(do)
+
+    program, sent = compiled(both, args, (cut,) * 4, (cut,) * 4)
+    assert not sent
+    close(program(*args), jax.jit(both)(*args), 16 * 8)
+
+
+def test_lean_sharding_by_heads_needs_no_exchange():
+    cut = spec(None, "parts")
+    q, k, v = drawn(DEVICES, DEVICES, 8), *(drawn(DEVICES, DEVICES, 16, 8, seed=s) for s in (1, 2))
+    decode = lambda q, k, v: accel.lean.lean_attention(q, k, v, lengths=jnp.full(DEVICES, 11, jnp.int32))
+    program, sent = compiled(decode, (q, k, v), (cut,) * 3, cut)
+    assert not sent
+    close(program(q, k, v), jax.jit(decode)(q, k, v), 16 * 8)
+
+
+def test_sharding_of_the_drop_in_by_heads_needs_no_exchange():
+    cut = spec(None, None, "parts")
+    args = [drawn(DEVICES, 16, DEVICES, 8, seed=s) for s in range(3)]
+    attend = partial(accel.dot_product_attention, is_causal=True, local_window_size=(5, 0))
+    program, sent = compiled(attend, args, (cut,) * 3, cut)
+    assert not sent
+    close(program(*args), jax.jit(attend)(*args), 16 * 8)
+
+
+def by_columns_then_rows(leaf=spec):
+    """Shardings of a block: heads and hidden units in parts."""
+    column, row, vector, whole = leaf(None, "parts"), leaf("parts", None), leaf("parts"), leaf()
+    maps = {f"w_{n}": column for n in ("q", "k", "v", "fc1")} | {"w_o": row, "w_fc2": row}
+    biases = {f"b_{n}": vector for n in ("q", "k", "v", "fc1")} | {"b_o": whole, "b_fc2": whole}
+    norms = {f"ln{n}_{x}": whole for n in (1, 2) for x in ("scale", "bias")}
+    return BlockParams(**maps, **biases, **norms)
+
+
+def block(x, params):
+    return transformer_block(x, params, num_heads=DEVICES, causal=True, attention=accel.flash.flash_attention)
+
+
+def block_and_gradients(x, params, cotangent):
+    y, pull = jax.vjp(block, x, params)
+    return y, *pull(cotangent)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """(arguments of `block_and_gradients`, its result on one device)."""
+    width = 4 * DEVICES
+    params = jax.tree.map(jnp.float32, init_block(np.random.default_rng(0), width, 4 * width))
+    args = drawn(DEVICES, 6, width), params, drawn(DEVICES, 6, width, seed=1)
+    return args, jax.jit(block_and_gradients)(*args)
+
+
+def test_sharding_of_a_block_by_heads_sums_once_a_sublayer(one):
+    """Forward one sum after attention and one after the MLP; backward the same for the input's gradient."""
+    args, want = one
+    weights = by_columns_then_rows()
+    program, sent = compiled(block_and_gradients, args, (ALL, weights, ALL), (ALL, ALL, weights))
+    assert set(sent) == {"all-reduce"}
+    _, forward = compiled(block, args[:2], (ALL, weights), ALL)
+    assert forward == {"all-reduce": 2}
+    close(program(*args), want, 4 * 32 * 48)
+
+
+def test_sharding_of_batches_sums_gradients_of_weights_alone(one):
+    args, want = one
+    weights = jax.tree.map(lambda _: ALL, args[1])
+    program, sent = compiled(block_and_gradients, args, (FIRST, weights, FIRST), (FIRST, FIRST, weights))
+    assert set(sent) == {"all-reduce"}
+    close(program(*args), want, 4 * 32 * 48)
+    _, forward = compiled(block, args[:2], (FIRST, weights), FIRST)
+    assert not forward
+
+
+def test_sharding_of_a_network_over_batches_and_heads():
+    """GPT on 2 x 4 devices: batches over the first axis, heads and vocabulary over the second."""
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:DEVICES]
+    )
+    leaf = lambda *axes: NamedSharding(mesh, P(*("model" if a else None for a in axes)))
+    drawn_ = gpt.init_gpt(np.random.default_rng(0), vocab=16, context=6, dim=16, depth=2)
+    params = jax.tree.map(jnp.float32, drawn_)
+    whole = jax.tree.map(lambda _: leaf(), params)
+    weights = whole._replace(blocks=(by_columns_then_rows(leaf),) * 2)
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 16, (4, 6)), jnp.int32)
+    rows = NamedSharding(mesh, P("data"))
+    run = partial(gpt.gpt_forward, num_heads=4, attention=accel.flash.flash_attention)
+    program, sent = compiled(run, (ids, params), (rows, weights), rows)
+    assert sent == {"all-reduce": 4}  # two sums a block, among the four that share a batch
+    close(program(ids, params), jax.jit(run)(ids, params), 4 * 16 * 64)
+
+
+def test_llm_int8_sharding_by_columns_needs_no_exchange():
+    """Outputs in parts: each device has its rows of W and their scales; x, and its outliers, on all."""
+    rng = np.random.default_rng(0)
+    x = drawn(6, 16).at[:, 3].multiply(20)
+    layer = accel.llm_int8.convert_linear(rng.standard_normal((4 * DEVICES, 16)), np.zeros(4 * DEVICES))
+    layer = jax.tree.map(jnp.asarray, layer)
+    cut = layer._replace(w_q=spec("parts"), w_absmax=FIRST, bias=FIRST)
+    run = partial(accel.llm_int8.llm_int8_linear, max_outliers=4)
+    program, sent = compiled(run, (x, layer), (ALL, cut), spec(None, "parts"))
+    assert not sent
+    close(program(x, layer), jax.jit(run)(x, layer), 16)
+
+
+def summed(fn, x, params):
+    """(dx, dparams) of sums of fn(x[n : n + 1], params), x [8, ..] in parts and params everywhere: added up
+    from one device's, and as eight in a `shard_map` have them, with the collectives.
+    """
+    loss = lambda x, p: jnp.sum(jnp.sin(fn(x, p)))
+    grads = jax.grad(loss, argnums=(0, 1))
+    over = jax.shard_map(grads, mesh=MESH, in_specs=(P("parts"), P()), out_specs=(P("parts"), P()))
+    program = jax.jit(over).lower(x, params).compile()
+    each = [jax.jit(grads)(x[n : n + 1], params) for n in range(DEVICES)]
+    want = jnp.concatenate([e[0] for e in each]), jax.tree.map(lambda *g: sum(g), *[e[1] for e in each])
+    return want, program(x, params), set(re.findall(KINDS, program.as_text()))
+
+
+# (function of x and weights, shape of x, shapes of the weights)
+RULES = {
+    "flash": (lambda x, p: accel.flash.flash_attention(x[0], *p, causal=True), (8, 2, 6, 4), 2 * [(2, 6, 4)]),
+    "lean": (lambda x, p: accel.lean.lean_attention(x, *p), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
+}
+
+
+@pytest.mark.parametrize("slug", RULES)
+def test_sharding_sums_gradients_of_replicated_arrays(slug):
+    """A gradient rule of our own, weights counted as equal on all devices, checked by JAX (check_vma)."""
+    fn, shape, shapes = RULES[slug]
+    x, params = drawn(*shape), [drawn(*s, seed=i + 1) for i, s in enumerate(shapes)]
+    want, got, sent = summed(fn, x, params)
+    assert sent == {"all-reduce"}
+    close(got, want, 8 * 6 * 8)
