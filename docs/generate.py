@@ -26,7 +26,10 @@ PLAN = {
     "language": "smollm2 verbatim_memory grokking mtm long_text_hack masked_multidomain",
     "devices": "pim_gpt edge_moe mcuformer melt",
 }
-START = ("notation", "attention", "numerics", "kernels", "costs", "agreement", "which", "paths", "recipes")
+START = (
+    *("notation", "attention", "numerics", "kernels", "bench", "costs", "agreement"),
+    *("which", "paths", "recipes", "devices"),
+)
 HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "report", "accelerators")
 REFERENCE = ("glossary", "claims", "sources", "licences")
 

@@ -98,6 +98,7 @@ def test_sharding_of_the_drop_in_by_heads_needs_no_exchange():
     close(program(*args), jax.jit(attend)(*args), 16 * 8)
 
 
+# --8<-- [start:columns]
 def by_columns_then_rows(leaf=spec):
     """Shardings of a block: heads and hidden units in parts."""
     column, row, vector, whole = leaf(None, "parts"), leaf("parts", None), leaf("parts"), leaf()
@@ -105,6 +106,7 @@ def by_columns_then_rows(leaf=spec):
     biases = {f"b_{n}": vector for n in ("q", "k", "v", "fc1")} | {"b_o": whole, "b_fc2": whole}
     norms = {f"ln{n}_{x}": whole for n in (1, 2) for x in ("scale", "bias")}
     return BlockParams(**maps, **biases, **norms)
+    # --8<-- [end:columns]
 
 
 def block(x, params):
