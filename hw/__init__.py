@@ -4,8 +4,8 @@
     report = hw.estimate(program, hw.h200())  # seconds, joules, bytes by level, peak memory, what bounds it
     outputs, report = hw.execute(program, args, target)
 
-Only `trace` imports JAX, and only when it is first used: a program that was saved as JSON is priced, counted
-and run with NumPy alone.
+Only `trace` imports JAX, and only when it is first used: a program that was saved as JSON, or that `sketch`
+made of a NumPy function, is priced, counted and run with NumPy alone.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import types
 
 _HOME = {
     "trace": "hw.trace",
+    "sketch": "hw.sketch",
     "from_onnx": "hw.onnx",
     **dict.fromkeys(("Program", "Op", "Tensor", "Loop", "Block"), "hw.program"),
     **dict.fromkeys(("MatmulDims", "ConvDims", "ElementwiseDims", "ReduceDims", "MoveDims"), "hw.program"),
