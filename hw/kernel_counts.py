@@ -29,6 +29,8 @@ DIMS = {
          "fill_s8"), ("n",)
     ),
 }  # fmt: skip
+# With int16 activations: the same kernels, copies by bytes and a fully connected layer as a product apart.
+DIMS |= {k.replace("_s8", "_s16"): v for k, v in DIMS.items() if k not in ("copy_s8", "fully_connected_s8")}
 # Cycles a multiply-accumulate where a library is known by its published latencies alone.
 PER_MAC = {"tinyengine": 2.0, "tflm_ref": 46.0}
 _PRODUCTS = ("fully_connected_s8", "matmul_s8", "product_s8", "matmul_any_s8", "product_any_s8")
@@ -56,7 +58,7 @@ def instructions(kernel, dims, core, *, inputs=None, profile="cmsis_nn") -> int:
     sizes = [int(dims[d]) for d in DIMS[kernel]]
     if min(sizes) < 0:
         raise ValueError(f"dims must not be negative, got {dims}")
-    if profile in PER_MAC and kernel in _PRODUCTS:
+    if profile in PER_MAC and kernel.replace("_s16", "_s8") in _PRODUCTS:
         return round(PER_MAC[profile] * sizes[0] * sizes[1] * sizes[2])
     if kernel == "softmax_s8":
         sizes.append(_near(inputs, sizes))
@@ -78,6 +80,8 @@ def _near(inputs, sizes):
 
 def _name(library, kernel):
     """(library, kernel) whose constants count: CMSIS-NN where it has the kernel, else the project's own C."""
+    if kernel.endswith("_s16"):  # the project's own C, whatever the profile
+        return "emitted", kernel
     if library == "emitted":
         return library, "matmul_s8" if kernel == "fully_connected_s8" else kernel
     if kernel in (
@@ -94,6 +98,11 @@ LIBRARY = ("fully_connected_s8", "matmul_s8", "add_s8", "softmax_s8")
 
 def form(library, kernel, core, sizes):
     """How often each part of the kernel's loops runs."""
+    if kernel == "softmax_s16":  # tables: whatever the data
+        return [1, sizes[0], sizes[0] * sizes[1]]
+    if kernel in ("fill_s16", "take_s16"):  # by bytes
+        sizes = [*sizes[:-1], 2 * sizes[-1]]
+    kernel = kernel.replace("_s16", "_s8")
     if kernel in _PRODUCTS:
         m, k, n = sizes
         if library == "emitted":

@@ -15,6 +15,7 @@ from hw.mcu_arena import SWITCHES, MemoryPlan, plan_memory
 from hw.mcu_calibrate import QuantPlan, calibrate
 from hw.mcu_emit import emit_c  # noqa: F401
 from hw.mcu_int8 import Int8Policy
+from hw.mcu_int16 import Int16Policy
 from hw.mcu_parts import ALL_REGIONS, BORROWED, MCUS
 from hw.mcu_price import work
 from hw.mcu_run import run_arena as _run_arena
@@ -56,7 +57,9 @@ class Mcu(Target):
     profile: whose kernels: "cmsis_nn", "tinyengine", "tflm_ref", "emitted" (the project's own C).
     integrate, decompose_patch, overwrite, reorder: how memory is saved (`hw.mcu_arena`); strategy, align: how
     it is laid out: "greedy_by_size" (and whichever other is smaller), or one of the planner's others by name.
-    plan: the int8 ranges, from `calibrate`; None: `execute` calibrates on its own arguments, and says so.
+    activation_bits: 8, or 16 with int64 sums; every profile then counts by the project's own C.
+    plan: the ranges, from `calibrate` with the same activation_bits; None: `execute` calibrates on its own
+    arguments, and says so.
     """
 
     name: str = "mcu"
@@ -77,6 +80,7 @@ class Mcu(Target):
     strategy: str = "greedy_by_size"
     align: int = 16
     reserve_kb: float = 24
+    activation_bits: int = 8
     plan: QuantPlan | None = None
     energy: EnergyTable = field(default_factory=lambda: EnergyTable(1.5e-9, 0.2e-9))
     basis: str = ""
@@ -101,8 +105,13 @@ class Mcu(Target):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.reserve_kb < made[0].kb:
             raise ValueError(f"reserve_kb must be in 0..{made[0].kb:g} KB, got {self.reserve_kb}")
+        if self.activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits must be 8 or 16, got {self.activation_bits}")
         if self.plan is not None and not isinstance(self.plan, QuantPlan):
             raise ValueError(f"plan must be a QuantPlan of calibrate, got {type(self.plan).__name__}")
+        if self.plan is not None and self.plan.activation_bits != self.activation_bits:
+            bits = self.plan.activation_bits
+            raise ValueError(f"plan has activation_bits={bits}, the target {self.activation_bits}")
 
     # What the fields amount to
 
@@ -135,9 +144,9 @@ class Mcu(Target):
 
     def prepared(self, program, args) -> "Mcu":
         """The target with the arithmetic of a run: its plan, or one calibrated on these arguments."""
-        plan = self.plan or calibrate(program, [args])
+        plan = self.plan or calibrate(program, [args], activation_bits=self.activation_bits)
         ready = replace(self, plan=plan)
-        object.__setattr__(ready, "_policy", Int8Policy(program, plan))
+        object.__setattr__(ready, "_policy", policy_of(program, plan))
         object.__setattr__(ready, "_own_ranges", self.plan is None)
         return ready
 
@@ -181,7 +190,8 @@ class Mcu(Target):
         flash, room = self.flash_bytes(program), self.capacity["flash"]
         if flash > room:
             held = sorted(_stored(program), key=lambda t: -t.size)
-            held = [(t.name or t.role, t.shape, _flash(t, self.weight_bits)) for t in held]
+            sizes = [_flash(t, self.weight_bits, self.activation_bits) for t in held]
+            held = [(t.name or t.role, t.shape, n) for t, n in zip(held, sizes, strict=True)]
             raise DoesNotFit(self.name, "flash", flash, room, held, self._flash_hints(program, room))
         regions = {n: (used.get(n, 0), room) for n, room in zip(names, self.rooms, strict=True)}
         return Placement(regions | {"flash": (flash, room)}, plan.total, self._notes(program, plan))
@@ -285,23 +295,27 @@ class Mcu(Target):
     def flash_bytes(self, program, bits=None) -> int:
         """Weights and constants as integers, a bias, a multiplier and a shift a channel, tables."""
         bits = bits or self.weight_bits
-        total = sum(_flash(t, bits) for t in _stored(program))
-        units = self._units(program)
+        total = sum(_flash(t, bits, self.activation_bits) for t in _stored(program))
+        units, tables = self._units(program), 0
         for op in walk(program.body):
             unit = units.of.get(op.id)
             if unit is None or op.trips == 0:
                 continue
+            wide = self.activation_bits == 16
+            channel = 16 if wide else 12  # a bias of 8 or 4 bytes, a multiplier, a shift
             if unit.kind == "lut":
-                total += 256
+                total += 1026 if wide else 256
+            elif unit.kind == "softmax" and wide:
+                tables = 2 * 1026  # of all softmaxes
             elif unit.kind == "product" and unit.op.inputs[1] in units.static:
-                total += 12 * unit.op.dims.n
+                total += channel * unit.op.dims.n
             elif op.kind == "conv":
-                total += 12 * op.dims.out_channels
-        return int(total)
+                total += channel * op.dims.out_channels
+        return int(total + tables)
 
     def _units(self, program) -> Units:
         rejected = self.plan.rejected if self.plan is not None else frozenset()
-        return Units(program, rejected, self.name)
+        return Units(program, rejected, self.name, act_bytes=self.activation_bits // 8)
 
     # Prices
 
@@ -325,7 +339,9 @@ class Mcu(Target):
             return OpCost(flops=ctx.counts(op).flops, basis=self._basis)
         if unit.kind == "free" and all(o in units.static for o in op.outputs):
             return OpCost(basis=self._basis)
-        w = work(unit, units, self.core, self.weight_bits, own=self.profile == "emitted", **by_rows)
+        straight = getattr(self.formats, "straight", {}).get(op.id, True)
+        w = work(unit, units, self.core, self.weight_bits, own=self.profile == "emitted", straight=straight,
+                 **by_rows)  # fmt: skip
         done, total = self.formats.near.get(op.id, (1, 1)) if self.formats is not None else (1, 1)
         cycles = w.cycles(self.core, self.profile, self.cpi, done / total if total else 1.0)
         moved = _moved(unit, units)
@@ -335,7 +351,10 @@ class Mcu(Target):
         seconds = max(busy.values(), default=0.0)
         warnings = (w.note,) if w.note else ()
         if w.soft:
-            warnings += (f"{op.label} has no int8 form: {w.soft:,} results in float, {self._float_words}",)
+            warnings += (
+                f"{op.label} has no int{self.activation_bits} form: {w.soft:,} results in float, "
+                + self._float_words,
+            )
         return OpCost(
             busy_s=busy,
             energy_j=seconds * self.clock_hz * self.energy.joules_per_cycle
@@ -392,7 +411,7 @@ def _moved(unit, units):
     """Bytes of SRAM that a unit reads and writes."""
     if unit.kind in ("free", "view"):
         return 0
-    size = lambda t: t.size if is_float(t.dtype) else t.nbytes
+    size = lambda t: t.size * units.act_bytes if is_float(t.dtype) else t.nbytes
     ids = (*(i for i in units.reads(unit) if i not in units.static), *units.writes(unit))
     return sum(size(units.tensors[i]) for i in dict.fromkeys(ids))
 
@@ -407,11 +426,16 @@ def _stored(program):
     ]
 
 
-def _flash(t, bits=8):
-    """Bytes in flash: weights of matrices in `bits`, vectors in 8."""
+def _flash(t, bits=8, vector=8):
+    """Bytes in flash: weights of matrices in `bits`, vectors in those of activations."""
     if not is_float(t.dtype):
         return t.nbytes
-    return ceil(t.size * (bits if sum(n > 1 for n in t.shape) > 1 else 8) / 8)
+    return ceil(t.size * (bits if sum(n > 1 for n in t.shape) > 1 else vector) / 8)
+
+
+def policy_of(program, plan) -> Int8Policy:
+    """The arithmetic of a plan."""
+    return (Int16Policy if plan.activation_bits == 16 else Int8Policy)(program, plan)
 
 
 def _preset(name, given):

@@ -112,7 +112,8 @@ def plan_memory(program: Program, target, units: Units | None = None) -> MemoryP
     Raises: MemoryError if the regions have room for none of the plans.
     """
     given = {s: getattr(target, s) for s in SWITCHES}
-    units = units or Units(program, _rejected(target), target.name)
+    width = target.activation_bits // 8
+    units = units or Units(program, _rejected(target), target.name, act_bytes=width)
     regions = None
     if len(target.regions) > 1:
         regions = [(r.name, room) for r, room in zip(target.regions, target.rooms, strict=True)]
@@ -135,7 +136,7 @@ def plan_memory(program: Program, target, units: Units | None = None) -> MemoryP
         by_id = {op.id: op for op in program.body.ops}
         if list(order) != list(by_id):
             again = replace(program, body=replace(program.body, ops=tuple(by_id[i] for i in order)))
-            other = attempt(again, Units(again, units.rejected, target.name), given)
+            other = attempt(again, Units(again, units.rejected, target.name, act_bytes=width), given)
             if other is not None and (best is None or other.total < best.total):
                 best = replace(other, reordered=True)
     if best is None:
@@ -375,7 +376,11 @@ class _Chooser:
             for k in op.dims.kernel:
                 taps *= k
             return 4 * taps
-        if unit.kind == "product" and op.inputs[1] in self.flow.units.static:
+        if (
+            unit.kind == "product"
+            and self.target.activation_bits == 8
+            and op.inputs[1] in self.flow.units.static
+        ):
             return 4 * op.dims.n
         return 0
 

@@ -35,7 +35,8 @@ void t_matmul_s8(const int8_t *x, const int8_t *w, const int32_t *b, const int32
                  int32_t hi) {
   for (int32_t m = 0; m < M; m++)
     for (int32_t n = 0; n < N; n++) {
-      const int8_t *p = x + m * K, *q = w + n * K;
+      const int8_t *p = x + m * K;
+      const int8_t *q = w + n * K;
       int32_t acc = b ? b[n] : 0;
       for (int32_t k = 0; k < K; k++) acc += (p[k] + in) * q[k];
       y[m * N + n] = t_clamp(t_requantize(acc, mul[n], sh[n]) + out, lo, hi);
@@ -47,7 +48,8 @@ void t_product_s8(const int8_t *x, const int8_t *w, int8_t *y, int32_t M, int32_
                   int32_t wz, int32_t mul, int32_t sh, int32_t out) {
   for (int32_t m = 0; m < M; m++)
     for (int32_t n = 0; n < N; n++) {
-      const int8_t *p = x + m * K, *q = w + n * K;
+      const int8_t *p = x + m * K;
+      const int8_t *q = w + n * K;
       int32_t acc = 0;
       for (int32_t k = 0; k < K; k++) acc += (p[k] - xz) * (q[k] - wz);
       y[m * N + n] = t_clamp(t_requantize(acc, mul, sh) + out, -128, 127);
@@ -135,8 +137,10 @@ void t_product_any_s8(const int8_t *x, const int8_t *w, int8_t *y, int32_t M, in
   /* as t_product_s8 however operands lie; step: of x along m, k, of w along n, k, of y along m, n */
   for (int32_t m = 0; m < M; m++)
     for (int32_t n = 0; n < N; n++) {
-      const int8_t *p = x + m * step[0], *q = w + n * step[2];
-      int32_t acc = 0, a = step[1], b = step[3];
+      const int8_t *p = x + m * step[0];
+      const int8_t *q = w + n * step[2];
+      int32_t acc = 0;
+      int32_t a = step[1], b = step[3];
       for (int32_t k = 0; k < K; k++, p += a, q += b) {
         T_ONE_LOOP(p);
         T_ONE_LOOP(q);
@@ -153,8 +157,10 @@ void t_matmul_any_s8(const int8_t *x, const int8_t *w, const int32_t *b, const i
   /* as t_matmul_s8 however operands lie; step: of x along m, k, of y along m, n */
   for (int32_t m = 0; m < M; m++)
     for (int32_t n = 0; n < N; n++) {
-      const int8_t *p = x + m * step[0], *q = w + n * K;
-      int32_t acc = b ? b[n] : 0, a = step[1];
+      const int8_t *p = x + m * step[0];
+      const int8_t *q = w + n * K;
+      int32_t acc = b ? b[n] : 0;
+      int32_t a = step[1];
       for (int32_t k = 0; k < K; k++, p += a) {
         T_ONE_LOOP(p);
         acc += (*p + in) * q[k];
@@ -176,7 +182,8 @@ void t_conv_s8(const int8_t *x, const int8_t *w, const int32_t *b, const int32_t
       for (int32_t o = 0; o < N; o++) {
         int32_t acc = b ? b[o] : 0;
         for (int32_t r = a; r < e; r++) {
-          const int8_t *p = x + ((top + r) * W + left + c) * C, *q = w + ((o * kh + r) * kw + c) * C;
+          const int8_t *p = x + ((top + r) * W + left + c) * C;
+          const int8_t *q = w + ((o * kh + r) * kw + c) * C;
           for (int32_t k = 0; k < n; k++) acc += (p[k] + in) * q[k];
         }
         *y++ = t_clamp(t_requantize(acc, mul[o], sh[o]) + out, -128, 127);
@@ -364,8 +371,3 @@ void t_layernorm_s8(const int8_t *x, const int16_t *g, const int32_t *b, int8_t 
 }
 """,
 }
-
-
-def source(names) -> str:
-    """The runtime and the named kernels as one C text."""
-    return RUNTIME + "".join(KERNELS[n] for n in KERNELS if n in set(names))

@@ -12,11 +12,12 @@ import numpy as np
 from hw.interpret import FloatPolicy, run_program
 from hw.mcu_units import Units
 from hw.program import Program, is_float
-from ref.blocks.quantize import affine_params, init_range, update_range
+from ref.blocks.quantize import EPS, affine_params, init_range, symmetric_params, update_range
 
 FILL = 1e8  # what is larger stands for infinity: the fill of a mask
 MASK_MARGIN = 8.0  # a fill lies so far beyond the range: e^-8 of a probability is below half a code
 SOFTMAX = (1 / 256, -128)  # scale and zero point of probabilities
+SOFTMAX16 = (2.0**-15, 0)  # and with 16 bits
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class QuantPlan:
     """Scales of a program: {tensor: (scale, zero point)}, one for all tensors that only pass values on.
 
     rejected: ops at which a softmax or norm is not what its shape promises, by the values seen. bits of the
-    weights: 8 or 4, symmetric, one scale an output channel. key: of the program it was made for.
+    weights: 8 or 4, symmetric, one scale an output channel; of activations: 8, or 16 with zero points of 0.
+    key: of the program it was made for.
     """
 
     scales: dict
@@ -32,13 +34,18 @@ class QuantPlan:
     weight_bits: int = 8
     observer: str = "minmax"
     key: tuple = ()
+    activation_bits: int = 8
 
     def __post_init__(self):
         if self.weight_bits not in (4, 8):
             raise ValueError(f"weight_bits must be 4 or 8, got {self.weight_bits}")
+        if self.activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits must be 8 or 16, got {self.activation_bits}")
         for i, (scale, zero) in self.scales.items():
             if not (np.isfinite(scale) and scale > 0):
                 raise ValueError(f"scale of tensor {i} must be positive and finite, got {scale}")
+            if self.activation_bits == 16 and zero:
+                raise ValueError(f"zero point of tensor {i} must be 0 with 16 bits, got {zero}")
             if not -128 <= zero <= 127:
                 raise ValueError(f"zero point of tensor {i} must be in -128..127, got {zero}")
 
@@ -54,16 +61,18 @@ def program_key(program: Program) -> tuple:
     return program.name, len(program.tensors), shapes
 
 
-def calibrate(program: Program, batches, *, observer="minmax", weight_bits=8) -> QuantPlan:
+def calibrate(program: Program, batches, *, observer="minmax", weight_bits=8, activation_bits=8) -> QuantPlan:
     """The plan whose ranges cover what float runs on `batches` have seen.
 
     Args: batches: sequence of the arguments of a run. observer: of `quantization`: "minmax", the union of the
-        batches' ranges, or "ema", their moving average. weight_bits: 8 or 4.
+        batches' ranges, or "ema", their moving average. weight_bits: 8 or 4. activation_bits: 8 or 16.
     Raises: ValueError for no batch, an unknown observer, or arguments that are not finite.
     """
     units = Units(program)
     if observer not in ("minmax", "ema"):
         raise ValueError(f'observer must be "minmax" or "ema", got {observer!r}')
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits must be 8 or 16, got {activation_bits}")
     watch = _Watch(units, observer)
     for args in batches:
         run_program(program, args, policy=watch)
@@ -72,10 +81,19 @@ def calibrate(program: Program, batches, *, observer="minmax", weight_bits=8) ->
         raise ValueError("batches must hold the arguments of at least one run")
     rejected = frozenset(watch.rejected)
     units = Units(program, rejected)
-    return QuantPlan(_scales(units, watch), rejected, weight_bits, observer, program_key(program))
+    scales = _scales(units, watch, activation_bits)
+    return QuantPlan(scales, rejected, weight_bits, observer, program_key(program), activation_bits)
 
 
-def _scales(units, watch):
+def grid_of(lo, hi, bits) -> tuple[float, int]:
+    """(scale, zero point) that cover a range: affine with 8 bits, symmetric with 16."""
+    if bits == 16:
+        return float(symmetric_params(max(abs(lo), abs(hi)), bits=16, eps=EPS / 256)), 0
+    scale, zero = affine_params(lo, hi, bits=8, signed=True)
+    return float(scale), int(zero)
+
+
+def _scales(units, watch, bits):
     """One affine grid a class of tensors; probabilities keep theirs."""
     ranges, filled, members = {}, {}, {}
     for t in units.tensors.values():
@@ -97,10 +115,9 @@ def _scales(units, watch):
         lo, hi = ranges.get(r, (0.0, 0.0))
         lo, hi = lo - MASK_MARGIN * filled[r][0], hi + MASK_MARGIN * filled[r][1]
         if r in softmax and lo >= 0 and hi <= 1.01:
-            found = SOFTMAX
+            found = SOFTMAX if bits == 8 else SOFTMAX16
         else:
-            scale, zero = affine_params(lo, hi, bits=8, signed=True)
-            found = float(scale), int(zero)
+            found = grid_of(lo, hi, bits)
         scales.update(dict.fromkeys(ids, found))
     return scales
 

@@ -8,11 +8,12 @@ one after another where every trip has weights of its own, branches become branc
 
 import numpy as np
 
-from hw import mcu_c
 from hw.errors import UnsupportedPrimitive
+from hw.mcu_c16 import source
 from hw.mcu_emit_units import Calls
-from hw.mcu_flow import by_rows, nbytes, piece_shapes
+from hw.mcu_flow import by_rows, piece_shapes
 from hw.mcu_int8 import Int8Policy
+from hw.mcu_int16 import Int16Policy
 from hw.mcu_run import _Machine
 from hw.program import Program, is_float
 
@@ -32,7 +33,7 @@ def emit_c(program: Program, target, args=()) -> dict[str, str]:
     """
     if target.plan is None:
         raise ValueError("emit_c needs a target with a plan: calibrate(program, batches)")
-    policy = Int8Policy(program, target.plan)
+    policy = (Int16Policy if target.activation_bits == 16 else Int8Policy)(program, target.plan)
     plan = target.memory(program)
     if len(target.regions) > 1:
         raise ValueError("emit_c puts the arena into one region")
@@ -45,7 +46,7 @@ class _Emitter(Calls, _Machine):
     def __init__(self, plan, policy, args):
         super().__init__(plan, policy, None)
         self.args, self.text, self.data, self.used, self.seen_names = args, [], [], set(), {}
-        self.loops, self.begins = 0, False
+        self.loops, self.begins, self.ctype = 0, False, f"{policy.name}_t"
 
     def files(self):
         program = self.plan.program
@@ -67,7 +68,7 @@ class _Emitter(Calls, _Machine):
         head = "#include <stdint.h>\n" + "".join(f"#define {k} {v}\n" for k, v in places)
         head += f"#define ARENA_BYTES {total}\nextern int8_t arena[ARENA_BYTES];\n"
         head += "void net(const int8_t *camera);\n"
-        kernels = mcu_c.source(self.used)
+        kernels = source(self.used)
         protos = "".join(t[: t.index(") {")] + ");\n" for t in _functions(kernels))
         body = "".join(f"  {line}\n" for line in self.text)
         net = (
@@ -102,7 +103,7 @@ class _Emitter(Calls, _Machine):
     def pointer(self, i, at):
         """A tensor's values at so many bytes from the arena's beginning."""
         dtype = self.tensors[i].dtype
-        ctype = "int8_t" if is_float(dtype) else CTYPES[dtype]
+        ctype = self.ctype if is_float(dtype) else CTYPES[dtype]
         return f"arena + {at}" if ctype == "int8_t" else f"({ctype} *)(arena + {at})"
 
     def at(self, i):
@@ -223,7 +224,7 @@ class _Emitter(Calls, _Machine):
         d = op.dims
         for x, y in stacked:
             if self.flow.held(y):
-                self.slice[y] = f" + {s} * {nbytes(self.tensors[y])}"
+                self.slice[y] = f" + {s} * {self.flow.size(y)}"
             else:
                 self.static[y] = np.asarray(self.fixed(x))[s]
         self._body(op, 0, d.body)
@@ -238,7 +239,7 @@ class _Emitter(Calls, _Machine):
                 self.line("copy_s8", f"arena + {self.at(x)}", f"arena + {to}", size)
             return
         raw = self._bytes(o, self.fixed(x)).view(np.int8)
-        if raw.size and (raw == raw[0]).all():
+        if raw.size and (raw == raw[0]).all():  # byte by byte, whatever the type
             self.line("fill_s8", f"arena + {to}", size, raw[0])
         else:
             self.line("copy_s8", self.constant(raw, "int8_t"), f"arena + {to}", size)
@@ -272,6 +273,9 @@ class _Emitter(Calls, _Machine):
                 self.line("copy_s8", f"arena + {at}", f"arena + {self.at(o)}", self.flow.size(o))
 
     def line(self, kernel, *args):
+        """A call; a kernel without its type is that of the activations."""
+        if not kernel.endswith("_s8"):
+            kernel = f"{kernel}_s{self.policy.bits}"
         self.used.add(kernel)
         self.text.append(f"t_{kernel}({', '.join(str(a) for a in args)});")
 

@@ -1,5 +1,6 @@
 """The calls of C that move values: copies, views, padding, slices found at run time, and whole numbers."""
 
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -24,6 +25,12 @@ _WHOLE = {
 class Moves:
     """Movement: of the walk in `hw.mcu_emit`."""
 
+    def copy(self, x, y, n):
+        """n codes from x to y."""
+        if self.policy.bits == 16:
+            x, y, n = f"(const int8_t *)({x})", f"(int8_t *)({y})", 2 * n
+        self.line("copy_s8", x, y, n)
+
     def _join(self, unit, where, shapes, out):
         axis = unit.op.attrs["dimension"]
         outer, whole = prod(shapes[out][:axis]), prod(shapes[out][axis:])
@@ -31,7 +38,7 @@ class Moves:
         for i in unit.op.inputs:
             size = prod(shapes[i][axis:])
             if i in self.units.static:
-                x = self.constant(self.policy.codes(out, self.fixed(i)), "int8_t")
+                x = self.constant(self.policy.codes(out, self.fixed(i)), self.ctype)
             else:
                 x = where[i]
             same = i in self.units.static or self.policy.grid(i) == self.policy.grid(out)
@@ -39,7 +46,7 @@ class Moves:
             def line(dx="", dy="", *_, x=x, i=i, size=size, offset=offset, same=same):
                 y = f"{where[out]} + {offset}{dy}"
                 if same:
-                    self.line("copy_s8", x + dx, y, size)
+                    self.copy(x + dx, y, size)
                 else:
                     self._rescale(x + dx, y, size, *self.policy.grid(i), *self.policy.grid(out))
 
@@ -87,21 +94,23 @@ class Moves:
         i = op.inputs[0]
         self._same_scale(op, i, out)
         made = self._moved(op, shapes, out)
-        if (size := itemsize(self.tensors[i].dtype)) > 1 and not is_float(self.tensors[i].dtype):
+        kind = "" if is_float(self.tensors[i].dtype) else "_s8"
+        if kind and (size := itemsize(self.tensors[i].dtype)) > 1:
             made = made[..., None] * size + np.arange(size)  # whole numbers, byte by byte
         view = self._view(made)
         if view is None:
             flat = made.ravel()
             cut = np.flatnonzero(np.diff(flat) != 1) + 1
             length = int(np.gcd.reduce([*cut, flat.size])) if flat.size else 1
-            self.line("take_s8", where[i], where[out], self._numbers(flat[::length]), flat.size // length,
-                      length)  # fmt: skip
+            at = self._numbers(flat[::length])
+            self.line(f"take{kind}", where[i], where[out], at, flat.size // length, length)
             return
         base, dims = view
         if not dims or (len(dims) == 1 and dims[0][1] == 1):
-            self.line("copy_s8", f"{where[i]} + {base}", where[out], made.size)
+            copy = partial(self.line, "copy_s8") if kind else self.copy
+            copy(f"{where[i]} + {base}", where[out], made.size)
         else:
-            self.line("move_s8", where[i], where[out], *self._four(dims), base)
+            self.line(f"move{kind}", where[i], where[out], *self._four(dims), base)
 
     def _four(self, dims):
         """Names of sizes and steps of exactly four axes."""
@@ -118,13 +127,13 @@ class Moves:
         if inside.size != prod(shapes[i]):
             self.refuse(op, "emit_c pads by nothing negative")
         code = int(self.policy.codes(out, self.fixed(op.inputs[1])))
-        self.line("fill_s8", where[out], prod(shapes[out]), code)
+        self.line("fill", where[out], prod(shapes[out]), code)
         places = np.zeros(prod(shapes[i]), int)
         places[made.ravel()[inside]] = inside
         view = self._view(places.reshape(shapes[i]))
         if view is None:
             self.refuse(op, "emit_c pads up to four axes")
-        self.line("place_s8", where[i], where[out], *self._four(view[1]), view[0])
+        self.line("place", where[i], where[out], *self._four(view[1]), view[0])
 
     def _base(self, op, starts, outer, inner, where):
         """C of the first place of a slice that is found when it runs: starts clamped as JAX does."""
@@ -149,19 +158,19 @@ class Moves:
         if len(dims) > 4:
             self.refuse(op, "emit_c cuts up to four axes")
         if not dims or (len(dims) == 1 and dims[0][1] == 1):
-            self.line("copy_s8", f"{where[i]} + {base}", where[out], prod(shapes[out]))
+            self.copy(f"{where[i]} + {base}", where[out], prod(shapes[out]))
         else:
-            self.line("move_s8", where[i], where[out], *self._four(dims), base)
+            self.line("move", where[i], where[out], *self._four(dims), base)
 
     def _update(self, unit, where, shapes, out):
         op = unit.op
         x, new, *starts = op.inputs
         if x in self.units.static:
             codes = self.policy.codes(out, self.fixed(x))
-            self.line("copy_s8", self.constant(codes, "int8_t"), where[out], codes.size)
+            self.copy(self.constant(codes, self.ctype), where[out], codes.size)
         elif where[x] != where[out]:
-            self.line("copy_s8", where[x], where[out], prod(shapes[out]))
-        source = where.get(new) or self.constant(self.policy.codes(out, self.fixed(new)), "int8_t")
+            self.copy(where[x], where[out], prod(shapes[out]))
+        source = where.get(new) or self.constant(self.policy.codes(out, self.fixed(new)), self.ctype)
         base = self._base(op, starts, shapes[out], shapes[new], where)
         inner = strides(shapes[new])
         dims = merged((n, s, i) for n, s, i in zip(shapes[new], strides(shapes[out]), inner, strict=True))
@@ -169,7 +178,7 @@ class Moves:
             dims = merged((n, s) for n, s, _ in dims)
             if len(dims) > 4:
                 self.refuse(op, "emit_c puts in up to four axes")
-            self.line("place_s8", source, where[out], *self._four(dims), base)
+            self.line("place", source, where[out], *self._four(dims), base)
             return
         size = dims.pop()[0] if dims and dims[-1][1] == 1 else 1
         grids = (*self.policy.grid(new), *self.policy.grid(out))

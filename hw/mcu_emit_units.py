@@ -4,14 +4,13 @@ from math import prod
 
 import numpy as np
 
-from hw.mcu_calibrate import SOFTMAX, row
+from hw.mcu_calibrate import SOFTMAX, SOFTMAX16, row
 from hw.mcu_emit_moves import MOVES, Moves
-from hw.mcu_int8 import add_multipliers, multiplier, rescaler
+from hw.mcu_int8 import multiplier, rescaler
 from hw.mcu_layout import NoLayout, broadcast_layout, conv_layout, product_layout, window_layout
 from hw.program import is_float
-from ref.blocks import int8_ops
+from ref.blocks import int8_ops, int16_ops
 
-_WEIGHT = ("int8_t", "int32_t", "int32_t")
 _TWO = frozenset("add add_any sub mul div max min".split())
 SAME_SCALE = (2**30, 1)  # a multiplier of 1
 
@@ -73,54 +72,62 @@ class Calls(Moves):
     # Kernels of one operand
 
     def _lut(self, unit, where, shapes, out):
-        table = self.policy.table(unit)
-        n, x = prod(shapes[out]), where[unit.source]
-        if table.dtype.itemsize != 1:
+        p, n, x = self.policy, prod(shapes[out]), where[unit.source]
+        table = p.table(unit)
+        if table is None:
+            self.refuse(unit.op, "emit_c has tables of 16 bits where straight lines come close enough")
+        if not is_float(self.tensors[out].dtype) and table.dtype.itemsize != 1:
             table = self.constant(table, f"{table.dtype}_t")
             self.text.append(
                 f"for (int32_t i = 0; i < {n}; i++) ({where[out]})[i] = {table}[({x})[i] + 128];"
             )
             return
-        to = where[out] if is_float(self.tensors[out].dtype) else f"(int8_t *)({where[out]})"
-        self.line("lut_s8", x, self.constant(table.view(np.int8), "int8_t"), to, n)
+        if not is_float(self.tensors[out].dtype):
+            table, where = table.view(np.int8), {**where, out: f"(int8_t *)({where[out]})"}
+        self.line("lut", x, self.constant(table, self.ctype), where[out], n)
 
     def _softmax(self, unit, where, shapes, out):
-        n, last = prod(shapes[out]), shapes[out][-1]
-        m, shift, least = int8_ops.softmax_params_s8(input_scale=self.policy.grid(unit.source)[0])
-        self.line("softmax_s8", where[unit.source], where[out], n // last, last, m, shift, least)
-        if self.policy.grid(out) != SOFTMAX:
-            self._rescale(where[out], where[out], n, *SOFTMAX, *self.policy.grid(out))
+        p, n, last = self.policy, prod(shapes[out]), shapes[out][-1]
+        scale = p.grid(unit.source)[0]
+        if p.bits == 8:
+            usual, rest = SOFTMAX, int8_ops.softmax_params_s8(input_scale=scale)
+        else:
+            tables = [self.constant(t, "int16_t") for t in int16_ops.softmax_tables_s16()]
+            usual, rest = SOFTMAX16, (*int16_ops.softmax_params_s16(input_scale=scale), *tables)
+        self.line("softmax", where[unit.source], where[out], n // last, last, *rest)
+        if p.grid(out) != usual:
+            self._rescale(where[out], where[out], n, *usual, *p.grid(out))
 
     def _norm(self, unit, where, shapes, out):
         p, last = self.policy, shapes[out][-1]
         scale, zero = p.grid(out)
         gamma, beta = row(p.env, unit.gamma, last, 1.0), row(p.env, unit.beta, last, 0.0)
-        g, b, m, shift = int8_ops.norm_params_s8(gamma, beta, scale)
+        params = int8_ops.norm_params_s8 if p.bits == 8 else int16_ops.norm_params_s16
+        g, b, m, shift = params(gamma, beta, scale)
         g, b = self.constant(g, "int16_t"), self.constant(b, "int32_t")
         rows, offset = prod(shapes[out]) // last, -p.grid(unit.source)[1]
-        self.line("layernorm_s8", where[unit.source], g, b, where[out], rows, last, offset, m, shift, zero,
+        self.line("layernorm", where[unit.source], g, b, where[out], rows, last, offset, m, shift, zero,
                   int(unit.center))  # fmt: skip
 
     def _rescale(self, x, y, n, scale, zero, out_scale, out_zero):
-        self.line("rescale_s8", x, y, n, -zero, *rescaler(scale / out_scale), out_zero)
+        self.line("rescale", x, y, n, -zero, *rescaler(scale / out_scale, self.policy.bits), out_zero)
 
     # Products
 
     def _weights(self, op, codes, scale, x_scale, out, bias):
         """Names of weights [N, K], bias, multipliers and shifts in flash, checked for sums of 32 bits."""
-        real = x_scale * scale
-        mul, shift = multiplier(real / self.policy.grid(out)[0])
-        added = np.zeros(len(codes))
+        p, real = self.policy, x_scale * scale
+        mul, shift = p.product_params(real / p.grid(out)[0])
+        added, half = np.zeros(len(codes)), p.widest // 2
         if bias is not None:
-            added = np.clip(np.rint(bias / real), -(2**30), 2**30)
-        largest = np.abs(codes).sum(1) * 255.0 + np.abs(added)
-        if (largest * 2.0 ** np.maximum(shift, 0) >= 2**31).any():
+            added = np.clip(np.rint(bias / real), -half, half)
+        if not p.fits(np.abs(codes).sum(1) * float(p.span) + np.abs(added), mul, shift):
             self.refuse(op, "a multiplier above 1 could leave 32 bits")
-        b = 0 if bias is None else self.constant(added.astype(np.int64), "int32_t")
-        w, m, s = (
-            self.constant(v, t) for v, t in zip((codes.astype(np.int64), mul, shift), _WEIGHT, strict=True)
-        )
-        return w, b, m, s
+        b = 0
+        if bias is not None:
+            b = self.constant(added.astype(np.int64), "int32_t" if p.bits == 8 else "int64_t")
+        w = self.constant(codes.astype(np.int64), "int8_t")
+        return w, b, self.constant(mul, "int32_t"), self.constant(shift, "int32_t")
 
     def _product(self, unit, where, shapes, out):
         op, p = unit.op, self.policy
@@ -132,13 +139,13 @@ class Calls(Moves):
             self._matmul(unit, lay, x, w, where, out, sx, zx, zo)
             return
         sw, zw = p.grid(w)
-        mul, shift = (int(v) for v in multiplier(sx * sw / so))
-        if lay.k * 255.0**2 * 2.0 ** max(shift, 0) >= 2**31:
+        mul, shift = p.product_params(np.float64(sx * sw / so))
+        if not p.fits(np.float64(lay.k * p.span**2), mul, shift):
             self.refuse(op, "a multiplier above 1 could leave 32 bits")
         steps = [] if lay.kernel == "product" else [self._numbers(lay.step)]
 
         def line(dx, dw, dy, *_):
-            self.line(f"{lay.kernel}_s8", where[x] + dx, where[w] + dw, where[out] + dy, lay.m, lay.k, lay.n,
+            self.line(lay.kernel, where[x] + dx, where[w] + dw, where[out] + dy, lay.m, lay.k, lay.n,
                       *steps, zx, zw, mul, shift, zo)  # fmt: skip
 
         self._looped(lay.loops, line)
@@ -160,8 +167,8 @@ class Calls(Moves):
 
         def line(dx="", dw="", dc="", dy=""):
             own = [where[x] + dx, w + dw, f"{b}{dc}" if b else 0, mul + dc, sh + dc, where[out] + dy]
-            last = [-128, 127] if lay.kernel == "matmul" else []
-            self.line(f"{lay.kernel}_s8", *own, lay.m, lay.k, lay.n, *steps, -zx, zo, *last)
+            last = [self.policy.low, self.policy.high] if lay.kernel == "matmul" else []
+            self.line(lay.kernel, *own, lay.m, lay.k, lay.n, *steps, -zx, zo, *last)
 
         self._looped(loops, line)
 
@@ -195,7 +202,7 @@ class Calls(Moves):
         loops = [lay.batch] if lay.batch[0] > 1 else []
 
         def line(dx="", dy="", *_):
-            self.line(f"{lay.kernel}_s8", where[x] + dx, w, b, mul, sh, where[out] + dy,
+            self.line(lay.kernel, where[x] + dx, w, b, mul, sh, where[out] + dy,
                       self._numbers(lay.d), -zx, zo)  # fmt: skip
 
         self._looped(loops, line)
@@ -211,7 +218,7 @@ class Calls(Moves):
                 x = x.ravel()[:1] if x.size == 1 else np.broadcast_to(x, self.tensors[out].shape)
                 codes, scale, zero = self.policy.operand(i, x, out)
                 own = f" + r * {prod(shapes[out])}" if rows > 1 and codes.size > 1 else ""
-                parts.append((self.constant(codes, "int8_t") + own, scale, zero))
+                parts.append((self.constant(codes, self.ctype) + own, scale, zero))
             else:
                 parts.append((where[i], *self.policy.grid(i)))
         return parts
@@ -231,15 +238,16 @@ class Calls(Moves):
         so, zo = self.policy.grid(out)
         (a, sa, za), (b, sb, zb) = self._parts(op, op.inputs, where, shapes, out, rows)
         loops, n, (da, db) = self._broadcast(op, op.inputs, shapes, out)
+        params, p = self.policy.pair_params(op.prim, sa, sb, so), self.policy
         if op.prim == "mul":
-            m, s = (int(v) for v in multiplier(sa * sb / so))
-            name, rest = "mul_s8", (-za, -zb, m, s, zo)
+            name, rest = "mul", (-za, -zb, *params, zo)
         elif op.prim == "div":
-            m, s = (int(v) for v in multiplier(sa / (2**16 * sb * so)))
-            name, rest = "divide_s8", (za, zb, m, s, zo)
+            name, rest = "divide", (za, zb, *params, zo)
         else:
-            m1, s1, m2, s2, mo, eo = add_multipliers(sa, -sb if op.prim == "sub" else sb, so)
-            name, rest = "add_s8", (-za, m1, s1, -zb, m2, s2, 20, zo, mo, eo, -128, 127)
+            name, rest = (
+                "add",
+                (-za, *params[:2], -zb, *params[2:4], p.left_shift, zo, *params[4:], p.low, p.high),
+            )
         line = lambda x, y, z, *_: self.line(name, a + x, da, b + y, db, where[out] + z, n, *rest)
         self._looped(loops, line)
 
@@ -251,18 +259,18 @@ class Calls(Moves):
             if codes.size > 1:
                 codes = np.broadcast_to(codes, self.tensors[out].shape)
             own = f" + r * {prod(shapes[out])}" if rows > 1 and codes.size > 1 else ""
-            return self.constant(codes, "int8_t") + own, -zo, *SAME_SCALE
+            return self.constant(codes, self.ctype) + own, -zo, *SAME_SCALE
         scale, zero = self.policy.grid(i)
         if (scale, zero) == (so, zo):
             return where[i], -zo, *SAME_SCALE
-        return where[i], -zero, *rescaler(scale / so)
+        return where[i], -zero, *rescaler(scale / so, self.policy.bits)
 
     def _extreme(self, op, where, shapes, out, rows):
         (a, oa, ma, sa), (b, ob, mb, sb) = (self._scaled(i, where, shapes, out, rows) for i in op.inputs)
         loops, n, (da, db) = self._broadcast(op, op.inputs, shapes, out)
         rest = (oa, ma, sa, ob, mb, sb, self.policy.grid(out)[1], -int(op.prim == "min"))
         self._looped(
-            loops, lambda x, y, z, *_: self.line("extreme_s8", a + x, da, b + y, db, where[out] + z, n, *rest)
+            loops, lambda x, y, z, *_: self.line("extreme", a + x, da, b + y, db, where[out] + z, n, *rest)
         )
 
     def _select(self, unit, where, shapes, out):
@@ -282,7 +290,7 @@ class Calls(Moves):
         rest = (oa, ma, sa, ob, mb, sb, self.policy.grid(out)[1])
 
         def line(m="", x="", y="", z=""):
-            self.line("select_s8", mask + m, dm, a + x, da, b + y, db, where[out] + z, n, *rest)
+            self.line("select", mask + m, dm, a + x, da, b + y, db, where[out] + z, n, *rest)
 
         self._looped(loops, line)
 
@@ -298,19 +306,22 @@ class Calls(Moves):
             (scale, zero), (so, zo) = p.grid(i), p.grid(out)
             m, shift = (int(v) for v in multiplier(scale / so))
         flip = -int(op.prim in ("reduce_min", "reduce_and"))
+        kind = "" if is_float(self.tensors[i].dtype) else "_s8"
         if rest == 1 or real[-1] == rank - 1:
             if op.prim == "reduce_sum":
-                self.line("reduce_sum_s8", where[i], where[out], first, length, -zero, m, shift, zo)
+                self.line("reduce_sum", where[i], where[out], first, length, -zero, m, shift, zo)
             else:
-                self.line("reduce_max_s8", where[i], where[out], first, length, flip)
+                self.line(f"reduce_max{kind}", where[i], where[out], first, length, flip)
             return
         loops = [(first, length * rest, rest)] if first > 1 else []
         if op.prim == "reduce_sum":
-            line = lambda x="", y="", *_: self.line("sum_down_s8", where[i] + x, where[out] + y, rest, length,
+            line = lambda x="", y="", *_: self.line("sum_down", where[i] + x, where[out] + y, rest, length,
                                                     -zero, m, shift, zo)  # fmt: skip
         else:
             d = self._numbers((length, 1, rest, 1, 1, length, 1, 1, 1, 0, 0, 1, 1))
-            line = lambda x="", y="", *_: self.line("window_max_s8", where[i] + x, where[out] + y, d, flip)
+            line = lambda x="", y="", *_: self.line(
+                f"window_max{kind}", where[i] + x, where[out] + y, d, flip
+            )
         self._looped(loops, line)
 
     def _window(self, op, where, shapes, out):
@@ -329,5 +340,5 @@ class Calls(Moves):
         (scale, zero), (so, zo) = p.grid(i), p.grid(out)
         m, shift = (int(v) for v in multiplier(scale / so))
         rest = (-zero, m, shift, zo) if kind == "sum" else (-int(kind == "min"),)
-        name = "window_sum_s8" if kind == "sum" else "window_max_s8"
+        name = "window_sum" if kind == "sum" else "window_max"
         self._looped(loops, lambda x="", y="", *_: self.line(name, where[i] + x, where[out] + y, d, *rest))

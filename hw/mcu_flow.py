@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from hw.mcu_units import ELEMENTWISE, Unit, Units
-from hw.program import Block, Op, Tensor, is_float, itemsize
+from hw.program import Block, Op, is_float, itemsize
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Flow:
         return i
 
     def size(self, i) -> int:
-        """Bytes of a tensor in the arena: one a float."""
-        return nbytes(self.tensors[i])
+        """Bytes of a tensor in the arena: one or two a float, everything else as it is."""
+        t = self.tensors[i]
+        if is_float(t.dtype):
+            return t.size * self.units.act_bytes
+        return int(-(-t.size * itemsize(t.dtype) // 1))
 
     def _use(self, i, step):
         if self.held(i):
@@ -141,11 +144,6 @@ class Flow:
                     self.copies[t1] = self.copies.get(t1, 0) + self.size(x)
         for i in (*outer, *op.outputs):
             self._use(i, t1)
-
-
-def nbytes(t: Tensor) -> int:
-    """Bytes of a tensor on the machine: int8 for floats, everything else as it is."""
-    return t.size if is_float(t.dtype) else int(-(-t.size * itemsize(t.dtype) // 1))
 
 
 def piece(shape, rows):

@@ -12,18 +12,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hw import numerics
-from hw.mcu_calibrate import FILL, SOFTMAX, QuantPlan, row
+from hw.mcu_calibrate import FILL, SOFTMAX, QuantPlan, grid_of, row
 from hw.mcu_units import INTO, SAME, Unit, Units
 from hw.program import Program, is_float, numpy_dtype
 from ref.blocks import int8_ops
 from ref.blocks.integer import quantize_multiplier, requantize
-from ref.blocks.quantize import EPS, affine_params, symmetric_params
+from ref.blocks.quantize import EPS, symmetric_params
 
 _SUMS = frozenset("reduce_sum cumsum reduce_window_sum".split())
 _PRODUCTS = frozenset("product ragged_dot_general conv_general_dilated".split())
 _COMMON = SAME | INTO | frozenset("select_n max min clamp concatenate stack sort top_k while".split())
 _FREE_OF_SCALE = frozenset("eq ne lt le gt ge eq_to le_to lt_to argmax argmin is_finite iota empty".split())
-_ADDS = {"add": 1, "add_any": 1, "sub": -1}
+_ADDS = ("add", "add_any", "sub")
+ADD = ("input1_multiplier", "input1_shift", "input2_multiplier", "input2_shift", "output_multiplier",
+       "output_shift")  # fmt: skip
 
 
 def _any(x):
@@ -49,10 +51,11 @@ def multiplier(real):
     return quantize_multiplier(real)
 
 
-def rescaler(real):
+def rescaler(real, bits=8):
     """(multiplier, shift) that bring codes onto another scale, within what int32 holds of them."""
     m, s = (int(v) for v in multiplier(real))
-    return (m, s) if s <= 20 else (2**31 - 1, 20)
+    most = {8: 20, 16: 15}[bits]
+    return (m, s) if s <= most else (2**31 - 1, most)
 
 
 @dataclass
@@ -70,17 +73,23 @@ class Int8Policy:
     whole: dict = field(default_factory=dict)  # of weights that are handed over in parts
 
     name = "int8"
+    bits, low, high = 8, -128, 127
+    widest = 2**31  # sums of products stay below
+    span = 255  # the largest code less a zero point
+    left_shift = 20  # bits to spare in sums of two tensors
 
     def __post_init__(self):
         self.plan.check(self.program)
+        if self.plan.activation_bits != self.bits:
+            raise ValueError(f"plan has activations of {self.plan.activation_bits} bits, not {self.bits}")
         if self.units is None:
-            self.units = Units(self.program, self.plan.rejected)
+            self.units = Units(self.program, self.plan.rejected, act_bytes=self.bits // 8)
 
     # Formats
 
     def dtype(self, tensor) -> str:
-        """int8 for floats: activations, and weights in flash."""
-        return "int8" if is_float(tensor.dtype) else tensor.dtype
+        """int8 (or int16) for floats: activations, and int8 weights in flash."""
+        return self.name if is_float(tensor.dtype) else tensor.dtype
 
     def carrier(self, dtype):
         """float64 for floats."""
@@ -103,10 +112,11 @@ class Int8Policy:
             q = np.asarray(x, np.float64) / scale + zero
         nan = np.isnan(q)
         if trace is not None:
-            for what, n in (("nan", nan), ("saturated", (q < -128.5) | (q > 127.5))):
+            beyond = (q < self.low - 0.5) | (q > self.high + 0.5)
+            for what, n in (("nan", nan), ("saturated", beyond)):
                 if n := int(np.count_nonzero(n)):
                     trace.events[what] = trace.events.get(what, 0) + n
-        return np.clip(np.rint(np.where(nan, zero, q)), -128, 127).astype(np.int64)
+        return np.clip(np.rint(np.where(nan, zero, q)), self.low, self.high).astype(np.int64)
 
     def reals(self, i, codes):
         """scale (code - zero point)."""
@@ -179,7 +189,13 @@ class Int8Policy:
         m, shift = multiplier(real / scale)
         room = (2**31 - 1) >> np.maximum(shift, 0).astype(np.int64)
         y = requantize(np.clip(acc, -room, room), m, shift).astype(np.int64) + zero
-        return self.reals(out, np.clip(y, -128, 127))
+        return self.reals(out, np.clip(y, self.low, self.high))
+
+    _finish_product = _finish
+
+    def _check_sum(self, k, weights):
+        """Raise ValueError where a sum of k products could leave its integers."""
+        int8_ops._check_sum(k * (1 if weights else 2), None)
 
     def table(self, unit):
         """What the chain makes of each of the 256 codes, from the least up: codes, or whole numbers."""
@@ -237,7 +253,7 @@ class Int8Policy:
             left, right = (i in self.units.static for i in op.inputs[:2])
             qa, sa = self.factor(op.inputs[0], a, (0, 1) if left else None)  # scale a row of a static left
             qb, sb = self.factor(op.inputs[1], b, (0, 2) if right else None)
-            int8_ops._check_sum(a.shape[2] * (1 if left or right else 2), None)
+            self._check_sum(a.shape[2], left or right)
             acc = np.rint(np.matmul(qa, qb)).astype(np.int64)
             real = np.broadcast_to(sa * sb, acc.shape)
         else:
@@ -256,10 +272,11 @@ class Int8Policy:
         real = np.broadcast_to(np.reshape(real, out.shape) if np.size(real) == acc.size else real, acc.shape)
         if bias is not None:
             whole = np.rint(np.asarray(self.env[bias], np.float64) / real)
-            acc = acc + np.clip(np.broadcast_to(whole, acc.shape), -(2**30), 2**30).astype(np.int64)
-        if np.abs(acc).max(initial=0) >= 2**31:
-            raise ValueError(f"a sum of {op.label} leaves int32: {np.abs(acc).max():,}")
-        return self._finish(acc, real, out.id)
+            half = self.widest // 2
+            acc = acc + np.clip(np.broadcast_to(whole, acc.shape), -half, half).astype(np.int64)
+        if np.abs(acc).max(initial=0) >= self.widest:
+            raise ValueError(f"a sum of {op.label} reaches {self.widest:,}: {np.abs(acc).max():,}")
+        return self._finish_product(acc, real, out.id)
 
     def factor(self, i, x, axes):
         """(codes less the zero point as float64, scale): activations by their grid, weights symmetric, with a
@@ -268,7 +285,7 @@ class Int8Policy:
         x = np.asarray(x, np.float64)
         if i not in self.units.static:
             scale, zero = self.grid(i)
-            return np.clip(np.rint(x / scale) + zero, -128, 127) - zero, scale
+            return np.clip(np.rint(x / scale) + zero, self.low, self.high) - zero, scale
         if not np.isfinite(x).all():
             raise ValueError(f"weight {self.program.tensors[i].name or i} must be finite")
         rest = tuple(d for d in range(x.ndim) if d not in (axes or ()))
@@ -297,34 +314,43 @@ class Int8Policy:
         if i not in self.units.static:
             return self.codes(i, x), *self.grid(i)
         x = np.asarray(x, np.float64)
-        far = 255 * self.grid(out)[0]
+        far = (self.high - self.low) * self.grid(out)[0]
         plain = lambda v: np.where(np.abs(v) >= FILL, np.sign(v) * far, np.where(np.isnan(v), 0.0, v))
         x, span = plain(x), plain(np.asarray(self.whole.get(i, x), np.float64))
-        scale, zero = affine_params(span.min(initial=0.0), span.max(initial=0.0), bits=8, signed=True)
-        scale, zero = float(scale), int(zero)
-        return np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int64), scale, zero
+        scale, zero = grid_of(span.min(initial=0.0), span.max(initial=0.0), self.bits)
+        return np.clip(np.rint(x / scale) + zero, self.low, self.high).astype(np.int64), scale, zero
 
     def _binary(self, op, args, out):
         shape = self.program.tensors[out].shape
         parts = [
             self.operand(i, np.broadcast_to(a, shape), out) for i, a in zip(op.inputs, args, strict=True)
         ]
-        (a, sa, za), (b, sb, zb) = parts
-        so, zo = self.grid(out)
-        if op.prim == "mul":
-            m, s = (int(v) for v in multiplier(sa * sb / so))
-            y = int8_ops.mul_s8(a, b, m, s, input1_offset=-za, input2_offset=-zb, output_offset=zo)
-        elif op.prim == "div":
-            m, s = (int(v) for v in multiplier(sa / (2**16 * sb * so)))
-            y = int8_ops.divide_s8(a, b, m, s, input1_offset=-za, input2_offset=-zb, output_offset=zo)
-        else:
-            m1, s1, m2, s2, mo, s_out = add_multipliers(sa, _ADDS[op.prim] * sb, so)
-            y = int8_ops.add_s8(
-                a, b, input1_offset=-za, input1_multiplier=m1, input1_shift=s1, input2_offset=-zb,
-                input2_multiplier=m2, input2_shift=s2, output_offset=zo, output_multiplier=mo,
-                output_shift=s_out,
-            )  # fmt: skip
-        return self.reals(out, y)
+        return self.reals(out, self._pair(op.prim, *parts, *self.grid(out)))
+
+    def pair_params(self, prim, sa, sb, so):
+        """(multiplier, shift) of a product or quotient of two tensors, six numbers of a sum or difference."""
+        if prim == "mul":
+            return tuple(int(v) for v in multiplier(sa * sb / so))
+        if prim == "div":
+            return tuple(int(v) for v in multiplier(sa / (2**16 * sb * so)))
+        return add_multipliers(sa, -sb if prim == "sub" else sb, so, self.left_shift)
+
+    def _pair(self, prim, first, second, so, zo):
+        """Codes of an operation of two tensors of (codes, scale, zero point) each."""
+        (a, sa, za), (b, sb, zb) = first, second
+        params = self.pair_params(prim, sa, sb, so)
+        offsets = {"input1_offset": -za, "input2_offset": -zb, "output_offset": zo}
+        if prim in ("mul", "div"):
+            return (int8_ops.mul_s8 if prim == "mul" else int8_ops.divide_s8)(a, b, *params, **offsets)
+        return int8_ops.add_s8(a, b, **dict(zip(ADD, params, strict=True)), **offsets)
+
+    def product_params(self, real):
+        """(multiplier, shift) that bring sums of products to their result, as the kernels take them."""
+        return multiplier(real)
+
+    def fits(self, largest, mul, shift):
+        """Do sums up to `largest` stay within the kernels' 32 bits on the way to their result."""
+        return (largest * 2.0 ** np.maximum(shift, 0) < 2**31).all()
 
     def _common(self, op, args, ins, outs, trace):
         """Movement and choice: every float operand on the result's grid first, by `rescale_s8`."""
@@ -338,11 +364,13 @@ class Int8Policy:
                 a = self.reals(target, self.codes(target, a))
             elif is_float(t.dtype) and self.grid(i) != (so, zo):
                 scale, zero = self.grid(i)
-                m, s = rescaler(scale / so)
-                y = int8_ops.rescale_s8(self.codes(i, a), m, s, input_offset=-zero, output_offset=zo)
-                a = self.reals(target, y)
+                m, s = rescaler(scale / so, self.bits)
+                a = self.reals(target, self._rescaled(self.codes(i, a), m, s, zero, zo))
             given.append(a)
         return self._kept(op, given, ins, outs, trace)
+
+    def _rescaled(self, codes, m, s, zero, out_zero):
+        return int8_ops.rescale_s8(codes, m, s, input_offset=-zero, output_offset=out_zero)
 
     def _kept(self, op, args, ins, outs, trace):
         """An op that makes no new numbers: its results are codes as they are."""
@@ -366,9 +394,9 @@ class Int8Policy:
         ]
 
 
-def add_multipliers(scale1, scale2, out_scale):
+def add_multipliers(scale1, scale2, out_scale, left_shift=20):
     """`add_params_s8`, with multipliers that are too small or too large at the ends of their range."""
     twice = 2 * max(scale1, abs(scale2))
     (m1, s1), (m2, s2) = multiplier(scale1 / twice), multiplier(abs(scale2) / twice)
-    mo, so = multiplier(twice / (2.0**20 * out_scale))
+    mo, so = multiplier(twice / (2.0**left_shift * out_scale))
     return int(m1), int(s1), int(np.sign(scale2) * m2), int(s2), int(mo), int(so)

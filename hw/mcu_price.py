@@ -45,11 +45,14 @@ class Work:
         return total
 
 
-def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0, own=False) -> Work:
+def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0, own=False, straight=True) -> Work:
     """What one execution of a unit does. rows: pieces that it is run in, one row (or some) each; aside: a row
     is written beside its place and copied; streamed: bytes that come from the camera piece by piece; own: by
-    the project's own kernels, where `hw.mcu_emit` has calls for it.
+    the project's own kernels, where `hw.mcu_emit` has calls for it; straight: a table of 16 bits whose lines
+    are close enough.
     """
+    if unit.kind == "lut" and not straight:
+        return _float(unit, units, core)
     w = _whole(unit, units, core, weight_bits, rows)
     calls = own_calls(unit, units, rows) if own else None
     if calls is not None:
@@ -60,7 +63,29 @@ def work(unit, units, core, weight_bits=8, rows=1, aside=False, streamed=0, own=
         if aside:
             w.calls.append((rows, "copy_s8", {"n": units.tensors[unit.out].size // rows}))
         if streamed:
-            w.calls.append((rows, "copy_s8", {"n": streamed // rows}))
+            w.calls.append((rows, "copy_s8", {"n": streamed // rows // units.act_bytes}))
+    if units.act_bytes == 2:
+        w.calls = [_wide(*c) for c in w.calls]
+    return w
+
+
+def _wide(times, kernel, dims):
+    """A call for 16 bits: copies are of bytes, a fully connected layer is a product."""
+    if kernel == "copy_s8":
+        return times, kernel, {"n": 2 * dims["n"]}
+    name = {"fully_connected_s8": "matmul_s8"}.get(kernel, kernel)
+    return times, name.replace("_s8", "_s16"), dims
+
+
+def _float(unit, units, core):
+    """A chain computed in float, op by op."""
+    t, w = units.tensors, Work(soft=units.tensors[unit.out].size)
+    for op in unit.chain:
+        c = op_counts(units.program, op)
+        kind = "function" if c.transcendentals or op.prim in ("rem", "pow", "atan2") else "op"
+        w.extra += t[unit.out].size * SCALAR.numbers[f"{'' if core in FPU else 'soft_'}float_{kind}"]
+        w.flops += c.flops
+    w.extra += t[unit.out].size * SCALAR.numbers["to_float_and_back"]
     return w
 
 
@@ -85,6 +110,7 @@ def _whole(unit, units, core, weight_bits, rows):
     add = lambda kernel, times=1, **dims: w.calls.append((times, kernel, dims))
     if unit.kind == "lut":
         w.flash = 256 if is_float(out.dtype) else 256 * max(out.nbytes // max(n, 1), 1)
+        w.flash = 1026 if units.act_bytes == 2 else w.flash
         add("lut_s8", n=n)
     elif unit.kind == "softmax":
         add("softmax_s8", rows=n // last if last else 0, cols=last)

@@ -13,7 +13,7 @@ import numpy as np
 from hw import numerics
 from hw.interpret import Trace, _arguments
 from hw.mcu_arena import MemoryPlan, Segment
-from hw.mcu_flow import by_rows, nbytes, piece
+from hw.mcu_flow import by_rows, piece
 from hw.mcu_int8 import Int8Policy
 from hw.program import is_float, numpy_dtype
 
@@ -76,14 +76,17 @@ class _Machine:
     def _bytes(self, i, value):
         t = self.tensors[i]
         if is_float(t.dtype):
-            return self.policy.codes(i, value).astype(np.int8).reshape(-1).view(np.uint8)
+            return self._coded(i, value)
         x = np.ascontiguousarray(np.asarray(value).astype(numpy_dtype(t.dtype)))
         return x.reshape(-1).view(np.uint8)
+
+    def _coded(self, i, value):
+        return self.policy.codes(i, value).astype(self.policy.name).reshape(-1).view(np.uint8)
 
     def _values(self, i, raw, shape):
         t = self.tensors[i]
         if is_float(t.dtype):
-            return self.policy.reals(i, raw.view(np.int8)).reshape(shape)
+            return self.policy.reals(i, raw.view(self.policy.name)).reshape(shape)
         return raw.copy().view(numpy_dtype(t.dtype)).reshape(shape)
 
     def place(self, i):
@@ -113,7 +116,7 @@ class _Machine:
             return self.fixed(i)
         region, at = self.place(i)
         t = self.tensors[i]
-        return self._values(i, self.memory[region][at : at + nbytes(t)].copy(), t.shape)
+        return self._values(i, self.memory[region][at : at + self.flow.size(i)].copy(), t.shape)
 
     def fixed(self, i):
         """A weight, a constant, or what was folded from them."""
@@ -302,7 +305,7 @@ class _Machine:
         for s in reversed(range(d.trips)) if d.reverse else range(d.trips):
             for x, y in stacked:
                 if self.flow.held(y):
-                    self.slice[y] = s * nbytes(self.tensors[y])
+                    self.slice[y] = s * self.flow.size(y)
                 else:
                     self.static[y] = np.asarray(self.fixed(x))[s]
             self._body(op, 0, d.body)
@@ -338,5 +341,5 @@ class _Machine:
         value = self.value(x)
         t = self.tensors[o]
         if is_float(t.dtype):
-            return self.policy.codes(o, value).astype(np.int8).reshape(-1).view(np.uint8)
+            return self._coded(o, value)
         return np.ascontiguousarray(np.asarray(value).astype(numpy_dtype(t.dtype))).reshape(-1).view(np.uint8)

@@ -32,6 +32,7 @@ class Units:
     program: Program
     rejected: frozenset = frozenset()  # ops at which a pattern is not what it looks like
     target: str = "a microcontroller"
+    act_bytes: int = 1  # of a float in the arena
     of: dict = field(default_factory=dict)
     static: set = field(default_factory=set)
     uniform: set = field(default_factory=set)

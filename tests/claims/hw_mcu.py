@@ -1,8 +1,8 @@
 """The microcontroller target over every example, and one transformer block: `python -m tests.claims.hw_mcu`.
 
-Writes docs/data/hw_mcu.json: each example of the techniques in int8 against float, and again inside its
-poisoned arena; the op program of a vision transformer block (weights as shapes), which the chapter plans and
-prices at build. Nothing is measured on a board.
+Writes docs/data/hw_mcu.json: each example of the techniques in int8, and with int16 activations, against
+float, and again inside its poisoned arena; the op program of a vision transformer block (weights as shapes),
+which the chapter plans and prices at build. Nothing is measured on a board.
 """
 
 import json
@@ -23,6 +23,7 @@ FILES = (
     "hw/mcu_arena.py",
     "hw/mcu_calibrate.py",
     "hw/mcu_flow.py",
+    "hw/mcu_int16.py",
     "hw/mcu_int8.py",
     "hw/mcu_run.py",
     "hw/mcu_patterns.py",
@@ -113,15 +114,17 @@ def main():
     from tests import conftest  # noqa: F401  before JAX starts: the CPU as the devices that the tests share
     from tests.test_layers_hw import HAS_ACCEL, traced
 
-    target, rows = hw.stm32h743(), []
+    targets = {bits: hw.stm32h743(activation_bits=bits) for bits in (8, 16)}
+    rows = {8: [], 16: []}
     for slug in HAS_ACCEL:
         for i in range(len(getattr(ref, slug).example())):
             e, args, program, _ = traced(slug, i)
-            rows.append(run_example(f"{slug}.{e.fn}", program, args, target))
-            print(rows[-1])
+            for bits, target in targets.items():
+                rows[bits].append(run_example(f"{slug}.{e.fn}", program, args, target))
+                print(bits, rows[bits][-1])
     program = json.loads(hw.trace(block, *shapes(), weights=("w",)).to_json())
     small = json.loads(hw.trace(cifar, *cifar_shapes(), weights=("w",)).to_json())
-    print(store("hw_mcu", {"examples": rows, "block": program, "cifar": small}, FILES))
+    print(store("hw_mcu", {"examples": rows[8], "wide": rows[16], "block": program, "cifar": small}, FILES))
 
 
 if __name__ == "__main__":

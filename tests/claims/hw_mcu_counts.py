@@ -10,17 +10,19 @@ hw/mcu_parts.py.
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
 
-from hw import kernel_counts, mcu_c
+from hw import kernel_counts, mcu_c16
+from hw.mcu_c import KERNELS
 from tests.claims import record
 
 CORES = {"cortex_m7": "mps2-an500", "cortex_m4": "mps2-an386", "cortex_m3": "mps2-an385"}
-FILES = ("tests/claims/hw_mcu_counts.py", "hw/mcu_c.py")
+FILES = ("tests/claims/hw_mcu_counts.py", "hw/mcu_c.py", "hw/mcu_c16.py")
 TICKS = 1.6  # of the 25 MHz timer for an instruction of 64 ns
 LINK = """MEMORY { ROM (rx): ORIGIN = 0, LENGTH = 4M  RAM (rwx): ORIGIN = 0x20000000, LENGTH = 4M }
 SECTIONS { .text : { KEEP(*(.vectors)) *(.text*) *(.rodata*) } > ROM
@@ -49,6 +51,8 @@ void *memcpy(void *d, const void *s, unsigned n) {
 MAIN = r"""
 static int8_t x[1 << 17], w[1 << 17], y[1 << 17], table[256];
 static uint8_t mask[4096];
+static int16_t x16[1 << 17], w16[1 << 17], y16[1 << 17], table16[513];
+static int64_t b64[4096];
 static int16_t g[4096];
 static int32_t b[4096], mul[4096], sh[4096];
 static const struct { int kind, m, k, n; } cases[] = {%s};
@@ -56,7 +60,8 @@ void main_(void) {
   TIMER[1] = 0xFFFFFF; TIMER[0] = 5;
   uint32_t seed = 1;
   for (int i = 0; i < 1 << 17; i++) { seed = seed * 1664525u + 1013904223u; x[i] = (int8_t)(seed >> 24);
-    w[i] = (int8_t)(seed >> 16); }
+    w[i] = (int8_t)(seed >> 16); x16[i] = (int16_t)(seed >> 16); w16[i] = (int16_t)(seed >> 12); }
+  for (int i = 0; i < 513; i++) table16[i] = (int16_t)(60 * i);
   for (int i = 0; i < 4096; i++) { b[i] = i * 7 - 300; mul[i] = 1500000000; sh[i] = -8; g[i] = 20000; }
   for (int i = 0; i < 256; i++) table[i] = (int8_t)i;
   for (int i = 0; i < 4096; i++) mask[i] = (uint8_t)x[i] >> 7;
@@ -133,6 +138,19 @@ OWN = {
     " t_place_s8(x, y, size, step, 5); }",
     "take_s8": "t_take_s8(x, y, at, m, n);",
 }
+WEIGHTED = ("matmul_s8", "matmul_any_s8", "conv_s8", "group_conv_s8")
+
+
+def wide(name):
+    """The call of a kernel of int16 from that of int8: the same numbers, wider arrays."""
+    plain = {"x": "x16", "w": "w16", "y": "y16", "table": "table16"}
+    weighted = {"x": "x16", "y": "y16", "b": "b64", "-128": "-32768", "127": "32767"}
+    swap = weighted if name in WEIGHTED else plain
+    text = re.sub(r"(?<![\w.])-?\w+\b", lambda m: swap.get(m[0], m[0]), OWN[name])
+    return text.replace("23, k)", "-2, table16, table16)").replace("_s8(", "_s16(")
+
+
+OWN |= {n.replace("_s8", "_s16"): wide(n) for n in OWN if n != "copy_s8"}
 SOURCES = (
     "FullyConnectedFunctions/arm_fully_connected_s8.c", "FullyConnectedFunctions/arm_vector_sum_s8.c",
     "NNSupportFunctions/arm_nn_vec_mat_mult_t_s8.c", "NNSupportFunctions/arm_nn_mat_mult_nt_t_s8.c",
@@ -165,6 +183,11 @@ def shapes(seed, count=100):
             rows.append((kernel, 1, 1, either(12, 500)))
         for kernel in ("sum_down_s8", "place_s8", "take_s8"):
             rows.append((kernel, either(4, 20), 1, 1 + either(16, 128)))
+    narrow, seen = [row for row in rows if row[0] not in ("copy_s8", "fully_connected_s8")], {}
+    for kernel, m, k, n in narrow:  # of every kernel of int16 as many as fit its constants
+        seen[kernel] = seen.get(kernel, 0) + 1
+        if seen[kernel] <= count // (3 if "conv" in kernel else 5):
+            rows.append((kernel.replace("_s8", "_s16"), m, abs(k), n))
     return rows
 
 
@@ -176,9 +199,9 @@ def sizes(kernel, m, k, n):
     out = (m + 2 * (edge // 2) - edge) // stride + 1
     meet = sum(0 <= i * stride - edge // 2 + r < m for i in range(out) for r in range(edge))
     dims = {"m": m, "k": k, "n": n, "rows": m, "cols": n}
-    if kernel.endswith("conv_s8"):
+    if "conv" in kernel:
         dims = {"m": out**2, "n": n, "rows": meet * out, "taps": meet**2, "k": k}
-        dims["k"] = 1 + k % 4 if kernel == "group_conv_s8" else k
+        dims["k"] = 1 + k % 4 if kernel.startswith("group") else k
     elif kernel.startswith("window"):
         dims = {"n": out**2 * n, "rows": meet * out * n, "taps": meet**2 * n}
     return [dims[d] for d in kernel_counts.DIMS[kernel]]
@@ -218,10 +241,10 @@ def count(core, library, rows, checkout=None):
             flags.append(f"-I{checkout}/Include")
             units = [p for s in SOURCES if (p := Path(checkout) / "Source" / s).exists()]
         else:
-            (d / "kernels.c").write_text(mcu_c.source(mcu_c.KERNELS))
+            (d / "kernels.c").write_text(mcu_c16.source([*KERNELS, *mcu_c16.KERNELS_S16]))
             units = [d / "kernels.c"]
             protos = "".join(t[t.index("void t_") : t.index(") {", t.index("void t_"))] + ");\n"
-                             for t in mcu_c.KERNELS.values())  # fmt: skip
+                             for t in (*KERNELS.values(), *mcu_c16.KERNELS_S16.values()))  # fmt: skip
             at = "static int32_t at[64];\n"
             main = "#include <stdint.h>\n" + at + GEOMETRY + protos + main
         (d / "main.c").write_text(main)

@@ -29,11 +29,13 @@ FILES = (
     "hw/mcu.py",
     "hw/mcu_arena.py",
     "hw/mcu_c.py",
+    "hw/mcu_c16.py",
     "hw/mcu_calibrate.py",
     "hw/mcu_emit.py",
     "hw/mcu_emit_moves.py",
     "hw/mcu_emit_units.py",
     "hw/mcu_flow.py",
+    "hw/mcu_int16.py",
     "hw/mcu_int8.py",
     "hw/mcu_layout.py",
     "hw/mcu_own.py",
@@ -43,6 +45,7 @@ FILES = (
     "hw/mcu_run.py",
     "hw/mcu_units.py",
     "accel/devices/mcuformer.py",
+    "ref/blocks/int16_ops.py",
     "ref/blocks/int8_ops.py",
     "tests/claims/hw_mcu_emit.py",
 )
@@ -232,9 +235,9 @@ NETWORKS = {
 
 
 def run_c(files, given, n, core) -> tuple[int, np.ndarray, int]:
-    """(instructions, codes of the first result, bytes of RAM) of an emitted network in the emulator.
+    """(instructions, bytes of the first result as int8, bytes of RAM) of an emitted network in the emulator.
 
-    given: codes of the input; n: how many results there are.
+    given: codes of the input as bytes; n: how many bytes the result has.
     """
     codes = np.asarray(given, np.int8).ravel()
     inside = "IN_0" in files["net.h"]
@@ -267,35 +270,40 @@ def run_c(files, given, n, core) -> tuple[int, np.ndarray, int]:
     return round(found[0] / TICKS), np.array(found[1:], np.uint8).view(np.int8), data + bss
 
 
-def run_network(name, core, switches, seed=0) -> dict:
+def as_bytes(policy, i, x):
+    """The codes of a tensor as the arena has them."""
+    return policy.codes(i, x).astype(policy.name).ravel().view(np.int8)
+
+
+def run_network(name, core, switches, bits=8, seed=0) -> dict:
     """One network on one core: equal codes, RAM and instructions beside the plan and the estimate."""
     fn, make = NETWORKS[name]
     args = make(np.random.default_rng(seed))
     program = hw.trace(fn, *args, weights=("w",))
-    plan = hw.calibrate(program, [args])
-    target = getattr(hw, PARTS[core])(plan=plan, profile="emitted", **switches)
+    plan = hw.calibrate(program, [args], activation_bits=bits)
+    target = getattr(hw, PARTS[core])(plan=plan, profile="emitted", activation_bits=bits, **switches)
     ready = target.prepared(program, args)
     want, _ = hw.run_program(program, args, policy=ready.formats)
     out, first = program.body.outputs[0], program.body.inputs[0]
-    codes = ready.formats.codes(out, want).ravel()
-    given = ready.formats.codes(first, args[0])
+    codes, given = as_bytes(ready.formats, out, want), as_bytes(ready.formats, first, args[0])
     count, got, ram = run_c(emit_c(program, target, args), given, codes.size, core)
     report = hw.execute(program, args, replace(target, cpi=1.0))[1]
     return {
-        "network": name, "core": core, "switches": "all" if not switches else "none",
+        "network": name, "bits": bits, "core": core, "switches": "all" if not switches else "none",
         "equal": bool(np.array_equal(got, codes)), "ram": ram, "plan": ready.memory(program).total,
         "instructions": count, "estimate": round(report.cycles),
     }  # fmt: skip
 
 
 def main():
-    """Every network on three cores, with all ways to save memory and with none."""
+    """Every network on three cores, with all ways to save memory and with none; with int16 saving on two."""
+    cases = [(8, core, switches) for core in PARTS for switches in ({}, OFF)]
+    cases += [(16, core, {}) for core in ("cortex_m7", "cortex_m3")]
     rows = []
     for name in NETWORKS:
-        for core in PARTS:
-            for switches in ({}, OFF):
-                rows.append(run_network(name, core, switches))
-                print(rows[-1], rows[-1]["estimate"] / rows[-1]["instructions"])
+        for bits, core, switches in cases:
+            rows.append(run_network(name, core, switches, bits))
+            print(rows[-1], rows[-1]["estimate"] / rows[-1]["instructions"])
     digit = digit_classifier()
     print(digit)
     print(store("hw_mcu_emit", {"networks": rows, "digits": digit}, FILES))

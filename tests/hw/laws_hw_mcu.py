@@ -231,6 +231,65 @@ def law_hw_mcu_a_layer_with_int16_activations_keeps_80_db(seed):
     assert 10 * np.log10((want**2).sum() / (error**2).sum()) >= 80
 
 
+@given(seeds, st.integers(1, 50), st.floats(-12, 0))
+def law_hw_mcu_quotients_of_int16_are_the_definition_in_rationals(seed, n, log):
+    """16 fraction bits to nearest; what leaves 31 bits, and a division by 0, is their end; 0 / 0 is 0."""
+    rng = np.random.default_rng(seed)
+    a, b = wide_codes(rng, n), wide_codes(rng, n) // rng.choice([1, 2**8, 2**15], n)
+    m, e = (int(v) for v in quantize_multiplier(2.0**log * 0.999))
+    for x, y, z in zip(a, b, wide.divide_s16(a, b, m, e), strict=True):
+        size = (
+            (Fraction(abs(int(x)) * 2**16, abs(int(y))) + Fraction(1, 2)).__floor__()
+            if y
+            else 2**31 * bool(x)
+        )
+        sign = 1 if (x < 0) == (y < 0) else -1
+        assert z == clamped(exact(sign * min(size, 2**31 - 1), m, e))
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 60), st.floats(1e-5, 1e-3))
+def law_hw_mcu_softmax_of_int16_is_the_softmax_within_its_tables(seed, rows, cols, scale):
+    """An exponential is off by 3.5 codes of 2^-15: a chord 0.8, half a step of a difference 1.2, roundings 1,
+    and what lies below e^-10 stays there, 1.5 codes; each of them is in the sum of all.
+    """
+    x = wide_codes(np.random.default_rng(seed), rows, cols)
+    m, e = wide.softmax_params_s16(input_scale=scale)
+    got = wide.softmax_s16(x, multiplier=m, shift=e).astype(int)
+    p = np.exp(scale * (x - x.max(1, keepdims=True)))
+    p /= p.sum(1, keepdims=True)
+    assert (np.abs(got - 2**15 * p) <= 2 + 3.5 * (1 + cols * p)).all()
+    for row, code in zip(x, got, strict=True):
+        assert (np.diff(code[np.argsort(row, kind="stable")]) >= 0).all()
+
+
+@given(seeds, st.floats(1e-5, 2e-3), st.integers(1, 300))
+def law_hw_mcu_tables_of_int16_are_lines_between_513_points(seed, scale, n):
+    """A chord of a function of curvature c over h leaves c h^2 / 8 of it; roundings of points and results."""
+    x = wide_codes(np.random.default_rng(seed), n)
+    table = wide.make_lut_s16(np.tanh, -(2**15) * scale, 2**15 * scale)
+    got = wide.lut_s16(x, table)
+    chord = 0.77 * (128 * scale) ** 2 / 8 * 2**15
+    assert (np.abs(got - np.clip(2**15 * np.tanh(scale * x), -(2**15), 2**15 - 1)) <= chord + 2).all()
+    np.testing.assert_array_equal(wide.lut_s16(x // 128 * 128, table), table[x // 128 + 256])
+
+
+@given(seeds, st.integers(1, 5), st.integers(2, 70), st.booleans())
+def law_hw_mcu_layernorm_of_int16_is_off_by_its_roundings(seed, rows, cols, center):
+    """n by half of 2^-14 and 1 / root of itself, gamma by half of 2^-15, beta and sum by halves of 2^-14."""
+    rng = np.random.default_rng(seed)
+    x = wide_codes(rng, rows, cols)
+    gamma, beta, out = rng.uniform(-2, 2, cols), rng.uniform(-2, 2, cols), 1e-3
+    q, offset, m, e = wide.norm_params_s16(gamma, beta, out)
+    got = wide.layernorm_s16(x, q, offset, multiplier=m, shift=e, center=center)
+    d = x - x.mean(1, keepdims=True) if center else x.astype(float)
+    std = np.sqrt((d * d).mean(1, keepdims=True))
+    n = np.where(std > 0, d / np.maximum(std, 1e-9), 0)
+    g, root = np.abs(gamma).max(), np.maximum(cols * std * 16, 1)
+    off = np.abs(gamma) * (2.0**-15 + np.abs(n) / root) + g * (2.0**-15 * np.abs(n) + 2.0**-14)
+    want = np.clip((n * gamma + beta) / out, -(2**15), 2**15 - 1)
+    assert (np.abs(got - want) <= off / out + 1.5).all()
+
+
 @given(seeds, st.integers(1, 12), st.integers(1, 6))
 def law_hw_mcu_tiles_of_queries_fill_their_closed_form(seed, seq, head_dim):
     """Any x: the same codes as row by row; every byte of the formula is used, and one less does not do."""

@@ -7,8 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from hw import mcu_c
+from hw.mcu_c import KERNELS
+from hw.mcu_c16 import KERNELS_S16, source
 from ref.blocks import int8_ops as ops
+from ref.blocks import int16_ops as wide
 from ref.blocks.integer import quantize_multiplier, requantize
 
 CC = shutil.which("cc") or shutil.which("gcc")
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.tools
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     d = tmp_path_factory.mktemp("c")
-    (d / "k.c").write_text(mcu_c.source(mcu_c.KERNELS))
+    (d / "k.c").write_text(source([*KERNELS, *KERNELS_S16]))
     subprocess.run(
         [CC, "-O2", "-fwrapv", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-fPIC", str(d / "k.c"),
          "-o", str(d / "k.so")], check=True,
@@ -117,3 +119,49 @@ def test_hw_mcu_c_convolutions_equal_the_reference(library, seed):
     no_bias = np.zeros(C, np.int32)
     call(library.t_group_conv_s8, x, turned, no_bias, mul, sh, y, numbers, 9, -4)
     np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hw_mcu_c_kernels_of_int16_equal_the_reference(library, seed):
+    rng = np.random.default_rng(seed)
+    m, k, n = (int(v) for v in rng.integers(1, 40, 3))
+    draw = lambda *s: rng.integers(-(2**15), 2**15, s).astype(np.int16)
+    x, w, b = draw(m, k), rng.integers(-128, 128, (n, k)).astype(np.int8), rng.integers(-(2**33), 2**33, n)
+    mul, sh = quantize_multiplier(2.0 ** rng.uniform(-20, -10, n))
+    short, y = wide.reduce_multiplier(mul), np.empty((m, n), np.int16)
+    call(library.t_matmul_s16, x, w, b.astype(np.int64), short, sh, y, m, k, n, 0, 0, -(2**15), 2**15 - 1)
+    np.testing.assert_array_equal(y, wide.matmul_s16(x, w, b, mul, sh))
+    v = draw(n, k)
+    call(library.t_product_s16, x, v, y, m, k, n, 0, 0, short[0], -20, 0)
+    np.testing.assert_array_equal(y, wide.batch_matmul_s16(x, v, multiplier=int(mul[0]), shift=-20))
+
+    a, c, z = (
+        x.ravel(),
+        draw(m * k) // rng.choice([1, 2**12], m * k).astype(np.int16),
+        np.empty(m * k, np.int16),
+    )
+    one = int(mul[0]), -3
+    for kernel, fn in ((library.t_mul_s16, wide.mul_s16), (library.t_divide_s16, wide.divide_s16)):
+        call(kernel, a, 1, c, 1, z, a.size, 0, 0, *one, 0)
+        np.testing.assert_array_equal(z, fn(a, c, *one))
+    params = ops.add_params_s8(0.03, -0.05, 0.06, left_shift=15)
+    call(library.t_add_s16, a, 1, c, 1, z, a.size, 0, *params[:2], 0, *params[2:4], 15, 0, *params[4:],
+         -(2**15), 2**15 - 1)  # fmt: skip
+    named = dict(zip(("input1_multiplier", "input1_shift", "input2_multiplier", "input2_shift",
+                      "output_multiplier", "output_shift"), params, strict=True))  # fmt: skip
+    np.testing.assert_array_equal(z, wide.add_s16(a, c, **named))
+    table = wide.make_lut_s16(np.tanh, -3.0, 3.0)
+    call(library.t_lut_s16, a, table, z, a.size)
+    np.testing.assert_array_equal(z, wide.lut_s16(a, table))
+
+    rows = np.empty((m, k), np.int16)
+    multiplier, shift = wide.softmax_params_s16(input_scale=float(rng.uniform(1e-5, 1e-3)))
+    tables = wide.softmax_tables_s16()
+    call(library.t_softmax_s16, x, rows, m, k, multiplier, shift, *tables)
+    np.testing.assert_array_equal(rows, wide.softmax_s16(x, multiplier=multiplier, shift=shift))
+    g, o, nm, ns = wide.norm_params_s16(rng.uniform(-2, 2, k), rng.uniform(-2, 2, k), 1e-3)
+    for center in (True, False):
+        call(library.t_layernorm_s16, x, g, o, rows, m, k, 0, nm, ns, 0, center)
+        np.testing.assert_array_equal(
+            rows, wide.layernorm_s16(x, g, o, multiplier=nm, shift=ns, center=center)
+        )

@@ -486,9 +486,13 @@ def test_hw_mcu_takes_every_technique():
 
 def test_hw_mcu_stored_claims_are_fresh():
     assert record.is_fresh("hw_mcu")
-    rows = record.load("hw_mcu")["results"]["examples"]
-    assert all(r["same"] or r["refused"] for r in rows)
-    assert sum(bool(r["same"]) for r in rows) > 50
+    results = record.load("hw_mcu")["results"]
+    for rows in (results["examples"], results["wide"]):
+        assert all(r["same"] or r["refused"] for r in rows)
+        assert sum(bool(r["same"]) for r in rows) > 50
+    gain = [w["snr_db"] - r["snr_db"] for r, w in zip(results["examples"], results["wide"], strict=True)
+            if r["snr_db"] and w["snr_db"]]  # fmt: skip
+    assert np.median(gain) > 24  # half of what 8 bits more can give
 
 
 @pytest.mark.parametrize(
