@@ -151,8 +151,14 @@ def _parser():
         "fetch", fetch_source, "download a model or data set once, with its checksum; alone, list them"
     )
     p.add_argument("name", nargs="?")
-    p = command("book", book, "serve the built book on this machine, or make it with --build")
+    p = command("book", book, "serve the built book on this machine; --build makes it, --pdf prints it")
     p.add_argument("--build", action="store_true", help="build it, and end")
+    p.add_argument("--pdf", metavar="FILE", help="print the built book to FILE through Chromium, and end")
+    p.add_argument(
+        "--page", action="append", default=[], metavar="PART/SLUG",
+        help="print only this page of the book, repeatable (default: all but the API reference)",
+    )  # fmt: skip
+    p.add_argument("--chromium", metavar="PROGRAM", help="that prints (default: $CHROMIUM, or one on PATH)")
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     p.add_argument("--site", metavar="FOLDER", help="of the built book (default: site, in the checkout)")
     p = command("new", new, "write the five files of a new technique into this checkout, from templates")

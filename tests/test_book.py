@@ -15,6 +15,7 @@ import pytest
 
 from hw.cli import main
 from hw.commands.book import build, server
+from hw.commands.book_pdf import find_chromium, page_numbers, page_objects
 from ref.catalog import CATALOG
 
 ROOT = Path(__file__).parent.parent
@@ -230,6 +231,45 @@ def test_book_that_is_not_there_is_refused_in_a_line(tmp_path, capsys):
     (tmp_path / "index.html").write_text("x")
     with server(tmp_path, 0) as busy, pytest.raises(OSError, match="choose another with --port"):
         server(tmp_path, busy.server_address[1])
+
+
+def test_book_finds_a_browser_or_says_what_it_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"printing needs Chromium: none of chromium, .* --chromium names one"):
+        find_chromium()
+    program = tmp_path / "google-chrome"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    assert find_chromium() == str(program)
+    monkeypatch.setenv("CHROMIUM", "no-such-browser")
+    with pytest.raises(OSError, match="no browser 'no-such-browser'"):
+        find_chromium()
+    assert find_chromium(str(program)) == str(program)
+    call = ["book", "--site", str(tmp_path), "--pdf", str(tmp_path / "x.pdf"), "--chromium", str(program)]
+    assert main(call) == 2
+    assert "holds no book that can be printed" in capsys.readouterr().err
+    (tmp_path / "index.html").write_text("x")
+    (tmp_path / "assets" / "print").mkdir(parents=True)
+    (tmp_path / "assets" / "print" / "book.html").write_text("x")
+    assert main(call) == 2
+    assert f"{program} ended by itself" in capsys.readouterr().err
+    assert not (tmp_path / "x.pdf").exists()
+
+
+def test_book_reads_the_pages_of_links_from_a_pdf():
+    """In the form that Chromium writes: a tree of pages, names of targets in a dictionary."""
+    objects = (
+        b"<</Type /Page\n/Parent 4 0 R>>",
+        b"<</Type /Page\n/Parent 4 0 R>>",
+        b"<</Type /Page\n/Parent 5 0 R>>",
+        b"<</Type /Pages\n/Count 2\n/Kids [2 0 R 1 0 R]\n/Parent 5 0 R>>",
+        b"<</Type /Pages\n/Count 3\n/Kids [4 0 R 3 0 R]>>",
+        b"<</a#2eb--x [3 0 R /XYZ 48 770 0]\n/c [2 0 R /XYZ 0 0 0]>>",
+    )
+    data = b"%PDF-1.4\n" + b"".join(b"%d 0 obj\n%s\nendobj\n" % pair for pair in enumerate(objects, 1))
+    assert page_objects(data) == [2, 1, 3]
+    assert page_numbers(data) == {"a.b--x": 3, "c": 1}
 
 
 def test_book_pages_and_figures_have_no_style_attributes():

@@ -1,4 +1,4 @@
-"""`triptych book`: build the book of a checkout, or serve it on this machine."""
+"""`triptych book`: build the book of a checkout, print it, or serve it on this machine."""
 
 import functools
 import importlib.util
@@ -15,11 +15,21 @@ from hw.commands.shared import ROOT, emit
 
 
 def book(options):
-    """Build in options.site if asked to, else serve what stands there until the reader ends it."""
+    """Build in options.site, print what stands there, or else serve it until the reader ends it."""
     site = Path(options.site or ROOT / "site").resolve()
+    say = lambda text: print(f"the book: {text}", file=sys.stderr, flush=True)
     if options.build:
-        build(ROOT, site, lambda text: print(f"the book: {text}", file=sys.stderr, flush=True))
-        emit(options, {"site": str(site)}, lambda out: out.print(Text(f"built in {site}")))
+        build(ROOT, site, say)
+        if not options.pdf:
+            emit(options, {"site": str(site)}, lambda out: out.print(Text(f"built in {site}")))
+            return
+    if options.pdf:
+        from hw.commands.book_pdf import print_book
+
+        file = Path(options.pdf).resolve()
+        told = print_book(site, file, only=options.page, chromium=options.chromium, say=say)
+        told = {"file": str(file), **told}
+        emit(options, told, lambda out: out.print(Text(f"{told['pages']} pages in {file}")))
         return
     with server(site, options.port) as serving:
         url = "http://{}:{}/".format(*serving.server_address[:2])
