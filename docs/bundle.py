@@ -53,7 +53,7 @@ def main():
     HOME.mkdir(parents=True, exist_ok=True)
     blocks, stubs, laws = {}, {}, {}
     with zipfile.ZipFile(HOME / "library.zip", "w", zipfile.ZIP_DEFLATED) as box:
-        for path in [*library(), "docs/live.py", "docs/panel.py"]:
+        for path in [*library(), *(f"docs/{name}.py" for name in ("live", "panel", "price"))]:
             data = (ROOT / path).read_bytes()
             info = zipfile.ZipInfo(path.removeprefix("docs/"), (1980, 1, 1, 0, 0, 0))
             info.compress_type = zipfile.ZIP_DEFLATED

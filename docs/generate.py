@@ -27,7 +27,7 @@ PLAN = {
     "devices": "pim_gpt edge_moe mcuformer melt",
 }
 START = (
-    *("notation", "attention", "numerics", "kernels", "bench", "costs", "agreement"),
+    *("notation", "attention", "numerics", "kernels", "bench", "costs", "price", "agreement"),
     *("which", "paths", "recipes", "devices"),
 )
 HARDWARE = ("ir", "gpu", "pim", "fpga", "mcu", "report", "accelerators")

@@ -81,7 +81,7 @@ def apply(edits):
             file.write_text(text)
             changed = True
     if changed:
-        for name in [m for m in sys.modules if m.split(".")[0] in ("ref", "hw", "tests", "panel")]:
+        for name in [m for m in sys.modules if m.split(".")[0] in ("ref", "hw", "tests", "panel", "price")]:
             del sys.modules[name]
         importlib.invalidate_caches()
         linecache.clearcache()

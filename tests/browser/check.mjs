@@ -246,7 +246,7 @@ async function liveProblems({ path, from, to, exercise, refusal }) {
   await page.locator(".tabbed-labels label", { hasText: "hw: what it costs" }).first().click();
   const priced = async () => {
     await page.waitForFunction(() => document.querySelector("[data-price] [role=status]").textContent === "", null, { timeout: 60000 });
-    return price.locator(".price-result").innerHTML();
+    return page.locator(".price-result").innerHTML();
   };
   const built = await price.locator(".price-result").innerHTML();
   const slider = price.locator("[data-size][type=range]").first();
@@ -273,6 +273,21 @@ async function liveProblems({ path, from, to, exercise, refusal }) {
   await cell.press("Run");
   await cell.done();
   expect(starts() === before, "instant navigation starts Python again");
+
+  // A program of one's own, in the same Python: priced, and told in a line what is wrong.
+  if (path === LIVE[0].path) {
+    await page.locator('.md-nav a[href$="start/price/"]').first().evaluate((a) => a.click());
+    const text = page.locator("#own-text");
+    await text.waitFor({ timeout: 30000 });
+    await page.selectOption("#own-preset", { label: "softmax" });
+    await page.selectOption("#own-device", "zcu102");
+    await page.locator("#own-fields").fill("mhz = 100");
+    await page.getByRole("button", { name: "Price", exact: true }).click();
+    expect(/your_device: .*reduce_max/s.test(await priced()), "a preset on a changed device is not priced");
+    await text.fill((await text.inputValue()).replace("np.exp", "np.sinh"));
+    await text.press("Control+Enter");
+    expect(/^<p class="price-refused">line 2: UnsupportedPrimitive[^<]*<\/p>$/.test(await priced()), "a wrong program is not told in a line");
+  }
   console.log(`${path}: first output after ${cold} ms, again after ${warm} ms, broken law after ${caught} ms, exercise after ${solved} ms, prices after ${repriced} ms, ${(first / 1e6).toFixed(2)} MB before the first run, ${((await loaded()) / 1e6).toFixed(1)} in all`);
   await context.close();
   return problems;

@@ -1,5 +1,5 @@
 // The Python of the live cells, in a worker: nothing of it is fetched before a reader's first Run.
-// In: {id, kind, what, edits, wheels}, or of a panel {id, kind: "price", what, programs}. Out: {id, status} |
+// In: {id, kind, what, edits, wheels}, or of prices {id, kind: "price", what, programs}. Out: {id, status} |
 // {id, text} | {id, html} | {id, done: true, ok}.
 import { loadPyodide } from "../vendor/pyodide/pyodide.mjs";
 
@@ -44,7 +44,7 @@ onmessage = async ({ data: { id, kind, what, edits, wheels, programs } }) => {
     if (kind === "price") {
       if (programs) await store(py, programs);
       postMessage({ id, status: "pricing" });
-      postMessage({ id, html: py.pyimport("panel").answer(what), done: true, ok: true });
+      postMessage({ id, html: py.pyimport(programs ? "panel" : "price").answer(what), done: true, ok: true });
       return;
     }
     if (kind === "laws" || kind === "exercise") {
