@@ -106,7 +106,7 @@ _FOLDED = re.compile(r'(?:\?\?\?\+?|!!!) \w+(?: "(.*)")?$')
 _TAB = re.compile(r'=== "(.*)"$')
 _ITEM = re.compile(r"(\d+)\. +(.*)")
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\((?!https?:)[^()\s]+\)(?:\{[^}]*\})?")
-PAGE_ONLY = "from panel import"  # sliders, which live in the page
+PAGE_ONLY = ("from panel import", "from price import")  # sliders and forms, which live in the page
 
 
 def snippet(path, section=None):
@@ -198,7 +198,7 @@ def fenced(head, body):
     include = _SNIPPET.fullmatch(body.strip())
     path, section = include.groups() if include else (None, None)
     if 'exec="on"' in head:
-        if PAGE_ONLY in body:
+        if any(words in body for words in PAGE_ONLY):
             return
         body = f"{body}\n" if "source=" in head or 'result="text"' in head else (
             f"%%shown {'html' if 'html=' in head else 'markdown'}\n{body}\n"
