@@ -172,8 +172,8 @@ def test_bench_finds_others_at_run_time(monkeypatch):
 def test_bench_rounds_take_turns():
     order = []
     calls = {n: lambda n=n: order.append(n) or jnp.ones(()) for n in "ab"}
-    found = rounds(calls, wait=lambda out: out, seconds=1e-9, count=3)
-    assert order[-6:] == list("ababab")
+    found = rounds(calls, wait=lambda out: out, seconds=1e-9, count=4)
+    assert order[-6:] == list("ababab")  # three rounds, since a call takes longer than all that is allowed
     assert all(t.calls == 3 and t.best <= t.seconds for t in found.values())
 
 

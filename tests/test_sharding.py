@@ -63,9 +63,7 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize(
-    ("slug", "axis"), [("flash", "batch"), ("flash", "heads"), ("block_sparse_flash", "batch")]
-)
+@pytest.mark.parametrize(("slug", "axis"), [("flash", "heads"), ("block_sparse_flash", "batch")])
 def test_sharding_of_attention_needs_no_exchange(slug, axis):
     """Values and gradients; the list of tiles names heads, so heads in parts need a `shard_map` there."""
     cut = FIRST if axis == "batch" else spec(None, "parts")

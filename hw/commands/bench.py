@@ -97,15 +97,15 @@ def race_problems(
 ):
     """{slug, device, dtype, seed, versions, ceilings, races} of (shape, options) cases; what --json prints.
 
-    cases: None for the default ones of the device. dtype: None is bfloat16, on a CPU float32. seed: None
-    draws one. ceilings: "auto" (data sheet if hw knows the device, else measured), "parts", "measured".
+    cases: None for the default ones of the device. dtype: None is bfloat16, on a CPU and for rum float32.
+    seed: None draws one. ceilings: "parts" (hw's data sheet), "measured", or "auto": the first that there is.
     clock: `seconds` an entry, `count` of rounds, `only` these entries.
     """
     share_memory()
     import jax
 
     cpu = jax.default_backend() == "cpu"
-    dtype = dtype or ("float32" if cpu else "bfloat16")
+    dtype = dtype or ("float32" if cpu or slug == "rum" else "bfloat16")  # rum's kernels are float32
     seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
     make = PROBLEMS[slug]
     known = bench_attention.options_of(make)

@@ -27,21 +27,24 @@ class Time:
 def rounds(calls, *, wait, seconds=0.3, count=7, say=lambda name: None):
     """{name: Time} of {name: thunk} that all ran before. wait(result) returns when it is there.
 
-    seconds: spent on each entry in all, over `count` rounds; at least one call a round.
+    seconds: spent on each entry in all, over `count` rounds; at least one call a round, and three rounds of
+    an entry whose single call takes longer.
     """
     blocking = _on_cpu()
-    loops, took = {}, {name: [] for name in calls}
+    loops, turns, took = {}, {}, {name: [] for name in calls}
     for name, call in calls.items():
         say(name)
         once = min(_loop(call, 1, wait, blocking) for _ in range(2))
         loops[name] = max(1, min(MOST_IN_FLIGHT, ceil(seconds / count / once)))
-    for _ in range(count):
+        turns[name] = count if once <= seconds else min(count, 3)
+    for turn in range(count):
         for name, call in calls.items():
-            took[name].append(_loop(call, loops[name], wait, blocking))
+            if turn < turns[name]:
+                took[name].append(_loop(call, loops[name], wait, blocking))
     found = {}
     for name, t in took.items():
         low, _, high = statistics.quantiles(t, n=4) if len(t) > 1 else (t[0],) * 3
-        found[name] = Time(statistics.median(t), (high - low) / 2, min(t), loops[name] * count)
+        found[name] = Time(statistics.median(t), (high - low) / 2, min(t), loops[name] * len(t))
     return found
 
 

@@ -7,7 +7,6 @@ minute; writes docs/data/flash_memory_gpu.json.
 """
 
 import argparse
-import time
 from functools import partial
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 
 from accel.attention.flash import flash_attention
 from accel.attention.lean import lean_attention
+from hw.commands.bench_clock import rounds, wait
 from tests.claims.record import store
 
 FILES = (
@@ -58,20 +58,11 @@ def drawn(shapes, dtype=jnp.bfloat16):
     ]
 
 
-def seconds(call, *args, budget=0.5, rounds=5):
-    """Median over rounds of the seconds a call, in loops of which the last result is awaited."""
-    jax.block_until_ready(call(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(call(*args))
-    once = time.perf_counter() - begin
-    loop, took = max(1, min(200, int(budget / rounds / once))), []
-    for _ in range(rounds if once < budget else 1):
-        begin = time.perf_counter()
-        for _ in range(loop):
-            out = call(*args)
-        jax.block_until_ready(out)
-        took.append((time.perf_counter() - begin) / loop)
-    return float(np.median(took))
+def seconds(call, *args, budget=0.5):
+    """Median seconds of a call, in loops of which the last result is awaited."""
+    run = lambda: call(*args)
+    wait(run())
+    return rounds({"call": run}, wait=wait, seconds=budget, count=5)["call"].seconds
 
 
 def peak_bytes():
