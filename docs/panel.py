@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from math import log10
+from math import ceil, floor, log10
 from pathlib import Path
 
 import hw
@@ -23,6 +23,7 @@ from hw.formats import Fixed
 from hw.mcu import Region
 from hw.program import Program
 from hw.report import _si as si
+from hw.roofs import roofs
 from hw.targets import KINDS, preset
 
 HOME = Path(__file__).resolve().parent / "assets" / "programs"
@@ -141,6 +142,7 @@ def result(p, targets, look) -> str:
         chart("energy", "J", names, {k: r.energy_j for k, r in found.items() if k in _good(found)}),
         chart("peak memory", "B", names, {k: r.peak_memory for k, r in found.items() if k in _good(found)}),
     ]
+    charts.append(rooflines(names, {k: r for k, r in found.items() if k in _good(found)}))
     lines = "".join(f"<dt>{escape(names[k])}</dt>{_line(r)}" for k, r in found.items())
     return (
         f'<div class="price-charts">{"".join(charts)}</div><dl class="price-lines">{lines}</dl>'
@@ -185,7 +187,8 @@ def chart(what, unit, names, values) -> str:
     """Bars on a logarithmic scale, one a target; those that refuse have none."""
     width, row = 300, 34
     positive = [v for v in values.values() if v > 0]
-    low, high = (log10(min(positive)), log10(max(positive))) if positive else (0.0, 1.0)
+    high = log10(max(positive, default=1.0))
+    low = min(log10(min(positive, default=1.0)), high - 2)  # what is nearly equal looks so
     said = ", ".join(f"{n} {si(values[k], unit) if k in values else 'refuses'}" for k, n in names.items())
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {26 + row * len(names)}" '
@@ -199,9 +202,60 @@ def chart(what, unit, names, values) -> str:
         out.append(f'<text x="0" y="{y}">{escape(name)}</text>')
         out.append(f'<text x="{width}" y="{y}" text-anchor="end">{words}</text>')
         if values.get(kind, 0) > 0:  # the least bar is a tenth of the largest
-            share = (log10(values[kind]) - low) / (high - low) if high > low else 1.0
+            share = (log10(values[kind]) - low) / (high - low)
             size = f'width="{width * (0.1 + 0.9 * share):.1f}" height="8"'
             out.append(f'<rect x="0" y="{y + 5}" {size} fill="{COLOURS[n]}"/>')
+    return "".join([*out, "</svg>"])
+
+
+def whole(report) -> tuple | None:
+    """(operations a byte, operations a second, roof of arithmetic, bandwidth) of a whole program.
+
+    The memory is the one that takes longest. None where nothing is computed or moved.
+    """
+    found = roofs(report)
+    moved = {k: b for k, b in report.bytes_by_level.items() if b and found.memory.get(k)}
+    if not (moved and report.flops and report.seconds and found.compute):
+        return None
+    level = max(moved, key=lambda k: moved[k] / found.memory[k])
+    speed = report.flops / report.seconds
+    return report.flops / moved[level], speed, max(found.compute.values()), found.memory[level]
+
+
+def rooflines(names, reports) -> str:
+    """The whole program as a dot under the roof of each target, both axes logarithmic."""
+    width, left, right, top, low = 300, 48, 280, 30, 142
+    dots = {k: dot for k, r in reports.items() if (dot := whole(r))}
+    xs = [x for i, _, peak, rate in dots.values() for x in (i, peak / rate)] or [1.0]
+    ys = [y for _, speed, peak, _ in dots.values() for y in (speed, peak)] or [1.0]
+    x0, x1 = floor(log10(min(xs)) - 0.5), ceil(log10(max(xs)) + 0.5)
+    y0, y1 = floor(log10(min(ys)) - 0.5), ceil(log10(max(ys)) + 0.2)
+    px = lambda v: left + (log10(v) - x0) / (x1 - x0) * (right - left)
+    py = lambda v: low - (log10(v) - y0) / (y1 - y0) * (low - top)
+    said = ", ".join(f"{names[k]} {si(s, 'op/s')} at {i:.3g} op/B" for k, (i, s, *_) in dots.items())
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 178" role="img" '
+        f'font-family="sans-serif" font-size="13" fill="currentColor" aria-label="roofline: {escape(said)}">'
+        '<text x="0" y="14" font-weight="bold">operations a second, by operations a byte</text>'
+        f'<path d="M{left} {top}V{low}H{right}" fill="none" stroke="currentColor"/>'
+    ]
+    for e in range(x0, x1 + 1, max(1, (x1 - x0) // 3)):
+        out.append(f'<text x="{px(10.0**e):.1f}" y="{low + 16}" text-anchor="middle">{10.0**e:g}</text>')
+    for e in range(y0, y1 + 1, max(1, (y1 - y0) // 3)):
+        words = si(10.0**e, "").strip()
+        out.append(f'<text x="{left - 4}" y="{py(10.0**e) + 4:.1f}" text-anchor="end">{words}</text>')
+    for n, (kind, name) in enumerate(names.items()):
+        if kind not in dots:
+            continue
+        intensity, speed, peak, rate = dots[kind]
+        start = max(10.0**x0, 10.0**y0 / rate)
+        roof = [(start, min(rate * start, peak)), (max(peak / rate, start), peak), (10.0**x1, peak)]
+        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in roof)
+        out.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[n]}" stroke-width="2"/>')
+        out.append(
+            f'<circle cx="{px(intensity):.1f}" cy="{py(speed):.1f}" r="5" fill="{COLOURS[n]}" '
+            f'stroke="currentColor"><title>{escape(name)}</title></circle>'
+        )
     return "".join([*out, "</svg>"])
 
 
@@ -228,7 +282,7 @@ def panel(slug) -> str:
     first = json.dumps({"slug": slug, "sizes": {}, "dials": {}, "look": TARGETS[0]})
     return (
         f'<section class="price" data-price="{slug}" aria-label="What it costs, by sliders">'
-        f"<p>{escape(record['what'])} As estimated by the cost models of four machines.</p>"
+        f"<p>{escape(record['what'])} Traced from <code>accel</code>; prices are estimates.</p>"
         f'<form class="price-controls" hidden><fieldset><legend>Sizes</legend>{sizes}</fieldset>'
         f'<fieldset class="price-look"><legend>Change and look closer at</legend>{look}</fieldset>{dials}'
         '<p class="price-bar"><button type="reset" class="live-button">Reset</button> '

@@ -216,8 +216,8 @@ GRIDS = {
         block_sparse_flash,
     ),
     "lean": Grid(
-        "One step of decoding for four query heads on each key head of 64; 16 workers, tiles of 256 keys. "
-        "The cache lies in the memory of the device.",
+        "One step of decoding for four query heads on each key head of 64, by the walk for XLA: 16 workers, "
+        "tiles of 256 keys. The cache lies in the memory of the device.",
         {"form": ("equal runs of tiles (lean)", "fixed split"), "keys": (1024, 8192, 65536), "heads": (1, 8),
          "format": ("bfloat16", "float32")},
         {"form": "equal runs of tiles (lean)", "keys": 8192, "heads": 8, "format": "bfloat16"},

@@ -58,11 +58,19 @@ def _gpu(t, dtypes):
 
 
 def _dtypes(program):
-    """Element types of the program's products."""
+    """Element types of the program's products, in kernels too."""
     if program is None:
         return ()
-    ops = (op for op in walk(program.body) if isinstance(op.dims, MatmulDims | ConvDims) and op.inputs)
+    ops = (op for op in _opened(program.body) if isinstance(op.dims, MatmulDims | ConvDims) and op.inputs)
     return tuple(dict.fromkeys(program.tensors[op.inputs[0]].dtype for op in ops))
+
+
+def _opened(block):
+    """Every op of a block, those of kernels too."""
+    for op in walk(block):
+        yield op
+        if op.kind == "kernel":
+            yield from _opened(op.dims.body)
 
 
 def _reached(report):

@@ -116,11 +116,24 @@ def test_panel_reports_are_those_of_the_fresh_program():
                 assert hw.estimate(first(slug), preset(kind)) == fresh
 
 
+def test_panel_dots_lie_under_the_roofs_of_the_data_sheets():
+    for slug in programs.GRIDS:
+        for kind in ("gpu", "pim"):
+            dot = panel.whole(hw.estimate(first(slug), preset(kind)))
+            assert dot is not None
+            intensity, speed, peak, rate = dot
+            assert speed <= min(peak, rate * intensity) * (1 + 1e-9), f"{slug} on {kind}"
+    nothing = programs.bare(hw.trace(lambda x: x.T, ("float32", (8, 4))))
+    assert panel.whole(hw.estimate(nothing, preset("gpu"))) is None  # no operation, and still a panel
+    assert "<svg" in panel.result(nothing, {"gpu": preset("gpu")}, "gpu")
+
+
 def test_panel_refuses_with_the_shortfall_and_without_figures():
     p, targets = first("smollm2"), {"mcu": preset("mcu")}
     html = panel.result(p, targets, "mcu")
     assert re.search(r"DoesNotFit: stm32f746: sram .* needs [\d,]+ B and has [\d,]+ B, [\d,]+ B short", html)
-    assert html.count("refuses</text>") == 3
+    assert html.count("refuses</text>") == 3  # of latency, energy, memory; and no roof
+    assert html.count("<polyline") == 0
     assert "<p>No figures: DoesNotFit" in html
 
 
