@@ -266,6 +266,7 @@ def test_book_reads_the_pages_of_links_from_a_pdf():
         b"<</Type /Pages\n/Count 2\n/Kids [2 0 R 1 0 R]\n/Parent 5 0 R>>",
         b"<</Type /Pages\n/Count 3\n/Kids [4 0 R 3 0 R]>>",
         b"<</a#2eb--x [3 0 R /XYZ 48 770 0]\n/c [2 0 R /XYZ 0 0 0]>>",
+        b"<</Title (a)\n/Dest [1 0 R /XYZ 0 0 0]>>",  # an entry of the outline
     )
     data = b"%PDF-1.4\n" + b"".join(b"%d 0 obj\n%s\nendobj\n" % pair for pair in enumerate(objects, 1))
     assert page_objects(data) == [2, 1, 3]

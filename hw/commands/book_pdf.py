@@ -122,7 +122,9 @@ def page_numbers(data: bytes) -> dict[str, int]:
     """{name of a link's target: number of its page, from 1} of a PDF that Chromium wrote."""
     at = {number: i for i, number in enumerate(page_objects(data), 1)}
     found = {}
-    for name, number in re.findall(rb"/([^\s/\[\]<>()]+) \[(\d+) 0 R /XYZ", data):
+    for name, number in re.findall(
+        rb"/(?!Dest )([^\s/\[\]<>()]+) \[(\d+) 0 R /XYZ", data
+    ):  # Dest: the outline's
         text = re.sub(rb"#([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), name).decode()
         found[text] = at[int(number)]
     return found
