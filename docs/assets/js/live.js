@@ -83,8 +83,12 @@ class Panel {
       ...buttons.filter(Boolean), this.status,
     );
     this.key = block.dataset.live = this.bar.dataset.of = this.output.dataset.of = key;
-    if (path) block.before(element("div", { className: "live-head" }, this.bar, this.output)); // files are long: stays in view
-    else block.after(this.bar, this.output);
+    if (path) {
+      // Files are long: the buttons stay in view, as far as the file goes.
+      const whole = element("div", {});
+      block.replaceWith(whole);
+      whole.append(element("div", { className: "live-head" }, this.bar, this.output), block);
+    } else block.after(this.bar, this.output);
     if (laws) this.say("Change a line and the laws will look for an input that shows it.");
     if (exercise) this.say("The test fails until you have solved it.");
   }
