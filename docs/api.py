@@ -306,7 +306,7 @@ def of_chapter(uri):
             for module in pages()[f"hw/{page}"][1]:
                 shown = ", ".join(entry(f"{module}.{n}") for n in names(module)[0])
                 lines.append(f"- [{module}][{module}]: {shown}")
-    return "## API\n\n" + "\n".join(lines) if lines else ""
+    return "## API { #api data-search-exclude }\n\n" + "\n".join(lines) if lines else ""
 
 
 def nav():

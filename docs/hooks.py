@@ -46,15 +46,19 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Of the reference, names and first lines are searched: every first visit loads the index."""
+    """Of the reference only names are searched, of techniques' own sections in `ref` the first lines too.
+
+    Every first visit loads the index.
+    """
     if not (uri := page.file.src_uri).startswith("api/"):
         return html
-    for module in api.pages().get(uri.removeprefix("api/").removesuffix(".md"), ("", ()))[1]:
-        for name in api.names(module)[0]:
-            if f'id="{module}.{name}"' not in html:
-                log.warning("%s has no entry for %s.%s", uri, module, name)
-    return re.sub(
-        r'<dl>|<div class="(?:[\w-]+ )?highlight">',
-        lambda m: f'{m[0][:-1]} data-search-exclude="detail">',
-        html,
+    name = uri.removeprefix("api/").removesuffix(".md")
+    for module in api.pages().get(name, ("", ()))[1]:
+        for entry in api.names(module)[0]:
+            if f'id="{module}.{entry}"' not in html:
+                log.warning("%s has no entry for %s.%s", uri, module, entry)
+    layer, _, part = name.partition("/")
+    detail = r'<dl>|<div class="(?:[\w-]+ )?highlight">' + (
+        "" if layer == "ref" and part in api.PARTS else "|<p>"
     )
+    return re.sub(detail, lambda m: f'{m[0][:-1]} data-search-exclude="detail">', html)
