@@ -57,9 +57,10 @@ GROUP, MAP = 0, 1  # the tasks
 TASKS = ("group", "map")
 NETWORKS = ("experts", "dense")
 SEEDS = (0, 1, 2)
-STEPS, BATCH, RATE = 600, 16, 2e-3
+STEPS, BATCH, RATE = 600, 32, 3e-3
 AUX, MAP_WEIGHT, DECAY = 0.01, 2.0, 0.02  # of the losses; the gate's is the paper's
-FIXED, ON_FPGA = 200, 3  # test pictures that run in integers, and on the target
+FIXED, ON_FPGA = 100, 3  # test pictures that run in integers, and on the target
+SHOWN = 3  # the one whose routes are stored
 
 
 class Pictures(NamedTuple):
@@ -294,6 +295,7 @@ def routes(choices, lengths, cfg):
     use = lengths.sum(1)  # [tasks, layers, E]
     halves = [lengths[:, i::2].sum(1) for i in range(2)]
     every = np.array(choices)  # [tasks, layers, n, N, k]
+    shared = (every[GROUP][..., None] == every[MAP][..., None, :]).any(-1).mean((1, 2, 3))
     one = every[:, :, :50].reshape(-1, cfg.tokens, cfg.top_k)  # a layer of a picture each
     loads = {o: float(np.mean([moe_traffic(c, cfg, order=o) for c in one])) for o in ("expert", "token")}
     flat = lengths.reshape(-1, cfg.num_experts)
@@ -304,11 +306,20 @@ def routes(choices, lengths, cfg):
         "use": use.tolist(),
         "overlap": overlap(use[GROUP], use[MAP]).tolist(),
         "same_task": overlap(*halves).mean(0).tolist(),  # of two halves of the pictures, as a yardstick
+        "same_token": shared.tolist(),  # of the experts of a token in one task, the share it has in the other
         "active": (lengths > 0).sum(-1).mean((1, 2)).tolist(),
         "bytes": loads,
         "cycles": float(np.mean(cycles)),
         "cycles_even": sum(edge_moe_cycles(cfg, even.tolist()).values()),
     }
+
+
+def sample(image, choices, cfg):
+    """One picture: its patches' mean colours, and of each task, layer and patch the expert of most weight."""
+    p = cfg.patch
+    mean = image.reshape(cfg.height // p, p, cfg.width // p, p, 3).mean((1, 3)).reshape(-1, 3)
+    colours = ["#" + "".join(f"{round(v):02x}" for v in row) for row in mean]
+    return {"colours": colours, "first": [c[:, 1:, 0].tolist() for c in choices]}
 
 
 # On the FPGA
@@ -372,6 +383,7 @@ def judged(seed, trained, test, cfg=CFG, *, most=FIXED, fpga=ON_FPGA):
         "apart": [float(np.median(np.abs(a - b))) for a, b in zip(outputs, fixed, strict=True)],
     }
     run["routes"] = routes(choices, lengths, cfg)
+    run["sample"] = sample(images[SHOWN], [c[:, SHOWN] for c in choices], cfg)
     if fpga:
         run["fpga"] = {"pictures": fpga, "rows": on_fpga(stored, images[:fpga], last, cfg)}
     print(seed, run["float"], run["few"], run["routes"]["overlap"], flush=True)

@@ -463,6 +463,24 @@ def test_edge_moe_trained_batches_integers_and_target():
     assert row["largest"] < 1e-3
 
 
+def test_edge_moe_trained_results_are_fresh():
+    """Experts no worse than the dense network, integers than floats; tasks send a token to other experts."""
+    assert record.is_fresh("edge_moe_trained")
+    r = record.load("edge_moe_trained")["results"]
+    runs = r["runs"]
+    assert [one["seed"] for one in runs] == list(trained.SEEDS)
+    for task in trained.TASKS:
+        mean = {name: np.mean([one["float"][name][task] for one in runs]) for name in trained.NETWORKS}
+        assert mean["experts"] > mean["dense"] - 2
+        assert mean["dense"] > r["guess"][task]
+    for one in runs:
+        few, routes = one["few"], one["routes"]
+        assert all(abs(few["fixed"][task] - few["float"][task]) < 2 for task in trained.TASKS)
+        assert min(few["same_group"], few["same_pixels"]) > 98
+        assert max(routes["same_token"]) < 0.25
+        assert 4 * routes["bytes"]["expert"] < routes["bytes"]["token"]
+
+
 def test_edge_moe_chapter_counts_loads_and_products_without_queues(capsys):
     """One choice after the other: 258 a layer, each loads 2 x 192 x 384 numbers, then computes."""
     text = (Path(__file__).parents[2] / "docs" / "devices" / "edge_moe.md").read_text()
