@@ -92,9 +92,7 @@ def check_reads(reads):
     for context, l, k in ((2040, 50, 4), (102, 50, 4), (32640, 50, 2), (9, 2, 1)):
         c = retrieval_cost(context, block_size=l, top_k=k, head_dim=8, num_heads=2)
         want, got = c["bytes_landmarks"] + c["bytes_blocks"], reads(context, l, k, 32)
-        assert got == want, (
-            f"{context:,} positions, {l = }, {k = }: {want:,} bytes, not {got:,}"
-        )
+        assert got == want, f"{context:,} positions, {l = }, {k = }: {want:,} bytes, not {got:,}"
 
 
 # --8<-- [start:select]
