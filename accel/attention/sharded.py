@@ -114,12 +114,16 @@ def decode_attention(q, k, v, *, axis_name, lengths=None, scale=None, impl="auto
     Returns: [B, H, D] in q's dtype, the same on all devices.
     Raises: as `lean_attention`.
     """
+    mine = None
     if lengths is not None:
-        S = k.shape[-2]
-        lengths = jnp.clip(jnp.asarray(lengths) - lax.axis_index(axis_name) * S, 0, S)
+        mine = jnp.asarray(lengths) - lax.axis_index(axis_name) * k.shape[-2]
+        lengths = jnp.clip(mine, 1, k.shape[-2])  # `lean_attention` takes no length of 0
     o, lse = lean_attention(
         q, k, v, lengths=lengths, scale=scale, return_lse=True, impl=impl, interpret=interpret
     )
+    if mine is not None:
+        some = (mine > 0)[:, None]
+        o, lse = jnp.where(some[..., None], o, 0), jnp.where(some, lse, -jnp.inf)
     weight = jnp.exp(lse - shift(lax.pmax(lax.stop_gradient(lse), axis_name)))
     total = lax.psum(weight, axis_name)
     mean = lax.psum(weight[..., None] * o.astype(weight.dtype), axis_name)

@@ -157,6 +157,19 @@ def test_cache_in_parts_equals_one_device():
     assert not re.search(r"all-gather|all-to-all", text)
 
 
+def test_cache_in_parts_by_a_kernel():
+    """A device whose part lies behind the length calls the kernel all the same, and says nothing."""
+    q, k, v, _ = inputs(2, each=6)
+    q, k, v = (jnp.concatenate([x, -x]) for x in (q[:, :, 0], k, v))
+    lengths = jnp.array([7, 2], jnp.int32)
+    fn = partial(decode_attention, axis_name="context", impl="triton", interpret=True)
+    spread = lambda q, k, v, s: fn(q, k, v, lengths=s)
+    parts = P(), PARTS, PARTS, P()
+    run = jax.jit(jax.shard_map(spread, mesh=mesh(2), in_specs=parts, out_specs=P(), check_vma=False))
+    want = lean.lean_attention(*(np.asarray(x, np.float64) for x in (q, k, v)), lengths=lengths)
+    np.testing.assert_allclose(run(q, k, v, lengths), want, rtol=0, atol=ATOL)
+
+
 def test_cache_in_parts_that_is_walked():
     """More than fits a cache: the walk over tiles starts with states that differ between devices."""
     rng = np.random.default_rng(0)
