@@ -135,6 +135,6 @@ def measured(dtypes, *, seconds=0.3, small=False):
     for call in calls.values():
         wait(call())
     found = rounds(calls, wait=wait, seconds=seconds)
-    bandwidth = max(2 * x.nbytes / found["copy"].seconds, x.nbytes / found["read"].seconds)
-    rates = {d: 2 * side**3 / found[d].seconds for d in dtypes}
+    bandwidth = max(2 * x.nbytes / found["copy"].best, x.nbytes / found["read"].best)
+    rates = {d: 2 * side**3 / found[d].best for d in dtypes}
     return Ceilings(rates, bandwidth, f"measured here: copy and sum of {x.nbytes:,} B, products of {side}³")

@@ -27,7 +27,7 @@ def panel(race, words) -> str:
     longest = max(1.0, *(e["roof"] for e in ran))  # a data sheet can be passed where caches help
     x = lambda share: left + share / longest * (right - left)
     low = top + 22 * len(ran)
-    for tick in (0, 0.25, 0.5, 0.75, 1):
+    for tick in (0, 0.25, 0.5, 0.75, 1) if longest < 1.5 else (0, 1):
         out.append(_line(x(tick), top - 8, x(tick), low, stroke_opacity="0.35", stroke_dasharray="2 4"))
         out.append(_text(x(tick), top - 14, f"{tick:.0%}", "middle", font_size=12))
     for n, e in enumerate(ran):
