@@ -288,7 +288,7 @@ def panel(slug) -> str:
         '<p class="price-bar"><button type="reset" class="live-button">Reset</button> '
         '<span class="live-status" role="status">A slider that moves starts Python in this page.</span></p>'
         "</form>"
-        f'<p class="price-at">Shown for {escape(at)}, on devices as they are sold.</p>'
+        f'<p class="price-at" aria-live="polite">Shown for {escape(at)}, on devices as they are sold.</p>'
         f'<div class="price-result">{answer(first)}</div></section>'
     )
 

@@ -181,7 +181,7 @@ def form() -> str:
         '<button type="button" name="stop" class="live-button" hidden>Stop</button> '
         '<button type="reset" class="live-button">Reset</button> '
         '<span class="live-status" role="status">Price starts Python in this page.</span></p></form>'
-        f'<p class="price-at">Shown for {first}, {takes}, on {device}.</p>'
+        f'<p class="price-at" aria-live="polite">Shown for {first}, {takes}, on {device}.</p>'
         f'<div class="price-result">{priced(PRESETS[first], device, "")}</div></section>'
     )
 
