@@ -14,13 +14,14 @@ from hw.kernel_counts import CORES, PROFILES, instructions  # noqa: F401
 from hw.mcu_arena import SWITCHES, MemoryPlan, plan_memory
 from hw.mcu_calibrate import QuantPlan, calibrate
 from hw.mcu_emit import emit_c  # noqa: F401
+from hw.mcu_flash import folded_from, stored
 from hw.mcu_int8 import Int8Policy
 from hw.mcu_int16 import Int16Policy
 from hw.mcu_parts import ALL_REGIONS, BORROWED, MCUS
 from hw.mcu_price import work
 from hw.mcu_run import run_arena as _run_arena
 from hw.mcu_units import Units
-from hw.program import CollectiveDims, is_float, walk
+from hw.program import CollectiveDims, is_float
 from hw.report import OpCost
 from hw.target import Placement, Target
 from ref.blocks.arena import STRATEGIES
@@ -189,9 +190,9 @@ class Mcu(Target):
                 self._refuse(program, plan)
         flash, room = self.flash_bytes(program), self.capacity["flash"]
         if flash > room:
-            held = sorted(_stored(program), key=lambda t: -t.size)
-            sizes = [_flash(t, self.weight_bits, self.activation_bits) for t in held]
-            held = [(t.name or t.role, t.shape, n) for t, n in zip(held, sizes, strict=True)]
+            kept = stored(program, self._units(program), self.weight_bits)
+            found = sorted(kept.items(), key=lambda item: -item[1])
+            held = [_named(program, i, what, n) for (i, what), n in found]
             raise DoesNotFit(self.name, "flash", flash, room, held, self._flash_hints(program, room))
         regions = {n: (used.get(n, 0), room) for n, room in zip(names, self.rooms, strict=True)}
         return Placement(regions | {"flash": (flash, room)}, plan.total, self._notes(program, plan))
@@ -288,30 +289,23 @@ class Mcu(Target):
             small = self.flash_bytes(program, 4)
             if small <= room:
                 hints.append(f"calibrate(weight_bits=4) ({small:,} B)")
+        kept = stored(program, self._units(program), self.weight_bits)
+        grown = {i: (n, folded_from(program, i)) for (i, _), n in kept.items() if i is not None}
+        grown = [(n, few) for n, few in grown.values() if 0 < 4 * few < n]
+        if grown:
+            less = sum(n - few for n, few in grown)
+            hints.append(
+                f"{len(grown)} tables, folded from few weights, made as they are read ({less:,} B less)"
+            )
         need = ceil(self.flash_bytes(program) / KB)
         larger = [n for n, p in MCUS.items() if p.numbers["flash_kb"] >= need]
         return (*hints, f"a part with {need:,} KB of flash" + (f": {larger[0]}" if larger else ""))
 
     def flash_bytes(self, program, bits=None) -> int:
-        """Weights and constants as integers, a bias, a multiplier and a shift a channel, tables."""
-        bits = bits or self.weight_bits
-        total = sum(_flash(t, bits, self.activation_bits) for t in _stored(program))
-        units, tables = self._units(program), 0
-        for op in walk(program.body):
-            unit = units.of.get(op.id)
-            if unit is None or op.trips == 0:
-                continue
-            wide = self.activation_bits == 16
-            channel = 16 if wide else 12  # a bias of 8 or 4 bytes, a multiplier, a shift
-            if unit.kind == "lut":
-                total += 1026 if wide else 256
-            elif unit.kind == "softmax" and wide:
-                tables = 2 * 1026  # of all softmaxes
-            elif unit.kind == "product" and unit.op.inputs[1] in units.static:
-                total += channel * unit.op.dims.n
-            elif op.kind == "conv":
-                total += channel * op.dims.out_channels
-        return int(total + tables)
+        """Weights and constants as integers, a bias, a multiplier and a shift a channel, tables: what units
+        read when the program runs (`hw.mcu_flash`).
+        """
+        return sum(stored(program, self._units(program), bits or self.weight_bits).values())
 
     def _units(self, program) -> Units:
         rejected = self.plan.rejected if self.plan is not None else frozenset()
@@ -330,12 +324,12 @@ class Mcu(Target):
             plan = self.memory(ctx.program)
             ctx.memo["mcu plan"] = plan
             ctx.memo["mcu rows"] = _rows(plan)
-            # A product that waits for its bias is charged as the product, not as the addition.
+            # A product that waits for its bias, or for its transpose, is charged as the product.
             found = ctx.memo["mcu units"].of.items()
-            ctx.memo["mcu behind"] = {u.op.id: i for i, u in found if u.bias is not None}
+            ctx.memo["mcu behind"] = {u.op.id: i for i, u in found if u.bias is not None or u.perm}
         units, at = ctx.memo["mcu units"], ctx.memo["mcu behind"].get(op.id, op.id)
         unit, by_rows = units.of.get(at) or units.unit(op), ctx.memo["mcu rows"].get(at, {})
-        if unit.bias is not None and at == op.id:
+        if (unit.bias is not None or unit.perm) and at == op.id:
             return OpCost(flops=ctx.counts(op).flops, basis=self._basis)
         if unit.kind == "free" and all(o in units.static for o in op.outputs):
             return OpCost(basis=self._basis)
@@ -416,21 +410,12 @@ def _moved(unit, units):
     return sum(size(units.tensors[i]) for i in dict.fromkeys(ids))
 
 
-def _stored(program):
-    """Weights and constants that lie in flash."""
-    inner = set(program.body.inputs)
-    return [
-        t
-        for t in program.tensors.values()
-        if (t.role == "weight" and t.id in inner) or (t.role == "const" and t.size > 1)
-    ]
-
-
-def _flash(t, bits=8, vector=8):
-    """Bytes in flash: weights of matrices in `bits`, vectors in those of activations."""
-    if not is_float(t.dtype):
-        return t.nbytes
-    return ceil(t.size * (bits if sum(n > 1 for n in t.shape) > 1 else vector) / 8)
+def _named(program, i, what, size):
+    """(name, shape, bytes) of what lies in flash."""
+    if i is None:
+        return what, (), size
+    t = program.tensors[i]
+    return t.name or (f"folded {what}" if folded_from(program, i) else t.role), t.shape, size
 
 
 def policy_of(program, plan) -> Int8Policy:

@@ -6,6 +6,7 @@ import numpy as np
 
 from hw.mcu_calibrate import SOFTMAX, SOFTMAX16, row
 from hw.mcu_emit_moves import MOVES, Moves
+from hw.mcu_flow import matrix_of_row
 from hw.mcu_int8 import multiplier, rescaler
 from hw.mcu_layout import NoLayout, broadcast_layout, conv_layout, product_layout, window_layout
 from hw.program import is_float
@@ -28,7 +29,7 @@ class Calls(Moves):
         out = step.writes[0]
         shapes = {i: self.tensors[i].shape for i in needed} | shapes
         named = {
-            "lut": self._lut, "softmax": self._softmax, "layer_norm": self._norm, "product": self._product,
+            "lut": self._lut, "softmax": self._softmax, "layer_norm": self._norm,
             "conv_general_dilated": self._conv, "concatenate": self._join, "select_n": self._select,
             "pad": self._pad, "dynamic_slice": self._cut, "dynamic_update_slice": self._update,
         }  # fmt: skip
@@ -42,8 +43,10 @@ class Calls(Moves):
             elif not all(floats) and kind not in ("select_n", "dynamic_slice", "dynamic_update_slice"):
                 other = next(i for i in (*step.reads, out) if not is_float(self.tensors[i].dtype))
                 self.refuse(op, f"emit_c has int8 values here, not {self.tensors[other].dtype}")
-            elif kind in named or unit.kind == "product":
-                (named.get(unit.kind) or named[kind])(unit, where, shapes, out)
+            elif unit.kind == "product":
+                self._product(unit, where, shapes, out, rows)
+            elif kind in named:
+                named[kind](unit, where, shapes, out)
             elif kind in _TWO:
                 self._two(op, where, shapes, out, rows)
             elif kind in ("reduce_sum", "reduce_max", "reduce_min"):
@@ -129,14 +132,14 @@ class Calls(Moves):
         w = self.constant(codes.astype(np.int64), "int8_t")
         return w, b, self.constant(mul, "int32_t"), self.constant(shift, "int32_t")
 
-    def _product(self, unit, where, shapes, out):
+    def _product(self, unit, where, shapes, out, rows=1):
         op, p = unit.op, self.policy
         static = [i in self.units.static for i in op.inputs[:2]]
-        lay = product_layout(op, *(shapes[i] for i in op.inputs[:2]), *static)
+        lay = product_layout(op, *(shapes[i] for i in op.inputs[:2]), *static, unit.perm)
         x, w = reversed(op.inputs[:2]) if lay.turned else op.inputs[:2]
         (sx, zx), (so, zo) = p.grid(x), p.grid(out)
         if any(static):
-            self._matmul(unit, lay, x, w, where, out, sx, zx, zo)
+            self._matmul(unit, lay, x, w, where, out, rows, sx, zx, zo)
             return
         sw, zw = p.grid(w)
         mul, shift = p.product_params(np.float64(sx * sw / so))
@@ -150,7 +153,7 @@ class Calls(Moves):
 
         self._looped(lay.loops, line)
 
-    def _matmul(self, unit, lay, x, w, where, out, sx, zx, zo):
+    def _matmul(self, unit, lay, x, w, where, out, rows, sx, zx, zo):
         """A product with weights: by output channel of every matrix of a batch."""
         op = unit.op
         whole = np.asarray(self.fixed(w), np.float64).transpose(lay.weights)
@@ -160,7 +163,11 @@ class Calls(Moves):
         if unit.bias is not None:
             flat = np.asarray(self.policy.env[unit.bias], np.float64)
             bias = np.broadcast_to(flat, self.tensors[out].shape).reshape(-1, channels)[-1]
+        own = self._own_matrix(unit, w, rows)
         w, b, mul, sh = self._weights(op, codes.reshape(channels, lay.k), scale.ravel(), sx, out, bias)
+        if own:
+            each = lay.times * lay.n  # channels of the row's matrix
+            w, mul, sh = f"{w} + {own} * {each * lay.k}", f"{mul} + {own} * {each}", f"{sh} + {own} * {each}"
         steps = [] if lay.kernel == "matmul" else [self._numbers(lay.step)]
         # a step of a weight is k times that of its channel's multiplier
         loops = [(size, a, c, c // lay.k, d) for size, a, c, d in lay.loops]
@@ -171,6 +178,18 @@ class Calls(Moves):
             self.line(lay.kernel, *own, lay.m, lay.k, lay.n, *steps, -zx, zo, *last)
 
         self._looped(loops, line)
+
+    def _own_matrix(self, unit, w, rows):
+        """C of the number of the matrix that row r is multiplied by, "" where all rows have the same."""
+        if rows == 1 or not unit.perm:
+            return ""
+        axes = unit.op.attrs["dimension_numbers"][1][w == unit.op.inputs[1]]
+        shape, terms = self.tensors[w].shape, []
+        for n, axis in enumerate(axes):
+            if axis in (cut := matrix_of_row(self.units, unit, rows)):
+                d, s = cut[axis]
+                terms.append(f"r / {d} % {s} * {prod(shape[a] for a in axes[n + 1 :])}")
+        return f"({' + '.join(terms)})" if terms else ""
 
     def _factored(self, op, w, whole, lay):
         """(codes [B, N, K], scale [B, N]) of weights as the executor has them, B matrices of a batch."""

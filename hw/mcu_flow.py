@@ -188,7 +188,7 @@ def by_rows(units: Units, unit: Unit, rows: int):
             else None
         )
     if unit.kind == "product":
-        return _product_rows(units, op, out, rows)
+        return _ordered_rows(units, unit, out, rows) if unit.perm else _product_rows(units, op, out, rows)
     if op.prim == "conv_general_dilated":
         return _patch_rows(units, op, out, rows)
     first = t[op.inputs[0]] if op.inputs else None
@@ -228,6 +228,9 @@ def piece_shapes(units: Units, unit: Unit, rows: int) -> dict:
     for i in ids:
         if i in units.static:
             found[i] = t[i].shape
+            if unit.perm:
+                cut = matrix_of_row(units, unit, rows)
+                found[i] = tuple(1 if d in cut else n for d, n in enumerate(t[i].shape))
         elif kinds.get(i, "row") == "row":
             found[i] = piece(t[i].shape, rows)
         else:
@@ -272,6 +275,36 @@ def _product_rows(units, op, out, rows):
         found[b] = kind
     elif batch:
         return None  # a weight for every batch: its rows are not cut here
+    return found
+
+
+def _sides(units, unit):
+    """(operand in the arena, its axes of the batch and of the sum, the weights, their axes of the batch)."""
+    (lc, rc), (lb, rb) = unit.op.attrs["dimension_numbers"]
+    a, b = unit.op.inputs[:2]
+    return (b, rb, rc, a, lb) if a in units.static else (a, lb, lc, b, rb)
+
+
+def _ordered_rows(units, unit, out, rows):
+    """A product whose result has the axes of its operand in their order: row by row, each with its matrix."""
+    x, batch, summed, *_ = _sides(units, unit)
+    shape = units.tensors[x].shape
+    own = len(shape) - len(summed)
+    if not (_keeps(out.shape, rows, own) and _keeps(shape, rows, own)):
+        return None
+    cut = piece(shape, rows)
+    return {x: "row"} if all(cut[d] in (1, shape[d]) for d in batch) else None
+
+
+def matrix_of_row(units: Units, unit: Unit, rows: int) -> dict:
+    """{axis of weights: (d, s)} of a product whose rows have a matrix each: that of row r is r // d % s."""
+    x, batch, _, _, theirs = _sides(units, unit)
+    shape, found = units.tensors[x].shape, {}
+    cut = piece(shape, rows)
+    for d, e in zip(batch, theirs, strict=True):
+        if cut[d] == 1 < shape[d]:
+            behind = prod(n // m for n, m in zip(shape[d + 1 :], cut[d + 1 :], strict=True))
+            found[e] = behind, shape[d]
     return found
 
 

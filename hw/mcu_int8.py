@@ -268,6 +268,11 @@ class Int8Policy:
                 shape = [1] * acc.ndim
                 shape[op.attrs["out_spec"][1]] = -1
                 real = (sa * np.ravel(sb)).reshape(shape)
+        if unit.perm:  # the result as it is written, before and after its axes change places
+            plain = [out.shape[unit.perm.index(d)] for d in range(len(unit.perm))]
+            acc, real = (
+                np.broadcast_to(v, acc.shape).reshape(plain).transpose(unit.perm) for v in (acc, real)
+            )
         acc = acc.reshape(out.shape)
         real = np.broadcast_to(np.reshape(real, out.shape) if np.size(real) == acc.size else real, acc.shape)
         if bias is not None:

@@ -54,13 +54,18 @@ class ProductLayout:
         return prod(size for size, *_ in self.loops)
 
 
-def product_layout(op, a_shape, b_shape, left_static, right_static) -> ProductLayout:
-    """The layout of a `dot_general` whose operands have these shapes. Raises: NoLayout."""
+def product_layout(op, a_shape, b_shape, left_static, right_static, perm=()) -> ProductLayout:
+    """The layout of a `dot_general` whose operands have these shapes, its result's axes written in the order
+    `perm`. Raises: NoLayout.
+    """
     (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
     a_free = [d for d in range(len(a_shape)) if d not in (*lb, *lc)]
     b_free = [d for d in range(len(b_shape)) if d not in (*rb, *rc)]
     shape = [a_shape[d] for d in (*lb, *a_free)] + [b_shape[d] for d in b_free]
     y = strides(shape)
+    if perm:
+        turned = strides([shape[d] for d in perm])
+        y = [turned[perm.index(d)] for d in range(len(shape))]
     y_batch, y_a, y_b = y[: len(lb)], y[len(lb) : len(lb) + len(a_free)], y[len(lb) + len(a_free) :]
     turned = left_static and not right_static
     x_shape, x_batch, x_free, x_sum, y_x = a_shape, lb, a_free, lc, y_a

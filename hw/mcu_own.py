@@ -39,7 +39,7 @@ def _calls(unit, units, op, out, shapes):
     static = [i in units.static for i in op.inputs]
     size, prim = prod(shapes[out]), op.prim
     if unit.kind == "product":
-        lay = product_layout(op, *(shapes[i] for i in op.inputs[:2]), *static[:2])
+        lay = product_layout(op, *(shapes[i] for i in op.inputs[:2]), *static[:2], unit.perm)
         return [(lay.times, f"{lay.kernel}_s8", {"m": lay.m, "k": lay.k, "n": lay.n})]
     if op.kind == "conv":
         lay = conv_layout(op, *(shapes[i] for i in op.inputs[:2]), shapes[out])

@@ -19,6 +19,7 @@ class Unit:
     op: whose operands and results are its own; a product with a bias runs at the addition behind it.
     source: the float tensor that a table or a pattern reads. chain: ops of a table, in order. bias: the
     static tensor that a product adds. gamma, beta: of a layer norm, or None; center: False for an RMS norm.
+    perm: of the axes of a product's result, where it is written as a transpose behind it would have it.
     out: the tensor it makes.
     """
 
@@ -31,6 +32,7 @@ class Unit:
     gamma: int | None = None
     beta: int | None = None
     center: bool = True
+    perm: tuple[int, ...] = ()
 
 
 class Matcher:
@@ -213,6 +215,37 @@ class Matcher:
         numbers = ((lc, tuple(perm[i] for i in rc)), (lb, tuple(perm[i] for i in rb)))
         inputs = (op.inputs[0], maker.inputs[0])
         return maker.id, replace(op, inputs=inputs, attrs=op.attrs | {"dimension_numbers": numbers})
+
+    def ordered(self, op):
+        """The transpose behind a product with weights of their own for every matrix of a batch, if it brings
+        the result into the order of the other operand's axes: then each of its rows makes a row. Or None.
+        """
+        out, users = op.outputs[0], self.users.get(op.outputs[0], ())
+        if (
+            out in self.kept
+            or len(users) != 1
+            or users[0].prim != "transpose"
+            or users[0].id in self.units.of
+        ):
+            return None
+        (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
+        left, right = (i in self.units.static for i in op.inputs[:2])
+        if left == right or not lb:
+            return None
+        ranks = [len(self.tensors[i].shape) for i in op.inputs[:2]]
+        free = [[d for d in range(n) if d not in (*b, *c)] for n, b, c in zip(ranks, (lb, rb), (lc, rc),
+                                                                             strict=True)]  # fmt: skip
+        # where each axis of the operand that is no weight stands in the result, the weights' own behind them
+        own, batch, summed = (free[1], rb, rc) if left else (free[0], lb, lc)
+        first = len(lb) + (len(free[0]) if left else 0)
+        at = dict(zip((*batch, *own), (*range(len(lb)), *range(first, first + len(own))), strict=True))
+        rest = [n for n in range(len(lb) + len(free[0]) + len(free[1])) if n not in at.values()]
+        last = list(range(max(ranks[left] - len(summed), 0), ranks[left]))
+        if sorted(summed) != last:
+            return None
+        return (
+            users[0] if list(users[0].attrs["permutation"]) == [*(at[d] for d in sorted(at)), *rest] else None
+        )
 
     def bias(self, op):
         """The addition of a static row behind a product with a static operand, or None."""

@@ -208,4 +208,5 @@ def _product(w, unit, units, bits, rows, add):
     if left or right:
         again = b if rows > 1 and d.b == 1 else 1
         groups = d.b * d.groups if d.b > 1 or d.groups > 1 else 1
+        groups = max(groups, rows) if d.b > 1 else groups  # a matrix a row
         w.flash = again * groups * _weights(n, d.k, bits)

@@ -13,7 +13,7 @@ import numpy as np
 from hw import numerics
 from hw.interpret import Trace, _arguments
 from hw.mcu_arena import MemoryPlan, Segment
-from hw.mcu_flow import by_rows, piece
+from hw.mcu_flow import by_rows, matrix_of_row, piece
 from hw.mcu_int8 import Int8Policy
 from hw.program import is_float, numpy_dtype
 
@@ -258,6 +258,13 @@ class _Machine:
         if unit.kind in ("lut", "softmax", "layer_norm") or not step.writes:
             return found
         whole = self.tensors[step.writes[0]]
+        if unit.perm:
+            w = next(i for i in unit.op.inputs[:2] if i in self.units.static)
+            cut = matrix_of_row(self.units, unit, rows)
+            where = {axis: r // d % s for axis, (d, s) in cut.items()}
+            x = np.asarray(self.fixed(w))
+            return {w: x[tuple(slice(where[d], where[d] + 1) if d in where else slice(None)
+                               for d in range(x.ndim))]}  # fmt: skip
         wanted = (unit.bias,) if unit.kind == "product" else unit.op.inputs
         for i in wanted:
             if i is not None and i in self.units.static and self.tensors[i].size == whole.size > 1:

@@ -185,13 +185,16 @@ class Units:
     def _assign(self, block, users, kept, pointwise, patterns):
         inside = {i for _, ids in patterns.values() for i in ids}
         tables = {t for t, (_, ops) in pointwise.items()}
-        biased, turned = {}, {}
+        biased, turned, ordered = {}, {}, {}
         for op in block.ops:
             if op.prim == "dot_general" and op.id not in self.of and (hit := self.view.turned(op)):
                 inside.add(hit[0])
                 turned[op.id] = hit[1]
             if op.prim in PRODUCTS and op.id not in self.of and (hit := self.view.bias(op)):
                 biased[op.id] = hit
+            elif op.prim == "dot_general" and op.id not in self.of and (hit := self.view.ordered(op)):
+                ordered[op.id] = hit
+                inside.discard(hit.id)
         for op in block.ops:
             if op.id in self.of or op.blocks or op.kind in ("kernel", "shard", "collective"):
                 continue
@@ -215,7 +218,12 @@ class Units:
             elif op.prim in PRODUCTS:
                 kind, add = PRODUCTS[op.prim], biased.get(op.id)
                 op = turned.get(op.id, op)
-                if add:
+                if op.id in ordered:
+                    move = ordered[op.id]
+                    self.of[op.id] = Unit("free", op)
+                    perm = tuple(move.attrs["permutation"])
+                    self.of[move.id] = Unit(kind, op, move.outputs[0], perm=perm)
+                elif add:
                     bias = next(i for i in add.inputs if i != op.outputs[0])
                     self.of[op.id] = Unit("free", op)
                     self.of[add.id] = Unit(kind, op, add.outputs[0], bias=bias)
@@ -257,4 +265,4 @@ class Units:
         """Tensors that it makes."""
         if unit.kind == "free":
             return ()
-        return (unit.out,) if unit.bias is not None else unit.op.outputs
+        return (unit.out,) if unit.bias is not None or unit.perm else unit.op.outputs

@@ -34,6 +34,7 @@ FILES = (
     "hw/mcu_emit.py",
     "hw/mcu_emit_moves.py",
     "hw/mcu_emit_units.py",
+    "hw/mcu_flash.py",
     "hw/mcu_flow.py",
     "hw/mcu_int16.py",
     "hw/mcu_int8.py",

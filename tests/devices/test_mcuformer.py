@@ -121,6 +121,18 @@ def test_mcuformer_stored_results_are_fresh():
     assert r["int8"]["float"] - r["int8"]["s8"]["accuracy"] < 1.0
 
 
+def test_mcuformer_stored_prices_are_fresh():
+    """And hold: with the reductions all of it fits 320 KB, relative positions too; in its arena it is equal."""
+    assert record.is_fresh("mcuformer_mcu")
+    r = record.load("mcuformer_mcu")["results"]
+    assert all("seconds" in row for row in r["priced"] if row["reductions"])
+    assert all(row["bytes"] < 303_104 for row in r["priced"] if row["reductions"])
+    e = r["executed"]
+    assert e["same"]
+    assert e["arena"] - 16 < e["touched"] <= e["arena"] < e["room"]
+    assert any("made as they are read" in hint for hint in r["refused"]["remedies"])
+
+
 def test_mcuformer_on_the_microcontroller_target():
     """The naive peak with the reductions off; with them the net fits a 320 KB part; and int8 runs."""
     program = claims.traced(1, relative_position=False)

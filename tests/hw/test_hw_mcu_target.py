@@ -125,7 +125,8 @@ def test_hw_mcu_finds_the_library_kernels_of_a_transformer():
     assert report.quality["snr_db"] > 18
     assert "events float results" not in report.quality
     small = hw.calibrate(program, [args], weight_bits=4)
-    assert target.flash_bytes(program, 4) < 0.75 * target.flash_bytes(program, 8)
+    matrices = sum(w.size for k, w in args[1].items() if w.ndim == 2 and k != "pos")
+    assert target.flash_bytes(program, 8) - target.flash_bytes(program, 4) == matrices // 2
     coarse = hw.execute(program, args, replace(target, plan=small))[1]
     assert 3 < coarse.quality["snr_db"] < report.quality["snr_db"]
     assert equal(hw.calibrate(program, [args], observer="ema").scales, hw.calibrate(program, [args]).scales)
@@ -345,6 +346,47 @@ def test_hw_mcu_attention_runs_a_query_at_a_time():
     assert plan.total == 3 * 288 + 32
     want, _ = hw.run_program(program, args, policy=target.formats)
     assert equal(target.run_arena(program, args)[0], want)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_hw_mcu_relative_positions_run_a_query_at_a_time(bits):
+    """A product with vectors of every pair of places is written in the order of the queries: scores and
+    probabilities of all pairs never exist, and the arena is that of attention without them, a row aside.
+    """
+    near = lambda q, k, v, r: jax.nn.softmax(q @ k.swapaxes(1, 2) + jnp.einsum("hid,ijd->hij", q, r)) @ v
+    r = np.random.default_rng(8)
+    q, k, v = (r.standard_normal((2, 9, 16)).astype(np.float32) for _ in range(3))
+    args = q, k, v, r.standard_normal((9, 9, 16)).astype(np.float32)
+    program = hw.trace(near, *args, weights=("r",))
+    target = hw.stm32f746(profile="emitted", activation_bits=bits).prepared(program, args)
+    plan = target.memory(program)
+    assert [(g.rows, len(g.taken)) for g in plan.segments] == [(18, 1)]
+    assert plan.total <= (3 * 288 + 48) * bits // 8
+    want, _ = hw.run_program(program, args, policy=target.formats)
+    assert equal(target.run_arena(program, args)[0], want)
+    plain = replace(target, **OFF)
+    assert plain.memory(program).total > plan.total
+    assert equal(plain.run_arena(program, args)[0], want)
+
+
+def test_hw_mcu_flash_holds_tables_as_large_as_they_are_folded():
+    """Of a table of 5 rows that is spread over all pairs of 12 places each pair's row is kept; weights of a
+    loop's trips once each, what nothing reads not at all; the refusal names what would be less.
+    """
+    at = np.arange(144).reshape(12, 12) % 5
+    spread = lambda x, t: jnp.einsum("id,ijd->ij", x, t[at])
+    x, t = np.ones((12, 8), np.float32), np.ones((5, 8), np.float32)
+    program = hw.trace(spread, x, t, weights=("t",))
+    target = hw.stm32f746()
+    assert target.flash_bytes(program) == 144 * 8 + 12 * 144
+    with pytest.raises(hw.DoesNotFit, match="folded weights") as e:
+        hw.estimate(program, replace(target, flash_kb=1))
+    assert any("made as they are read (1,112 B less)" in s for s in e.value.suggestions)
+    layers = lambda x, w: jax.lax.scan(lambda h, m: (jnp.tanh(h @ m), None), x, w)[0]
+    program = hw.trace(layers, x[:, :8], np.ones((3, 8, 8), np.float32), weights=("w",))
+    assert target.flash_bytes(program) == 3 * (64 + 12 * 8) + 256
+    unread = hw.trace(lambda x, w: x @ w[:, :2], x[:, :8], np.ones((8, 8), np.float32), weights=("w",))
+    assert target.flash_bytes(unread) == 8 * 2 + 12 * 2
 
 
 def test_hw_mcu_poison_shows_a_wrong_plan():
