@@ -1,8 +1,8 @@
 """The races of `triptych bench` on one GPU, stored: `python -m tests.claims.bench [SLUG ..]`.
 
 Each technique's default problems, forward and, where it has a backward pass, with gradients; peers are those
-that are installed. About a minute a technique; writes docs/data/bench_<slug>_gpu.json and prints the tables'
-rows. --shape and --set as of the command replace the default problems; --only names entries.
+that are installed. One to six minutes a technique, most of them compilation; writes
+docs/data/bench_<slug>_gpu.json and prints the tables' rows. --shape and --set as of the command replace the default problems; --only names entries.
 """
 
 import argparse
