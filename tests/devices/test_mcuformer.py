@@ -122,7 +122,7 @@ def test_mcuformer_stored_results_are_fresh():
 
 
 def test_mcuformer_stored_prices_are_fresh():
-    """And hold: with the reductions all of it fits 320 KB, relative positions too; in its arena it is equal."""
+    """And hold: with the reductions all of it fits 320 KB, relative positions too; its arena run is equal."""
     assert record.is_fresh("mcuformer_mcu")
     r = record.load("mcuformer_mcu")["results"]
     assert all("seconds" in row for row in r["priced"] if row["reductions"])
