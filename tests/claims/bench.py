@@ -2,7 +2,8 @@
 
 Each technique's default problems, forward and, where it has a backward pass, with gradients; peers are those
 that are installed. One to six minutes a technique, most of them compilation; writes
-docs/data/bench_<slug>_gpu.json and prints the tables' rows. --shape and --set as of the command replace the default problems; --only names entries.
+docs/data/bench_<slug>_gpu.json and prints the tables' rows. --shape and --set as of the command replace the
+default problems; --only names entries.
 """
 
 import argparse
