@@ -111,6 +111,8 @@ def pages():
         stem = module.split(".")[1]
         fits = [p for p, (_, heads) in HARDWARE.items() if stem.startswith(heads or ("-",))]
         hw[fits[0] if fits else "core" if module in exported else "tools"].append(module)
+    for page, here in hw.items():
+        here.sort(key=lambda module, page=page: module != f"hw.{page}")  # the target's own file first
     return found | {f"hw/{page}": (f"hw: {HARDWARE[page][0]}", here) for page, here in hw.items()}
 
 
@@ -154,10 +156,7 @@ def text_of(page):
         own, borrowed = names(module)
         out.append(f"::: {module}\n    options:\n      members: [{', '.join(own)}]\n")
         if also := [entry(found, n) for n, (m, name) in borrowed.items() if (found := home(m, name))]:
-            where = (
-                "Also here, from files of other pages" if layer != "accel" else "Also here, written elsewhere"
-            )
-            out.append(f"{where}: {', '.join(also)}.\n")
+            out.append(f"Also here, written elsewhere: {', '.join(also)}.\n")
         if technique and layer == "ref":
             out.append(examples(technique))
     return "\n".join(out)
@@ -166,10 +165,10 @@ def text_of(page):
 def intro(page):
     """The page's first line."""
     layer, name = page.split("/")
-    chapter = (
-        f"The chapter: [{HARDWARE[name][0]}](../../hw/{CHAPTERS[name]}.md). " if name in CHAPTERS else ""
-    )
-    return f"{chapter if layer == 'hw' else ''}How to read an entry: [API reference](../index.md)."
+    how = "How to read an entry: [API reference](../index.md)."
+    if layer != "hw" or name not in CHAPTERS:
+        return how
+    return f"The chapter: [{HARDWARE[name][0]}](../../hw/{CHAPTERS[name]}.md). {how}"
 
 
 def beside(technique, layer):

@@ -85,16 +85,21 @@ def blocks(text):
                 if (indent and indent <= 2 and _ENTRY.match(piece)) or not found[-1][1]:
                     found[-1][1].append(piece)
                 else:
-                    found[-1][1][-1] += " " + piece
+                    found[-1][1][-1] += after(found[-1][1][-1]) + piece
             elif section and n:
-                found[-1][1][-1] += " " + piece
+                found[-1][1][-1] += after(found[-1][1][-1]) + piece
             else:
                 section = None
                 if blank or not found or found[-1][0] != "text":
                     found.append(("text", [piece]))
                 else:
-                    found[-1][1][-1] += " " + piece
+                    found[-1][1][-1] += after(found[-1][1][-1]) + piece
     return found
+
+
+def after(text):
+    """What stands between a line and the next: nothing where a word is cut at its hyphen."""
+    return "" if re.search(r"[a-z]-$", text) else " "
 
 
 def ended(entries):
