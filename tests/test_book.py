@@ -254,6 +254,8 @@ def test_book_finds_a_browser_or_says_what_it_looked_for(tmp_path, monkeypatch, 
     (tmp_path / "assets" / "print" / "book.html").write_text("x")
     assert main(call) == 2
     assert f"{program} ended by itself" in capsys.readouterr().err
+    assert main([*call[:4], str(tmp_path / "no" / "x.pdf"), *call[5:]]) == 2
+    assert f"there is no folder {tmp_path / 'no'} to print to" in capsys.readouterr().err
     assert not (tmp_path / "x.pdf").exists()
 
 

@@ -56,8 +56,11 @@ def print_book(
     Args: only: pages as they stand in addresses ("attention/flash"), all but the API reference if none.
       chromium: the browser's program, see `find_chromium`. say: called with what is done next.
     Returns: {"pages": how many, "chapters": {page of the book: page of the PDF}, "equations": how many}.
-    Raises: OSError if the site lacks the document, a page is unknown, or the browser fails.
+    Raises: OSError if the site lacks the document, a page is unknown, there is no folder for the file, or the
+      browser fails.
     """
+    if not file.parent.is_dir():
+        raise OSError(f"there is no folder {file.parent} to print to")
     with document(site, only, chromium, say) as (browser, told):
         if told["wrong"]:
             raise OSError(f"equations cannot be set: {told['wrong'][:3]}")
