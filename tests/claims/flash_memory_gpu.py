@@ -81,8 +81,8 @@ def growth(sizes=SIZES, *, heads=2, width=128, budget=0.5):
     rows = []
     for n in sorted(sizes):
         args = drawn([(1, heads, n, width)] * 4)
-        took = seconds(both, *args, budget=budget)
-        extra = both.lower(*args).compile().memory_analysis().temp_size_in_bytes
+        call = both.lower(*args).compile()
+        took, extra = seconds(call, *args, budget=budget), call.memory_analysis().temp_size_in_bytes
         rows.append(
             {
                 "tokens": n, "seconds": took, "peak_bytes": peak_bytes(), "temporary_bytes": extra,
