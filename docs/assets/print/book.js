@@ -37,21 +37,11 @@ function chapters(home, only, without) {
   return found;
 }
 
-// What a panel of prices was built with, said instead of its sliders.
-function sizes(panel) {
-  const told = [...panel.querySelectorAll("form fieldset:first-of-type > div")].map((row) => {
-    const value = row.querySelector("output") ?? row.querySelector("option[selected]") ?? row.querySelector("option");
-    return `${row.querySelector("label")?.textContent.trim()} ${value?.textContent.trim()}`;
-  });
-  panel.querySelector("form")?.replaceWith(make("p", {}, `Sizes: ${told.join(", ")}.`));
-}
-
 const name = (path, id = "") => `${path.replaceAll("/", ".") || "home"}${id ? `--${id}` : ""}`;
 
 // One chapter's content, made for paper; ids get the chapter's name in front.
 function content(doc, chapter, all) {
   const article = document.adoptNode(doc.querySelector("article.md-content__inner"));
-  article.querySelectorAll("[data-price]").forEach(sizes);
   const gone = ".headerlink, .md-content__button, script, noscript, style, form, button";
   for (const node of article.querySelectorAll(gone)) node.remove();
   for (const node of article.querySelectorAll('a[href$=".ipynb"]')) node.closest("p")?.remove();
