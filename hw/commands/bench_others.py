@@ -297,7 +297,7 @@ def _conditioned(definition, want, args, dtype):
     import jax
 
     eps, rng = tolerance(dtype), np.random.default_rng(0)
-    nudge = lambda a: np.asarray(a, np.float64) * (1 + eps / 8 * rng.choice((-1.0, 1.0), np.shape(a)))
+    nudge = lambda a: np.asarray(a, np.float64) * (1 + eps / 2 * rng.choice((-1.0, 1.0), np.shape(a)))
     moved = apart(definition(*jax.tree.map(nudge, args)), want)
     return eps + 8 * moved
 
