@@ -6,7 +6,7 @@ unit reads do not count, and those of a loop's trips count once each.
 
 from math import ceil, prod
 
-from hw.program import is_float
+from hw.program import is_float, walk
 
 _TABLE = {1: 256, 2: 1026}  # bytes of a function, by bytes of an activation
 _CHANNEL = {1: 12, 2: 16}  # of a bias of 32 or 64 bits, a multiplier, a shift
@@ -15,8 +15,10 @@ _CHANNEL = {1: 12, 2: 16}  # of a bias of 32 or 64 bits, a multiplier, a shift
 def stored(program, units, weight_bits=8) -> dict:
     """{(tensor, or None; what it is): bytes} of weights, tables and multipliers."""
     found, t, width = {}, units.tensors, units.act_bytes
+    first = _first_of_its_kind(program, units)
 
     def add(i, what, size, times=1):
+        i = first.get(i, i)
         found[i, what] = max(found.get((i, what), 0), size * times)
 
     def unit_of(op, own, times):
@@ -77,6 +79,18 @@ def stored(program, units, weight_bits=8) -> dict:
 
     block(program.body, set(), 1)
     return found
+
+
+def _first_of_its_kind(program, units):
+    """{folded tensor: the first that the same ops make of the same weights}: equal ones are kept once."""
+    first, seen = {}, {}
+    for op in walk(program.body):
+        if op.blocks or not all(o in units.static for o in op.outputs):
+            continue
+        made = op.prim, repr(sorted(op.attrs.items())), tuple(first.get(i, i) for i in op.inputs)
+        for n, o in enumerate(op.outputs):
+            first[o] = seen.setdefault((*made, n), o)
+    return first
 
 
 def _channels(unit, w):

@@ -196,6 +196,9 @@ def by_rows(units: Units, unit: Unit, rows: int):
         perm = op.attrs["permutation"]
         fixed = next((n for n, p in enumerate(perm) if n != p), len(perm))
         return {op.inputs[0]: "row"} if _keeps(out.shape, rows, fixed) else None
+    if op.prim == "slice":
+        whole = next((d for d, n in enumerate(first.shape) if n != out.shape[d]), len(first.shape))
+        return {op.inputs[0]: "row"} if _keeps(out.shape, rows, whole) else None
     if op.prim in ("reduce_sum", "reduce_max", "reduce_min"):
         least = min(op.attrs["axes"], default=0)
         ok = _keeps(first.shape, rows, least) and piece(first.shape, rows) is not None

@@ -86,6 +86,22 @@ def test_hw_mcu_emit_stored_results_hold():
     assert digit["int8"] > digit["float"] - 0.01
 
 
+def test_hw_mcu_emit_stored_real_networks_hold():
+    """Digits of MNIST lose no point, our codes of the forecaster are its authors', and both run as C."""
+    assert record.is_fresh("hw_mcu_real")
+    r = record.load("hw_mcu_real")["results"]
+    for case in (*r["mnist"]["cases"], *r["forecaster"]["cases"]):
+        assert case["equal"], case
+        assert case["ram"] == case["plan"]
+        assert abs(case["estimate"] / case["instructions"] - 1) <= 0.1
+    assert all(case["accuracy"] > r["mnist"]["float"] - 0.01 for case in r["mnist"]["cases"])
+    own, (narrow, wide) = r["forecaster"]["own"], r["forecaster"]["cases"]
+    assert own["same"] == own["codes"]
+    assert own["scale_error"] < 2.0**-23  # theirs are stored in float32
+    assert wide["snr_db"] > narrow["snr_db"] + 10
+    assert narrow["needs"] <= narrow["room"]
+
+
 def test_hw_mcu_emit_refuses_what_it_has_no_c_for():
     program, args, target = made("mlp")
     with pytest.raises(ValueError, match="needs a target with a plan"):

@@ -385,6 +385,8 @@ def test_hw_mcu_flash_holds_tables_as_large_as_they_are_folded():
     layers = lambda x, w: jax.lax.scan(lambda h, m: (jnp.tanh(h @ m), None), x, w)[0]
     program = hw.trace(layers, x[:, :8], np.ones((3, 8, 8), np.float32), weights=("w",))
     assert target.flash_bytes(program) == 3 * (64 + 12 * 8) + 256
+    twice = hw.trace(lambda x, w: jnp.tanh(x @ w.T) @ w.T, x, np.ones((8, 8), np.float32), weights=("w",))
+    assert target.flash_bytes(twice) == 64 + 2 * 12 * 8 + 256
     unread = hw.trace(lambda x, w: x @ w[:, :2], x[:, :8], np.ones((8, 8), np.float32), weights=("w",))
     assert target.flash_bytes(unread) == 8 * 2 + 12 * 2
 
@@ -491,6 +493,21 @@ def test_hw_mcu_refuses_no_memories_that_fewer_choices_would_fit(monkeypatch):
     plan = mcu_arena.plan_memory(program, target)
     assert not overlaps(plan.arena)
     assert set(plan.arena.region.values()) == {"dtcm", "axi"}
+
+
+def test_hw_mcu_gated_layers_run_a_token_at_a_time():
+    """Halves of a row are cut from it, so a hidden layer and its gate are one row long: 9 x 8 tokens, 48 and
+    twice 24 of them, and a row of the result aside; the same codes in the poisoned arena.
+    """
+    r = np.random.default_rng(5)
+    x, up, down = (r.standard_normal(s).astype(np.float32) for s in ((9, 8), (8, 48), (24, 8)))
+    half = lambda h: jax.nn.silu(h[:, :24]) * h[:, 24:]
+    program = hw.trace(lambda x, up, down: x + half(x @ up) @ down, x, up, down, weights=("up", "down"))
+    target = hw.stm32f746(profile="emitted").prepared(program, (x, up, down))
+    plan = target.memory(program)
+    assert plan.total <= 80 + 48 + 2 * 24 + 2 * 16
+    want, _ = hw.run_program(program, (x, up, down), policy=target.formats)
+    assert equal(target.run_arena(program, (x, up, down))[0], want)
 
 
 def test_hw_mcu_exercise_of_the_chapter_on_tokens():
