@@ -46,6 +46,12 @@ function content(doc, chapter, all) {
   for (const node of article.querySelectorAll(gone)) node.remove();
   for (const node of article.querySelectorAll('a[href$=".ipynb"]')) node.closest("p")?.remove();
   for (const node of article.querySelectorAll('a[id^="__codelineno"]')) node.remove();
+  // Of code only comments, strings, numbers and keywords are told apart: every span is an entry of the tagged PDF.
+  for (const node of article.querySelectorAll(".highlight code span")) {
+    if (/^(c|s|m|k|ow)/.test(node.className)) continue;
+    node.replaceWith(...node.childNodes);
+  }
+  for (const code of article.querySelectorAll(".highlight code")) code.normalize();
   for (let node = article.querySelector("h2#api"); node; ) { // links to the reference, which is not printed
     const next = node.nextElementSibling;
     node.remove();
