@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import hw
 from accel.blocks.mlp import gelu
 from accel.blocks.optim import adam, adam_init, clip_by_norm
-from accel.devices.mcuformer import mcuformer_forward as accel_forward
 from ref.data import digits
 from ref.devices.mcuformer import (
     MCUFormerParams,
@@ -37,7 +35,6 @@ from ref.models.vit import patchify
 from tests.claims.record import store
 
 FILES = (
-    "accel/devices/mcuformer.py",
     "ref/devices/mcuformer.py",
     "ref/blocks/space_search.py",
     "ref/blocks/vit_int8.py",
@@ -261,38 +258,6 @@ def published_size(*, depth=12, schedules=("integrated", "naive")):
             "weights": q.nonvolatile_bytes()}  # fmt: skip
 
 
-def traced(depth, *, relative_position):
-    """The op program of a network of the published size, one image, its parameters told as weights."""
-    subnet = SubnetConfig(192, (3,) * depth, (4.0,) * depth)
-    p = init_mcuformer(np.random.default_rng(0), image_size=240, patch=16, depth=depth, rank_ratio=0.9,
-                       num_classes=10)  # fmt: skip
-    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, np.float32), p)
-    run = lambda img, params: accel_forward(img, params, subnet=subnet, patch=16, rank_ratio=0.9,
-                                            relative_position=relative_position)  # fmt: skip
-    return hw.trace(run, jax.ShapeDtypeStruct((240, 240, 3), np.float32), spec, weights=("params",))
-
-
-def priced(*, depth=12):
-    """What the Mcu target says of that network: memory as it plans it, seconds and joules where it fits.
-
-    Weights beyond the part's own flash are taken to lie in an external one of 16 MB at the same rate.
-    """
-    rows = []
-    for relative in (False, True):
-        program = traced(depth, relative_position=relative)
-        for part in ("stm32f746", "stm32h743"):
-            for reductions in (False, True):
-                switches = dict.fromkeys(("integrate", "decompose_patch", "overwrite"), reductions)
-                row = {"part": part, "relative": relative, "reductions": reductions}
-                try:
-                    r = hw.estimate(program, getattr(hw, part)(flash_kb=16384, **switches))
-                    row |= {"bytes": r.peak_memory, "seconds": r.seconds, "joules": r.energy_j}
-                except hw.DoesNotFit as why:
-                    row |= {"bytes": int(why.needed), "short": int(why.shortfall)}
-                rows.append(row)
-    return rows
-
-
 def inner_search(splits, patch, rho, limit, *, steps, seeds, search):
     """(supernet, the best subnet of all seeds, results) in the space (rho, patch)."""
     p = train_supernet(splits[0], patch, rho, steps=steps, seed=1)
@@ -330,4 +295,4 @@ def measure(
 if __name__ == "__main__":
     results = measure()
     print(results)
-    print(store("mcuformer", results | {"published": published_size(), "priced": priced()}, FILES))
+    print(store("mcuformer", results | {"published": published_size()}, FILES))

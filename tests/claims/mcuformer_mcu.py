@@ -12,7 +12,6 @@ import hw
 from accel.devices.mcuformer import mcuformer_forward
 from hw.front import difference
 from ref.devices.mcuformer import SubnetConfig, init_mcuformer
-from tests.claims.mcuformer import traced
 from tests.claims.record import store
 
 FILES = (
@@ -31,10 +30,20 @@ FILES = (
     "hw/mcu_run.py",
     "hw/mcu_units.py",
     "ref/devices/mcuformer.py",
-    "tests/claims/mcuformer.py",
     "tests/claims/mcuformer_mcu.py",
 )
 OUTSIDE = 2**20  # KB of flash beside the part, so that flash never decides
+
+
+def traced(depth, *, relative_position):
+    """The op program of a network of the published size, one image, its parameters told as weights."""
+    subnet = SubnetConfig(192, (3,) * depth, (4.0,) * depth)
+    p = init_mcuformer(np.random.default_rng(0), image_size=240, patch=16, depth=depth, rank_ratio=0.9,
+                       num_classes=10)  # fmt: skip
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, np.float32), p)
+    run = lambda img, params: mcuformer_forward(img, params, subnet=subnet, patch=16, rank_ratio=0.9,
+                                                relative_position=relative_position)  # fmt: skip
+    return hw.trace(run, jax.ShapeDtypeStruct((240, 240, 3), np.float32), spec, weights=("params",))
 
 
 def priced(*, depth=12, bits=8):

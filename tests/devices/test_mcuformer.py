@@ -8,7 +8,7 @@ import accel
 import hw
 import ref
 from tests.claims import mcuformer as claims
-from tests.claims import record
+from tests.claims import mcuformer_mcu, record
 from tests.devices import laws_mcuformer
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
@@ -135,7 +135,7 @@ def test_mcuformer_stored_prices_are_fresh():
 
 def test_mcuformer_on_the_microcontroller_target():
     """The naive peak with the reductions off; with them the net fits a 320 KB part; and int8 runs."""
-    program = claims.traced(1, relative_position=False)
+    program = mcuformer_mcu.traced(1, relative_position=False)
     off = dict.fromkeys(("integrate", "decompose_patch", "overwrite"), False)
     with pytest.raises(hw.DoesNotFit) as why:
         hw.estimate(program, hw.stm32f746(flash_kb=16384, **off))
