@@ -273,7 +273,10 @@ class Mcu(Target):
         larger += [
             f"{n} with all its memories"
             for n, r in ALL_REGIONS.items()
-            if not larger and r[0][1] > self.reserve_kb and replace(self, regions=r)._planned(program)[0]
+            if not larger
+            and r[0][1] > self.reserve_kb
+            and sum(region[1] for region in r) >= need
+            and replace(self, regions=r)._planned(program)[0]
         ]
         kb = f"a part with {need:,} KB" + (" in one memory" if len(self.regions) > 1 else "")
         hints.append(f"{kb}: {larger[0]}" if larger else f"{kb}, or a smaller input")

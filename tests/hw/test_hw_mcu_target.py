@@ -476,6 +476,20 @@ def test_hw_mcu_says_what_does_not_fit_and_what_would():
     assert any("weight_bits=4" in s or "KB of flash" in s for s in e.value.suggestions)
 
 
+def test_hw_mcu_tries_no_memories_that_are_too_small_together(monkeypatch):
+    """A refusal of what nothing has room for plans for none of the parts' many memories."""
+    from hw import mcu
+
+    planned = []
+    made = mcu.plan_memory
+    monkeypatch.setattr(mcu, "plan_memory", lambda p, t: planned.append(len(t.regions)) or made(p, t))
+    program = hw.trace(lambda x: jnp.tanh(x @ x) @ x, ("float32", (4000, 4000)))
+    with pytest.raises(hw.DoesNotFit, match="or a smaller input"):
+        hw.estimate(program, hw.stm32h743())
+    assert planned
+    assert max(planned) == 1
+
+
 def test_hw_mcu_refuses_no_memories_that_fewer_choices_would_fit(monkeypatch):
     """A plan of all switches that has no room leaves the plans of fewer their turn."""
     from hw import mcu_arena
