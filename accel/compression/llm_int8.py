@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from accel.blocks.backend import choose_impl
+from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.quantize import affine_params, quantize, symmetric_params
 from accel.blocks.softmax import wide
 from ref.compression.llm_int8 import (
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 ROWS = (((1,), (1,)), ((), ()))  # contract the last axes of [T, K] and [N, K]
+STRIP = 32  # outlier columns that "hopper" gathers where max_outliers is None
 EXACT = jax.lax.Precision.HIGHEST  # outliers are the largest numbers there are: no TF32 for them
 
 
@@ -94,8 +95,13 @@ def llm_int8_linear(
     """
     check_terms(check_layer(x, layer, max_outliers)["K"])
     check_rows(x, threshold)
-    impl = choose_impl(impl, interpret=interpret, obstacles={"hopper": 'is not there yet; use "triton"'})
     tiles = (block_t, block_n, block_k)
+    impl = choose_impl(
+        impl,
+        interpret=interpret,
+        auto=("hopper",),
+        obstacles={"hopper": _no_hopper(x, layer, interpret, tiles)},
+    )
     if impl == "xla" and any(tiles):
         raise ValueError(f'tile sizes are for impl="triton" and "tpu", got {tiles} with impl="xla"')
     layer = jax.tree.map(jnp.asarray, layer)
@@ -109,6 +115,19 @@ def llm_int8_linear_vjp(layer: Int8Linear, grad_y):
     g = grad_y.astype(wide(grad_y.dtype))
     grad_x = jnp.matmul(g, _float_weight(layer, g.dtype))
     return grad_x.astype(grad_y.dtype), g.reshape(-1, n["N"]).sum(axis=0).astype(grad_y.dtype)
+
+
+def _no_hopper(x, layer, interpret, tiles):
+    """Why the kernels for Hopper cannot run the call, or None."""
+    if interpret:
+        return 'has no interpreter; use impl="triton"'
+    if jnp.result_type(x) not in (jnp.bfloat16, jnp.float16):
+        return f'takes bfloat16 or float16, not {jnp.result_type(x)}; use impl="triton"'
+    if layer.float_weight is not None:
+        return 'multiplies outliers by the int8 weights, not by float_weight; use impl="triton"'
+    if any(tiles):
+        return f"chooses its own tiles, got {tiles}"
+    return hopper_obstacle()
 
 
 def quantization_ladder(x, w, *, scheme, decompose=False, threshold=6.0):
@@ -151,6 +170,8 @@ def _dequantize(acc, x_absmax, w_absmax, bias):
 def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
     K, N, dtype = x.shape[-1], layer.w_q.shape[0], wide(x.dtype)
     rows = x.reshape(-1, K)
+    if impl == "hopper":
+        return _hopper(rows, layer, threshold, max_outliers).reshape(*x.shape[:-1], N)
     x_q, absmax, mask = _rowwise(rows, threshold)
     strip, dense, too_many = _outliers(rows.astype(dtype), layer, threshold, mask, max_outliers)
     if impl == "xla":
@@ -170,6 +191,25 @@ def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
     if dense is not None:
         y = y + (dense() if strip is None else jax.lax.cond(too_many, dense, gathered))
     return y.astype(x.dtype).reshape(*x.shape[:-1], N)
+
+
+def _hopper(rows, layer, threshold, max_outliers, interpret=False, product=None):
+    """The layer on rows [T, K] of half precision by the kernels for Hopper."""
+    from accel.kernels import llm_int8_hopper
+    from accel.kernels import llm_int8_outliers_triton as outliers
+
+    product = product or llm_int8_hopper.int8_product
+    options = {"interpret": interpret}
+    x_q, absmax, marks = outliers.quantize_rows(
+        rows, threshold=threshold or float("inf"), unit=llm_int8_hopper.DEEP, **options
+    )
+    weights = layer.w_q, layer.w_absmax, layer.bias
+    if threshold in (0, float("inf")):
+        return product(x_q, absmax, *weights, dtype=rows.dtype)
+    R = min(rows.shape[1], STRIP if max_outliers is None else min(max_outliers, 2 * STRIP))
+    x_q, x_o, w_o, more = outliers.gather(rows, layer.w_q, x_q, marks, R=R, **options)
+    y = product(x_q, absmax, *weights, (x_o, w_o), dtype=rows.dtype)
+    return outliers.overrule(y, more, marks, rows, x_q, absmax, *weights, **options)
 
 
 def _linear_fwd(x, layer, *static):

@@ -1,13 +1,11 @@
 """What int8 costs two trained networks, with and without planted outliers: `python -m tests.claims.llm_int8`.
 
 Needs `triptych fetch` of smollm2, plays, minilm, minilm_int8, lee and wordsim. About ten minutes on two
-cores; writes docs/data/llm_int8.json. With --gpu it races the int8 product against bfloat16 on one GPU
-instead and writes docs/data/llm_int8_gpu.json.
+cores; writes docs/data/llm_int8.json. The race on a GPU is in llm_int8_gpu.py.
 """
 
 import argparse
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -31,11 +29,6 @@ FILES = (
     "ref/blocks/quantize.py",
     "ref/models/minilm.py",
     "ref/metrics.py",
-    "tests/claims/llm_int8.py",
-)
-GPU_FILES = (
-    "accel/compression/llm_int8.py",
-    "accel/kernels/llm_int8_triton.py",
     "tests/claims/llm_int8.py",
 )
 TOKENS = 256
@@ -303,67 +296,9 @@ def halves():
     return [{"name": n, "half": a, "int8": b, "ratio": a / b} for n, (a, b) in sizes.items()]
 
 
-# On a GPU.
-
-
-def race(sizes=(1024, 2048, 4096, 8192, 12288), tokens=(1, 32, 512, 2048), *, repeats=20):
-    """Seconds of x w^T in bfloat16 and of the ways to do it in int8, with 6 outlier columns."""
-    import time
-
-    import jax
-    import jax.numpy as jnp
-
-    from accel.compression import llm_int8
-
-    def seconds(fn, *args):
-        fn(*args).block_until_ready()
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                y = fn(*args)
-            y.block_until_ready()
-            best = min(best, (time.perf_counter() - start) / repeats)
-        return best
-
-    rows = []
-    for K in sizes:
-        key = jax.random.key(K)
-        w = jax.random.normal(key, (K, K), jnp.float32) / K**0.5
-        layer = jax.tree.map(jnp.asarray, llm_int8.convert_linear(np.asarray(w)))
-        half = w.astype(jnp.bfloat16)
-        for T in tokens:
-            x = jax.random.normal(key, (T, K), jnp.float32)
-            x = x.at[:, :6].multiply(20).astype(jnp.bfloat16)
-            product = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
-            x_q = llm_int8.quantize_rowwise(x)[0]
-            call = lambda impl: partial(llm_int8.llm_int8_linear, max_outliers=16, impl=impl)
-            row = {
-                "K": K,
-                "T": T,
-                "bfloat16": seconds(product, x, half),
-                "int8 product alone": seconds(jax.jit(llm_int8.int8_matmul), x_q, layer.w_q),
-                "xla": seconds(call("xla"), x, layer),
-                "triton": seconds(call("triton"), x, layer),
-            }
-            rows.append(row)
-            print(
-                " ".join(f"{k}={v if k in 'KT' else round(v * 1e6, 1)}" for k, v in row.items()), flush=True
-            )
-    return rows
-
-
 def main():
     """Measure and store."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpu", action="store_true", help="race int8 against bfloat16 on one GPU")
-    if parser.parse_args().gpu:
-        import jax
-
-        if jax.default_backend() != "gpu":
-            parser.error("--gpu: JAX sees no GPU")
-        store("llm_int8_gpu", {"race": race()}, GPU_FILES)
-        return
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     results = {"bytes": halves(), "drawn": drawn(), "language": language(), "sentences": sentences()}
     print(store("llm_int8", results, FILES))
 

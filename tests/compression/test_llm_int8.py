@@ -7,6 +7,8 @@ import pytest
 
 import accel
 import ref
+from accel.blocks import backend
+from accel.compression import llm_int8 as module
 from ref.catalog import technique
 from tests.claims import llm_int8 as claims
 from tests.claims.record import is_fresh, load
@@ -139,6 +141,74 @@ def test_llm_int8_kernel_takes_tiles_and_leading_axes(impl):
     np.testing.assert_allclose(got, call(), rtol=0, atol=8 * EPS32 * np.abs(call()).max())
 
 
+@pytest.mark.parametrize("most", [None, 2], ids=lambda n: f"llm_int8_{n}_columns")
+def test_llm_int8_around_the_product_for_hopper(most, monkeypatch):
+    """Three outlier columns gathered, or too many: the kernels around the product, in the interpreter."""
+    from accel.kernels import llm_int8_hopper
+
+    def product(x_q, x_absmax, w_q, w_absmax, bias=None, strip=None, *, dtype):
+        wide = lambda a: a.astype(jnp.float32)
+        y = wide(x_q[:, : w_q.shape[1]]) @ wide(w_q).T * x_absmax[:, None] / 127
+        y = (y + wide(strip[0]) @ wide(strip[1]).T) * w_absmax[None] / 127
+        return (y + bias[None]).astype(dtype)
+
+    monkeypatch.setattr(llm_int8_hopper, "int8_product", product)
+    x, w, b, _ = problem(T=5, K=300, N=130, columns=(0, 70, 299))
+    x = jnp.asarray(x, jnp.bfloat16).at[2].set(0)
+    layer = ref.llm_int8.convert_linear(w, b)
+    got = module._hopper(x, jax.tree.map(jnp.asarray, layer), 6.0, most, interpret=True)
+    x = np.asarray(x, np.float64)
+    want = ref.llm_int8.llm_int8_linear(x, layer)
+    size = np.abs(want) * 2.0**-8 + rounding(x, layer)  # the result is rounded to bfloat16
+    assert (np.abs(np.asarray(got, np.float64) - want) <= size).all()
+
+
+def test_llm_int8_rows_with_nan_stay_nan_on_hopper():
+    from accel.kernels.llm_int8_outliers_triton import quantize_rows
+
+    x = jnp.asarray(problem(T=3, K=40, N=8, columns=(3,))[0], jnp.float16).at[1, 5].set(jnp.nan)
+    q, absmax, marks = quantize_rows(x, threshold=6.0, unit=128, interpret=True)
+    assert q.shape == (3, 128)
+    assert not q[:, 40:].any()
+    np.testing.assert_array_equal(np.isnan(absmax), [False, True, False])
+    want, most, mask = accel.llm_int8.quantize_rowwise(x[::2], threshold=6.0)
+    np.testing.assert_array_equal(absmax[::2], most)
+    np.testing.assert_array_equal(np.where(marks, 0, q[::2, :40]), want)
+    np.testing.assert_array_equal(marks > 0, mask)
+
+
+ON_HOPPER = {  # dtype, float_weight kept, and what "auto" takes on a Hopper GPU
+    "half_precision": (jnp.bfloat16, False, "hopper"),
+    "float32": (jnp.float32, False, "xla"),
+    "float_weights": (jnp.float16, True, "xla"),
+}
+
+
+@pytest.mark.parametrize("name", ON_HOPPER, ids=lambda n: f"llm_int8_{n}")
+def test_llm_int8_auto_takes_what_can_run_on_hopper(name, monkeypatch):
+    """The choice alone: no GPU is there."""
+    dtype, keep, impl = ON_HOPPER[name]
+    x, w, b, _ = problem(T=4, K=40, N=8, columns=())
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(module, "hopper_obstacle", lambda: None)
+    taken = []
+    monkeypatch.setattr(module, "_linear", lambda *a: taken.append(a[4]))
+    layer = ref.llm_int8.convert_linear(w, b, keep_float=keep)
+    accel.llm_int8.llm_int8_linear(jnp.asarray(x, dtype), layer)
+    assert taken == [impl]
+
+
+def test_llm_int8_kernels_lower_for_hopper():
+    """Many tokens and few, sizes on and off the tiles, with and without outliers."""
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    for T, K, N, threshold in ((200, 520, 300, 6.0), (3, 128, 12288, 0.0)):
+        layer = ref.llm_int8.Int8Linear(
+            shape(jnp.int8, N, K), shape(jnp.float32, N), shape(jnp.float32, N), None
+        )
+        call = lambda x, layer, threshold=threshold: module._hopper(x, layer, threshold, 20)
+        lowered(call, (shape(jnp.bfloat16, T, K), layer), "hopper")
+
+
 def test_llm_int8_kernel_lowers_for_tpu():
     from accel.kernels.llm_int8_tpu import int8_product
 
@@ -254,7 +324,7 @@ def test_llm_int8_rejects_bad_input(name, layer):
 def test_llm_int8_impl_asked_by_name_runs_or_says_why_not():
     for impl, error, message in (
         ("cuda", ValueError, "impl must be"),
-        ("hopper", NotImplementedError, "is not there yet"),
+        ("hopper", NotImplementedError, "takes bfloat16 or float16, not float32"),
         ("tpu", NotImplementedError, "needs a TPU"),
         ("triton", NotImplementedError, "needs a GPU"),
     ):
@@ -335,6 +405,40 @@ def test_llm_int8_stored_results_are_fresh_and_ordered():
     words = {r["name"]: r for r in results["sentences"]["as it is"]}
     assert abs(words[claims.MAIN]["pearson"] - words["float"]["pearson"]) < 0.005
     assert words[claims.MAIN]["cosine"] > 0.999 > words["absmax"]["cosine"]
+
+
+HOPPER = {  # T, K, N, outlier columns, how many are asked for
+    "many": (300, 520, 1000, 5, None),
+    "one": (1, 256, 64, 0, None),
+    "few": (16, 512, 1000, 4, None),
+    "one_column": (2, 128, 128, 1, 1),
+    "most_of_the_few": (64, 1024, 12288, 3, 8),
+    "no_pair": (100, 640, 700, 20, None),
+    "too_many": (130, 256, 300, 3, 2),
+    "none_asked": (70, 300, 66, 2, 0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: f"llm_int8_{d.__name__}")
+@pytest.mark.parametrize("name", HOPPER, ids=lambda n: f"llm_int8_{n}")
+def test_llm_int8_for_hopper_matches_ref_on_a_gpu(name, dtype):
+    """Within the rounding of the result; the same bits again; the gradients of the layer."""
+    T, K, N, outliers, most = HOPPER[name]
+    x, w, b, _ = problem(T=T, K=K, N=N, columns=range(3, 3 + outliers))
+    x, layer = jnp.asarray(x, dtype), ref.llm_int8.convert_linear(w, b)
+    call = jax.jit(lambda x: accel.llm_int8.llm_int8_linear(x, layer, max_outliers=most, impl="hopper"))
+    got = call(x)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, call(x))
+    x = np.asarray(x, np.float64)
+    want = ref.llm_int8.llm_int8_linear(x, layer)
+    size = np.abs(want) * float(jnp.finfo(dtype).eps) + rounding(x, layer)
+    worst = (np.abs(np.asarray(got, np.float64) - want) / size).max()
+    assert worst <= 1
+    assert (
+        "mosaic_gpu" in jax.jit(accel.llm_int8.llm_int8_linear).lower(jnp.asarray(x, dtype), layer).as_text()
+    )
 
 
 @pytest.mark.gpu
