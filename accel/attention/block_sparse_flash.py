@@ -4,9 +4,9 @@ ref/attention/block_sparse_flash.py.
 impl="xla" walks a list of the visible tiles, first those that no element cuts, then the others with their
 element mask: with a mask known at trace time (NumPy, or a JAX array outside jit) the work is proportional to
 their number, with static shapes; under a traced mask the list holds all tiles and the invisible ones are
-skipped by a branch. "triton" and "tpu" are Pallas kernels that walk the same tiles row by row; they know no
-element mask and no float64. Differentiable in reverse mode (and forward over reverse on "xla"). Statistics
-and sums are float32 (float64 for float64 input).
+skipped by a branch. "hopper", "triton" and "tpu" are Pallas kernels that walk the same tiles row by row; they
+know no element mask and no float64, "hopper" half precision alone. Differentiable in reverse mode (and
+forward over reverse on "xla"). Statistics and sums are float32 (float64 for float64 input).
 """
 
 import importlib
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from accel.blocks.backend import choose_impl
+from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, shift, wide
 from accel.blocks.tiled_attention import SMALL
@@ -83,7 +83,7 @@ def block_sparse_attention(
     """
     check_block_sparse(q, k, v, block_mask, block_q=block_q, block_k=block_k, mask=mask)
     q, k, v = map(jnp.asarray, (q, k, v))
-    plan, tiles = _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, interpret)
+    plan, tiles = _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, interpret)
     o, lse = _forward(plan, q, k, v, mask, tiles)
     return (o, lse) if return_lse else o
 
@@ -113,7 +113,7 @@ def block_sparse_attention_bwd(
     like_v = (v, "... Hkv S Dv" if q.ndim > 2 else "S Dv")
     dims(q=(q, rows + " D"), v=like_v, do=(do, rows + " Dv"), o=(o, rows + " Dv"), lse=(lse, rows))
     do, q, k, v, o, lse = map(jnp.asarray, (do, q, k, v, o, lse))
-    plan, tiles = _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, interpret)
+    plan, tiles = _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, interpret)
     return _backward(plan, do, q, k, v, o, lse, mask, tiles)
 
 
@@ -147,7 +147,7 @@ class Tiles(NamedTuple):
     by_col: jax.Array | None = None
 
 
-def _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, interpret):
+def _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, interpret):
     """(Plan, Tiles) of a checked call."""
     obstacle = None
     if mask is not None:
@@ -157,9 +157,9 @@ def _prepare(q, k, block_mask, mask, block_q, block_k, causal, scale, impl, inte
     impl = choose_impl(
         impl,
         interpret=interpret,
-        auto=("triton", "tpu"),
+        auto=("hopper", "triton", "tpu"),
         obstacles={
-            "hopper": 'is not there yet; use "triton"',
+            "hopper": obstacle or _no_hopper(q, k, v, block_q, block_k, interpret),
             "triton": obstacle or _off_tile(block_q=(block_q, 16), block_k=(block_k, 16)),
             "tpu": obstacle or _off_tile(block_q=(block_q, 16), block_k=(block_k, 128)),
         },
@@ -228,6 +228,17 @@ def entries(visited, whole, heads, kv_heads):
     return {"by_row": listed(visited, whole), "by_col": listed(columns(visited), columns(whole))}
 
 
+def _no_hopper(q, k, v, block_q, block_k, interpret):
+    """Why the kernels for Hopper cannot run the call, or None."""
+    if interpret:
+        return 'has no interpreter; use impl="triton"'
+    if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
+        return f'takes bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}; use impl="triton"'
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return 'takes heads of up to 128; use impl="triton"'
+    return _off_tile(block_q=(block_q, 64), block_k=(block_k, 64)) or hopper_obstacle()
+
+
 def _off_tile(**blocks):
     for name, (size, unit) in blocks.items():
         if size % unit:
@@ -274,7 +285,7 @@ def _run_tiles(plan, q, k, v, mask, tiles):
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     if plan.impl == "xla":
         return _walk(plan, _visit_forward, (q, k, v), mask, tiles, k)
-    lists = (tiles.visited,) if plan.impl == "triton" else (tiles.by_row,)
+    lists = (tiles.by_row,) if plan.impl == "tpu" else (tiles.visited,)
     return _once("forward", plan, (q, k, v), lists)
 
 
@@ -308,7 +319,7 @@ def _pull(plan, do, q, k, v, o, lse, mask, tiles, dlse=None):
     if plan.impl == "xla":
         return _walk(plan, _visit_backward, (q, k, v, do, shift(lse), delta), mask, tiles, k)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that saw nothing: exp(s - lse) = 0
-    lists = (tiles.visited,) if plan.impl == "triton" else (tiles.by_row, tiles.by_col)
+    lists = (tiles.by_row, tiles.by_col) if plan.impl == "tpu" else (tiles.visited,)
     return _once("backward", plan, (do.astype(q.dtype), q, k, v, lse, delta), lists)
 
 

@@ -54,7 +54,7 @@ def dot_product_attention(
       local_window_size: (left, right), or a number for both: query i sees keys i - left .. i + right.
       implementation: None is the best for the device and the call; "xla" is plain JAX, the only one with
         forward mode and second derivatives; "triton" and "tpu" are kernels, without bias; so is "hopper",
-        for half precision without masks, lengths and windows; "cudnn" is JAX's own, called as it is.
+        for half precision without masks and lengths; "cudnn" is JAX's own, called as it is.
       return_residual: also return the log-sum-exp of the logits, [B, T, N], without a gradient, as JAX.
     Returns: [B, T, N, H] in query's dtype, or (that, residual in key's dtype). Sums are float32 (float64).
     Raises: ValueError naming the argument; NotImplementedError for an implementation that cannot run.
@@ -80,12 +80,12 @@ def dot_product_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     obstacle = _obstacle(query, key, value, bias, fixed)
-    hidden = mask, query_seq_lengths, key_value_seq_lengths, local_window_size
+    hidden = mask, query_seq_lengths, key_value_seq_lengths
     impl = choose_impl(
         implementation or "auto",
         auto=kernels(query.shape[1]),
         obstacles={
-            "hopper": obstacle or no_hopper((query, key, value), hidden, scale),
+            "hopper": obstacle or no_hopper((query, key, value), hidden),
             "triton": obstacle,
             "tpu": obstacle,
         },
@@ -114,9 +114,12 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     if is_causal:
         hi = 0 if hi is None else min(hi, 0)
     if impl == "hopper" and q.size and k.size:
-        seen = slice(q.shape[1] if is_causal else None)  # later keys may hold anything
-        plan = Plan(scale, None, hi, 128, 128, 0.0)
-        o, lse = _rows(plan, *alike((q, k[:, seen], v[:, seen]), q, k, v))
+        first = min(max(lo or 0, 0), k.shape[1] - 1)
+        seen = slice(
+            first, None if hi is None else max(q.shape[1] + hi, first + 1)
+        )  # others may hold anything
+        lo, hi = (None if x is None else x - first for x in (lo, hi))
+        o, lse = _rows(Plan(scale, lo, hi, 128, 128, 0.0), *alike((q, k[:, seen], v[:, seen]), q, k, v))
         return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     end = None if kv_lengths is None else kv_lengths.astype(jnp.int32)[:, None, None]
     if q_lengths is not None:
@@ -166,12 +169,13 @@ _rows.defvjp(_rows_fwd, _rows_rev)
 
 
 def _hopper(impl, interpret, plan, arrays, sight):
-    return alike(kernel_module(impl).attend(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True), arrays)
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": True}
+    return alike(kernel_module(impl).attend(*arrays, **options), arrays)
 
 
 def _hopper_backward(impl, interpret, plan, arrays, sight):
-    grads = kernel_module(impl).attend_backward(*arrays, scale=plan.scale, hi=plan.hi, rows_first=True)
-    return alike(grads, arrays)
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": True}
+    return alike(kernel_module(impl).attend_backward(*arrays, **options), arrays)
 
 
 def _four_axes(name, x):

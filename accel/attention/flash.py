@@ -125,7 +125,7 @@ def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, in
         interpret=interpret,
         auto=[i for i in kernels(q.shape[-2]) if _takes_tiles(i, block_q, block_k)],
         obstacles={
-            "hopper": obstacle or no_hopper(arrays, hidden, scale, interpret),
+            "hopper": obstacle or no_hopper(arrays, hidden, interpret),
             "triton": obstacle,
             "tpu": obstacle,
         },
@@ -162,15 +162,13 @@ def kernels(L):
     return ("triton", "tpu") if 16 < L < 128 else ("hopper", "triton", "tpu")
 
 
-def no_hopper(arrays, hidden, scale, interpret=False):
+def no_hopper(arrays, hidden, interpret=False):
     """Why the kernel for Hopper cannot take q, k, v with what hides keys (None: nothing), or None."""
     dtypes = {jnp.result_type(x) for x in arrays}
-    if scale <= 0:
-        return f'takes a positive scale, not {scale}; use impl="triton"'
     if interpret:
         return 'has no interpreter; use impl="triton"'
     if any(x is not None for x in hidden):
-        return 'has no mask, lengths or window; use impl="triton"'
+        return 'has no mask or lengths; use impl="triton"'
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
         return f'takes bfloat16 or float16, not {", ".join(sorted(map(str, dtypes)))}; use impl="triton"'
     if max(x.shape[-1] for x in arrays) > 256:

@@ -4,13 +4,15 @@ Each core runs one block for the whole call and takes query tiles from a fixed l
 warpgroup only loads (TMA, a ring of key and value tiles); the others compute, 64 queries each. A group issues
 the scores of the next key tile and the values of this one together (wgmma, asynchronous) and takes the
 exponentials of the former, to base 2, while the latter run. Key tiles go from the last to the first, so that
-those on the edge of what is visible, the only ones masked, come first. Causal calls take query tiles in
-pairs, a long one and a short one, so that all pairs cost the same. Sums are float32; nothing is atomic: the
-same call gives the same bits.
+those on the edge of what is visible, the only ones masked, come first (and last, in a window); or in the
+order of a list. Causal calls take query tiles in pairs, a long one and a short one, so that all pairs cost
+the same. Sums are float32; nothing is atomic: the same call gives the same bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +65,9 @@ def forward(
 ):
     """(o, lse) as the other kernels of the technique: q [B, G, L, D], k [B, S, D], v [B, S, Dv].
 
-    end, mask, lo and interpret are for other kernels: left out here. Tiles are the kernel's own.
+    end, mask and interpret are for other kernels: left out here. Tiles are the kernel's own.
     """
-    return attend(q, k[:, None], v[:, None], scale=scale, hi=hi)
+    return attend(q, k[:, None], v[:, None], scale=scale, lo=lo, hi=hi)
 
 
 def backward(
@@ -73,11 +75,11 @@ def backward(
     interpret=False,
 ):  # fmt: skip
     """(dq, dk, dv) as the other kernels of the technique; what `forward` leaves out is left out here."""
-    dq, dk, dv = attend_backward(do, q, k[:, None], v[:, None], lse, delta, scale=scale, hi=hi)
+    dq, dk, dv = attend_backward(do, q, k[:, None], v[:, None], lse, delta, scale=scale, lo=lo, hi=hi)
     return dq, dk[:, 0], dv[:, 0]
 
 
-def attend_backward(do, q, k, v, lse, delta, *, scale, hi=None, rows_first=False):
+def attend_backward(do, q, k, v, lse, delta, *, scale, lo=None, hi=None, rows_first=False):
     """(dq, dk, dv) like q, k, v, operands as in `attend`; lse, delta [B, H, L] as in `flash_triton.backward`.
 
     Heads wider than 128 and a few queries are Triton's, which is faster there.
@@ -86,7 +88,7 @@ def attend_backward(do, q, k, v, lse, delta, *, scale, hi=None, rows_first=False
 
     few = q.shape[1 if rows_first else 2] <= 16
     if not few and max(q.shape[3], v.shape[3]) <= flash_hopper_backward.WIDEST:
-        options = {"scale": scale, "hi": hi, "rows_first": rows_first}
+        options = {"scale": scale, "lo": lo, "hi": hi, "rows_first": rows_first}
         return flash_hopper_backward.attend_backward(do, q, k, v, lse, delta, **options)
     turned = (lambda x: jnp.moveaxis(x, 1, 2)) if rows_first else (lambda x: x)
     B, (H, Hkv) = q.shape[0], (x.shape[2 if rows_first else 1] for x in (q, k))
@@ -94,20 +96,25 @@ def attend_backward(do, q, k, v, lse, delta, *, scale, hi=None, rows_first=False
     flat = lambda x: x.reshape(B * Hkv, *x.shape[2:])
     do, q, k, v = (turned(x) for x in (do, q, k, v))
     grads = flash_triton.backward(
-        group(do), group(q), flat(k), flat(v), group(lse), group(delta), scale=scale, hi=hi
+        group(do), group(q), flat(k), flat(v), group(lse), group(delta), scale=scale, lo=lo, hi=hi
     )
     return tuple(turned(g.reshape(x.shape)) for g, x in zip(grads, (q, k, v), strict=True))
 
 
-@partial(jax.jit, static_argnames=("scale", "hi", "rows_first", "tiles", "cores"))
-def attend(q, k, v, *, scale, hi=None, rows_first=False, tiles=None, cores=None):
+@partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
+def attend(q, k, v, lists=None, *, scale, lo=None, hi=None, rows_first=False, tiles=None, cores=None):
     """softmax(scale q k^T) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
 
     Args: q [B, H, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], bfloat16 or float16, D and Dv up to 256;
         query head h uses key head h // (H / Hkv). rows_first: q [B, L, H, D] and k, v, o likewise.
-      hi: query i sees keys j <= i + hi; None: all. A row that sees no key: o = 0, lse = -inf.
+      lo, hi: query i sees keys i + lo <= j <= i + hi; None: no such bound. A row that sees no key: o = 0,
+        lse = -inf.
+      lists: int32 [1 or H, tiles of queries, 2 + tiles of keys], or None for all: for each tile of queries
+        how many tiles of keys it sees, how many of these something cuts, and which they are, those first.
       tiles, cores: None is what suits the call and the device.
     """
+    if scale <= 0:  # then the largest product is not the largest score
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, Dv = q.shape[rows], k.shape[rows], v.shape[3]
     D, wide = (up(x.shape[3], 32) for x in (q, v))
@@ -116,9 +123,9 @@ def attend(q, k, v, *, scale, hi=None, rows_first=False, tiles=None, cores=None)
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
     tiles = tiles or Tiles.fit(D, wide, L, hi is not None)
     B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
-    tasks = Tasks.make(B * H, -(-L // size), hi is not None, cores or cores_of())
-    plan = _Plan(H, H // k.shape[heads], S, hi, size, tiles.keys, rows_first, tasks)
-    o, lse = _run(plan, tiles, scale * LOG2E, q, k, v)
+    tasks = Tasks.make(B * H, -(-L // size), hi is not None and lo is None, cores or cores_of())
+    plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks)
+    o, lse = _run(plan, tiles, scale * LOG2E, lists, q, k, v)
     o = lax.slice_in_dim(o, 0, L, axis=rows)
     return o[..., :Dv], lse[:, :, :L]
 
@@ -185,29 +192,108 @@ class Tasks:
         lax.fori_loop(jnp.int32(0), jnp.int32(self.turns), turn, jnp.int32(0))
 
 
+class Sight(NamedTuple):
+    """Which key tiles some queries see, from the last to the first: `key(x)` for 0 <= x < n.
+
+    The first `hidden` of them and all from `clear` on may be cut by a bound; none: everything is hidden.
+    """
+
+    n: jax.Array
+    hidden: jax.Array
+    clear: jax.Array
+    key: Callable
+    none: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query i sees keys i + lo <= j <= i + hi of S, by tiles of so many keys; None: no such bound."""
+
+    S: int
+    lo: int | None
+    hi: int | None
+    keys: int
+
+    @property
+    def edge(self):
+        """Whether the last tile of keys that queries see may be cut."""
+        return self.hi is not None or self.S % self.keys != 0
+
+    def ends(self, first, rows):
+        """The key tiles begin <= j < end that queries first .. first + rows - 1 see, at least one."""
+        end = jnp.int32(-(-self.S // self.keys))
+        if self.hi is not None:
+            end = jnp.clip(self.tiles_until(first + rows + self.hi), 1, end)
+        begin = jnp.int32(0)
+        if self.lo is not None:
+            begin = jnp.minimum(lax.div(jnp.maximum(first + self.lo, 0), jnp.int32(self.keys)), end - 1)
+        return begin, end
+
+    def of_block(self, first, rows):
+        """The tiles that some group of 64 of the rows sees."""
+        return self.ends(first, ROWS)[0], self.ends(first, rows)[1]
+
+    def sight(self, first, begin, end):
+        """The Sight of queries first .. first + 63 on the tiles begin <= j < end."""
+        clear = end - begin
+        hidden = jnp.int32(1 if self.edge or self.lo is not None else 0)
+        if self.lo is not None:
+            whole = self.tiles_until(first + (ROWS - 1) + self.lo)  # tiles from there on are not cut by lo
+            clear = jnp.clip(end - whole, 0, clear)
+        if self.hi is not None:
+            whole = lax.div(jnp.clip(first + self.hi + 1, 0, self.S), jnp.int32(self.keys))
+            hidden = jnp.clip(end - whole, hidden, end - begin)
+        return Sight(end - begin, hidden, jnp.maximum(clear, hidden), lambda x: end - 1 - x)
+
+    def tiles_until(self, end):
+        """Key tiles that begin before key `end`."""
+        return lax.div(jnp.maximum(end, 0) + (self.keys - 1), jnp.int32(self.keys))
+
+    def hide(self, s, first, j, layout, none=None):
+        """The scores of 64 queries from `first` and key tile j, -inf where invisible."""
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
+        wide = lambda x: lax.broadcast_in_dim(x, (ROWS, self.keys), [0])
+        col = plgpu.broadcasted_iota(jnp.int32, (ROWS, self.keys), 1, layout=layout)
+        last = row * 0 + (self.S - 1)
+        if self.hi is not None:
+            last = jnp.minimum(row + (first + self.hi), last)
+        if none is not None:
+            last = last - jnp.where(none, jnp.int32(2**30), jnp.int32(0))
+        seen = col <= wide(last - j * self.keys)
+        if self.lo is not None:
+            seen = seen & (col >= wide(row + (first + self.lo) - j * self.keys))
+        return jnp.where(seen, s, -jnp.inf)
+
+
+def listed(lists, head, tile):
+    """The Sight that `lists` give a tile of queries: see `attend`."""
+    at = head if lists.shape[0] > 1 else jnp.int32(0)
+    n, cut = lists[at, tile, 0], lists[at, tile, 1]
+    some, one = jnp.maximum(n, 1), jnp.where(n == 0, 1, cut)
+    return Sight(some, jnp.maximum(one, 1), some, lambda x: lists[at, tile, 2 + x], n == 0)
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """Sizes of a call: H query heads, G for a key head, S keys, the bound hi, a tile of rows x keys."""
+    """Sizes of a call: H query heads, G for a key head, a band of tiles, tiles of so many rows."""
 
     H: int
     G: int
     S: int
+    lo: int | None
     hi: int | None
     rows: int
     keys: int
     rows_first: bool
     tasks: Tasks
 
-    def span(self, head, t):
-        """Of query tile t: (batch, head, first query, key tiles that it sees, at least one)."""
-        first, n = t * self.rows, jnp.int32(-(-self.S // self.keys))
-        if self.hi is not None:
-            n = jnp.clip(self.tiles_until(first + self.rows + self.hi), 1, n)
-        return lax.div(head, jnp.int32(self.H)), lax.rem(head, jnp.int32(self.H)), first, n
+    @property
+    def band(self):
+        return Band(self.S, self.lo, self.hi, self.keys)
 
-    def tiles_until(self, end):
-        """Key tiles that begin before key `end`."""
-        return lax.div(jnp.maximum(end, 0) + (self.keys - 1), jnp.int32(self.keys))
+    def place(self, head, t):
+        """(batch, head, first query) of a tile of queries."""
+        return lax.div(head, jnp.int32(self.H)), lax.rem(head, jnp.int32(self.H)), t * self.rows
 
     def cut(self, ref, b, h, first, size):
         """Rows of a head of an operand in device memory."""
@@ -222,14 +308,20 @@ def room(n, size, d, dtype):
     return plgpu.SMEM((n, size, d), dtype, transforms=layout)
 
 
-def _run(plan, tiles, factor, q, k, v):
+def _run(plan, tiles, factor, lists, q, k, v):
     """The kernel on padded operands: (o, lse), padded."""
     groups, stages, D, Dv = tiles.groups, tiles.stages, q.shape[3], v.shape[3]
 
     ring = lambda d: room(stages, tiles.keys, d, q.dtype)
     signal = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
+    given = () if lists is None else (lists,)
+
+    def kernel(*refs):
+        lists, refs = (refs[0], refs[1:]) if given else (None, refs)
+        _kernel(*refs, lists=lists, plan=plan, tiles=tiles, factor=factor)
+
     return plgpu.kernel(
-        partial(_kernel, plan=plan, tiles=tiles, factor=factor),
+        kernel,
         out_type=[
             jax.ShapeDtypeStruct((*q.shape[:3], Dv), q.dtype),
             jax.ShapeDtypeStruct((q.shape[0], plan.H, plan.tasks.tall * plan.rows), jnp.float32),
@@ -253,7 +345,7 @@ def _run(plan, tiles, factor, q, k, v):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(q, k, v)
+    )(*given, q, k, v)
 
 
 def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, vs, turn, **options):
@@ -275,7 +367,7 @@ def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, v
         _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, **options)
 
 
-def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, plan, tiles, factor):
+def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, lists, plan, tiles, factor):
     """The loading warpgroup: fills what the others have set free."""
     stages = jnp.int32(tiles.stages)
 
@@ -290,11 +382,15 @@ def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, plan, tiles, factor):
         plgpu.copy_gmem_to_smem(plan.cut(x, b, h, j * plan.keys, plan.keys), ring.at[slot], full.at[slot])
 
     def tile(loaded, again, head, t):
-        b, h, first, n = plan.span(head, t)
-        key_head = lax.div(h, jnp.int32(plan.G))
-        key = lambda x: put(k, k_room, ks, loaded + x, b, key_head, n - 1 - x)
-        value = lambda x: put(v, v_room, vs, loaded + x, b, key_head, n - 1 - x)
-        key(jnp.int32(0))
+        b, h, first = plan.place(head, t)
+        if lists is None:
+            see = plan.band.sight(first, *plan.band.of_block(first, plan.rows))
+        else:
+            see = listed(lists, h, t)
+        n, key_head, newest = see.n, lax.div(h, jnp.int32(plan.G)), see.key(jnp.int32(0))
+        key = lambda x, j: put(k, k_room, ks, loaded + x, b, key_head, j)
+        value = lambda x, j: put(v, v_room, vs, loaded + x, b, key_head, j)
+        key(jnp.int32(0), newest)
         for g in range(tiles.groups):
 
             @pl.when(again)
@@ -302,12 +398,13 @@ def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, plan, tiles, factor):
                 plgpu.barrier_wait(qs[1].at[g])
 
             plgpu.copy_gmem_to_smem(plan.cut(q, b, h, first + g * ROWS, ROWS), q_room.at[g], qs[0].at[g])
-        value(jnp.int32(0))
+        value(jnp.int32(0), newest)
 
         @pl.loop(jnp.int32(1), n)
         def _(x):
-            key(x)
-            value(x)
+            j = see.key(x)
+            key(x, j)
+            value(x, j)
 
         return loaded + n
 
@@ -315,7 +412,7 @@ def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, plan, tiles, factor):
 
 
 def _compute(
-    group, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, vs, turn, *, plan, tiles, factor
+    group, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, vs, turn, *, lists, plan, tiles, factor
 ):
     """A computing warpgroup: 64 rows of every query tile of its block."""
     keys, Dv, dtype = tiles.keys, v_room.shape[2], v_room.dtype
@@ -325,6 +422,7 @@ def _compute(
     wide = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])
     fill = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
     scores = plgpu.ACC((ROWS, keys), jnp.float32)
+    banded = plan.band.edge or plan.lo is not None or lists is not None  # the first tile may be cut
 
     def wait_turn():
         if tiles.turns:
@@ -337,22 +435,10 @@ def _compute(
     if tiles.turns:
         pl.when(group == tiles.groups - 1)(pass_turn)
 
-    def seen(s, first, j):
-        """The scores of queries from `first` and key tile j, -inf where invisible."""
-        last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
-        last = (
-            last * 0 + (plan.S - 1) if plan.hi is None else jnp.minimum(last + (first + plan.hi), plan.S - 1)
-        )
-        cols = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=whole)
-        return jnp.where(cols <= wide(last - j * keys, keys), s, -jnp.inf)
-
     def softmax(s, m, l):
         """(m, l) with the scores s taken in, their p, and what sums so far are to be multiplied by."""
-        unit = factor
-        if unit <= 0:  # the largest product is then not the largest score
-            s, unit = s * unit, 1.0
-        m_new = jnp.maximum(m, s.max(axis=1) * unit)
-        fix, p = jnp.exp2(m - m_new), jnp.exp2(s * unit - wide(m_new, keys))
+        m_new = jnp.maximum(m, s.max(axis=1) * factor)
+        fix, p = jnp.exp2(m - m_new), jnp.exp2(s * factor - wide(m_new, keys))
         part = p[:, :8]  # the sum over lanes waits for the end
         for i in range(8, keys, 8):
             part = part + p[:, i : i + 8]
@@ -412,46 +498,59 @@ def _compute(
         return acc * wide(fix, Dv), m, l, new.astype(dtype)
 
     def tile(loaded, again, head, t):
-        b, h, first, n = plan.span(head, t)
+        b, h, first = plan.place(head, t)
+        if lists is None:
+            begin, end = plan.band.of_block(first, plan.rows)
+            own_begin, own_end = plan.band.ends(first + group * ROWS, ROWS)
+            before, after, n = end - own_end, own_begin - begin, end - begin
+            see = plan.band.sight(first + group * ROWS, own_begin, own_end)
+        else:
+            see = listed(lists, h, t)
+            before, after, n = jnp.int32(0), jnp.int32(0), see.n
         first = first + group * ROWS
         plgpu.barrier_wait(qs[0].at[group])
-        edge = plan.hi is not None or plan.S % keys != 0
-        own = n if plan.hi is None else jnp.clip(plan.tiles_until(first + ROWS + plan.hi), 1, n)
         m, l = fill((ROWS,), LOWEST, by_row), fill((ROWS, 8), 0.0, whole)
         acc = fill((ROWS, Dv), 0.0, whole)
 
-        @pl.loop(jnp.int32(0), n - own)
-        def _(x):  # tiles that only later groups see
+        def skip(x):  # a tile that only other groups see
             for full, free in (ks, vs):
                 plgpu.barrier_wait(full.at[slot(loaded + x)])
                 plgpu.barrier_arrive(free.at[slot(loaded + x)])
             wait_turn()
             pass_turn()
 
-        def step(x, carry, masked):
-            hide = (lambda s: seen(s, first, n - 1 - x)) if masked else (lambda s: s)
-            if tiles.overlap:
-                return both(loaded + x, *carry, hide)
-            acc, m, l, _ = carry
-            m, l, p, fix = softmax(hide(first_scores(loaded + x)), m, l)
-            return values(loaded + x, acc * wide(fix, Dv), p.astype(dtype)), m, l, carry[3]
+        pl.loop(jnp.int32(0), before)(skip)
+        hide = lambda s, x: plan.band.hide(s, first, see.key(x), whole, see.none)
 
-        hide = (lambda s: seen(s, first, own - 1)) if edge else (lambda s: s)
-        m, l, p, _ = softmax(hide(first_scores(loaded + n - own)), m, l)
+        def step(x, carry, masked):
+            hidden = (lambda s: hide(s, x)) if masked else (lambda s: s)
+            if tiles.overlap:
+                return both(loaded + before + x, *carry, hidden)
+            acc, m, l, _ = carry
+            m, l, p, fix = softmax(hidden(first_scores(loaded + before + x)), m, l)
+            return values(loaded + before + x, acc * wide(fix, Dv), p.astype(dtype)), m, l, carry[3]
+
+        zero = jnp.int32(0)
+        s = first_scores(loaded + before)
+        m, l, p, _ = softmax(hide(s, zero) if banded else s, m, l)
         p = p.astype(dtype)
         if not tiles.overlap:
-            acc, p = values(loaded + n - own, acc, p), jnp.int32(0)
-        start, carry = n - own + 1, (acc, m, l, p)
-        if plan.hi is not None:
-            full = lax.div(jnp.clip(first + plan.hi + 1, 0, plan.S), jnp.int32(keys))
-            stop = jnp.clip(n - full, start, n)
-            carry = lax.fori_loop(start, stop, lambda x, c: step(x, c, True), carry)
-            start = stop
-        acc, m, l, p = lax.fori_loop(start, n, lambda x, c: step(x, c, False), carry)
+            acc, p = values(loaded + before, acc, p), zero
+        start, carry = jnp.int32(1), (acc, m, l, p)
+        if plan.hi is not None or lists is not None:
+            carry = lax.fori_loop(start, see.hidden, lambda x, c: step(x, c, True), carry)
+            start = jnp.maximum(see.hidden, 1)
+        stop = see.n if plan.lo is None else jnp.maximum(see.clear, start)
+        carry = lax.fori_loop(start, stop, lambda x, c: step(x, c, False), carry)
+        if plan.lo is not None:
+            carry = lax.fori_loop(stop, see.n, lambda x, c: step(x, c, True), carry)
+        acc, m, l, p = carry
         if tiles.own_o:
             plgpu.barrier_arrive(qs[1].at[group])
         if tiles.overlap:
-            acc = values(loaded + n - 1, acc, p)
+            acc = values(loaded + before + see.n - 1, acc, p)
+        if plan.lo is not None:
+            pl.loop(n - after, n)(skip)
 
         l = l.sum(axis=1)
         some = l > 0

@@ -16,19 +16,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from accel.kernels.flash_hopper import LOG2E, ROWS, Tasks, cores_of, pad, room, transposed, up
+from accel.kernels.flash_hopper import LOG2E, ROWS, Band, Tasks, cores_of, listed, pad, room, transposed, up
 
 WIDEST = 128  # two sums of 64 x 128 in float32 fill the registers
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static: G query heads a key head, L queries, S keys, the bound hi, and how the work is cut."""
+    """What is static: G query heads a key head, L queries, S keys, the bounds, and how the work is cut."""
 
     H: int
     G: int
     L: int
     S: int
+    lo: int | None
     hi: int | None
     scale: float
     rows_first: bool
@@ -42,14 +43,34 @@ class Sizes:
         return ref.at[b, at, h] if self.rows_first else ref.at[b, h, at]
 
 
-@partial(jax.jit, static_argnames=("scale", "hi", "rows_first", "cores", "key_sizes", "query_sizes"))
+STATIC = ("scale", "lo", "hi", "rows_first", "cores", "key_sizes", "query_sizes")
+
+
+@partial(jax.jit, static_argnames=STATIC)
 def attend_backward(
-    do, q, k, v, lse, delta, *, scale, hi=None, rows_first=False, cores=None, key_sizes=None, query_sizes=None
+    do,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    by_key=None,
+    by_query=None,
+    *,
+    scale,
+    lo=None,
+    hi=None,
+    rows_first=False,
+    cores=None,
+    key_sizes=None,
+    query_sizes=None,
 ):
     """(dq, dk, dv) like q, k, v for the cotangent do of o, operands as in `flash_hopper.attend`.
 
     Args: lse [B, H, L] float32, inf for rows that saw nothing; delta [B, H, L] float32, rowsum(do * o) less
         the cotangent of lse.
+      by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, or None for
+        all: see `attend`.
       key_sizes, query_sizes: (groups, step, stages) of the two kernels; None is what suits.
     """
     rows, heads = (1, 2) if rows_first else (2, 1)
@@ -62,12 +83,12 @@ def attend_backward(
         for x, fill in ((lse * LOG2E, jnp.inf), (delta, 0))
     )
     H, Hkv = q.shape[heads], k.shape[heads]
-    sizes = partial(Sizes, H, H // Hkv, L, S, hi, scale, rows_first)
+    sizes = partial(Sizes, H, H // Hkv, L, S, lo, hi, scale, rows_first)
     cores = cores or cores_of()
     operands = do, q, k, v, lse, delta
     fit = lambda n: (_groups(n, max(q.shape[3], v.shape[3])), 64, 4)
-    dk, dv = _run_keys(sizes(*(key_sizes or fit(S))), cores, *operands)
-    dq = _run_queries(sizes(*(query_sizes or fit(L))), cores, *operands)
+    dk, dv = _run_keys(sizes(*(key_sizes or fit(S))), cores, by_key, *operands)
+    dq = _run_queries(sizes(*(query_sizes or fit(L))), cores, by_query, *operands)
     trim = lambda x, n, d: lax.slice_in_dim(lax.slice_in_dim(x, 0, n, axis=rows), 0, d, axis=3)
     return trim(dq, L, D), trim(dk, S, D), trim(dv, S, Dv)
 
@@ -77,9 +98,14 @@ def _groups(n, wide):
     return 3 if wide <= 64 and up(n, 3 * ROWS) <= 1.15 * up(n, 2 * ROWS) else 2
 
 
-def _call(kernel, name, operands, outputs, scratch, groups, blocks):
+def _call(kernel, name, lists, operands, outputs, scratch, groups, blocks):
+    given = () if lists is None else (lists,)
+
+    def with_lists(*refs):
+        kernel(*refs) if given else kernel(None, *refs)
+
     return plgpu.kernel(
-        kernel,
+        with_lists,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         scratch_types=scratch,
         grid=(blocks,),
@@ -90,7 +116,7 @@ def _call(kernel, name, operands, outputs, scratch, groups, blocks):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(*operands)
+    )(*given, *operands)
 
 
 def _signal(n, arrivals=1):
@@ -103,12 +129,14 @@ def _roles(groups, compute, load):
 
     @pl.when(group < groups)
     def _():
-        plgpu.set_max_registers({2: 240, 3: 160}[groups], action="increase")
+        if groups > 1:
+            plgpu.set_max_registers({2: 240, 3: 160}[groups], action="increase")
         compute(group)
 
     @pl.when(group == groups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        if groups > 1:
+            plgpu.set_max_registers(24, action="decrease")
         load()
 
 
@@ -123,25 +151,25 @@ def _zeros(shape, layout=None):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout or plgpu.Layout.WGMMA)
 
 
-def _run_keys(z, cores, do, q, k, v, lse, delta):
+def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
     """(dk, dv): blocks of keys stay, queries pass."""
     high = ROWS * z.groups
     B, Hkv = k.shape[0], z.H // z.G
-    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.hi is not None, cores)
+    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.hi is not None and z.lo is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     count = -(-z.L // z.step)  # tiles of queries a head
+    tiles = lambda n: lax.div(jnp.maximum(n, 0), jnp.int32(z.step))  # that end by query n
 
-    def span(t):
-        """The first key of a block and the first tile of queries that sees one of its keys."""
-        first = (tasks.tall - 1 - t) * high
-        start = (
-            jnp.int32(0)
-            if z.hi is None
-            else jnp.clip(lax.div(jnp.maximum(first - z.hi, 0), jnp.int32(z.step)), 0, count)
-        )
-        return first, start
+    def meets(first, keys):
+        """The tiles start <= i < stop of queries that see one of the keys from `first` on."""
+        start, stop = jnp.int32(0), jnp.int32(count)
+        if z.hi is not None:
+            start = jnp.clip(tiles(first - z.hi), 0, count)
+        if z.lo is not None:
+            stop = jnp.clip(tiles(first + keys - z.lo + z.step - 1), start, count)
+        return start, stop
 
-    def kernel(do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch):
+    def kernel(lists_ref, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch):
         q_room, do_room, lse_room, delta_room, k_room, v_room, seen_q, seen_do, free, held, let_go = scratch
         slot = lambda at: lax.rem(at, jnp.int32(z.stages))
         by_column = plgpu.Layout.WGMMA.reduce(0)
@@ -173,7 +201,10 @@ def _run_keys(z, cores, do, q, k, v, lse, delta):
                             col = plgpu.broadcasted_iota(
                                 jnp.int32, (ROWS, z.step), 1, layout=plgpu.Layout.WGMMA
                             )
-                            x = jnp.where(row - col <= query + z.hi - first, x, -jnp.inf)
+                            if z.hi is not None:
+                                x = jnp.where(row - col <= query + z.hi - first, x, -jnp.inf)
+                            if z.lo is not None:
+                                x = jnp.where(row - col >= query + z.lo - first, x, -jnp.inf)
                         p = jnp.exp2(x)
                         plgpu.wgmma(dv_ref, p.astype(dtype), do_room.at[s_at])
                         y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
@@ -186,38 +217,63 @@ def _run_keys(z, cores, do, q, k, v, lse, delta):
                 plgpu.barrier_arrive(free.at[s_at])
                 return dk, dv
 
-            def task(loaded, again, head, t):
-                first, start = span(t)
-                first = first + group * ROWS
-                b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
-                plgpu.barrier_wait(held.at[group])
-                if z.hi is None:
-                    own = clear = start
-                else:
-                    own = jnp.clip(lax.div(jnp.maximum(first - z.hi, 0), jnp.int32(z.step)), start, count)
-                    clear = lax.div(
-                        jnp.maximum(first + (ROWS - 1) - z.hi, 0) + (z.step - 1), jnp.int32(z.step)
-                    )
-                    clear = jnp.clip(clear, own, count)
+            def banded(loaded, first):
+                """over(g, (at, dk, dv)): the queries of head g of the group past the keys of a block."""
+                start, stop = meets(first, high)
+                mine = first + group * ROWS
+                own, end = meets(mine, ROWS)
+                clear, back = own, end  # tiles between these are not cut
+                if z.hi is not None:
+                    clear = jnp.clip(tiles(mine + (ROWS - 1) - z.hi + z.step - 1), own, end)
+                if z.lo is not None:
+                    back = jnp.clip(tiles(mine - z.lo + 1), clear, end)
 
                 def over(g, carry):
-                    base = loaded + g * (count - start) - start
+                    at, *sums = carry
 
-                    @pl.loop(start, own)
-                    def _(i):
-                        at = slot(base + i)
-                        plgpu.barrier_wait(seen_q.at[at])
-                        plgpu.barrier_wait(seen_do.at[at])
-                        plgpu.barrier_arrive(free.at[at])
+                    def skip(i):
+                        to = slot(at + i - start)
+                        plgpu.barrier_wait(seen_q.at[to])
+                        plgpu.barrier_wait(seen_do.at[to])
+                        plgpu.barrier_arrive(free.at[to])
 
-                    move = lambda masked: lambda i, c: step(base + i, i * z.step, first, *c, masked)
+                    move = lambda masked: lambda i, c: step(at + i - start, i * z.step, mine, *c, masked)
+                    pl.loop(start, own)(skip)
+                    sums = tuple(sums)
                     if z.hi is not None:
-                        carry = lax.fori_loop(own, clear, move(True), carry)
-                    return lax.fori_loop(clear, jnp.int32(count), move(False), carry)
+                        sums = lax.fori_loop(own, clear, move(True), sums)
+                    sums = lax.fori_loop(clear, back, move(False), sums)
+                    if z.lo is not None:
+                        sums = lax.fori_loop(back, end, move(True), sums)
+                        pl.loop(end, stop)(skip)
+                    return at + stop - start, *sums
 
-                dk, dv = lax.fori_loop(
-                    jnp.int32(0), jnp.int32(z.G), over, (_zeros((ROWS, D)), _zeros((ROWS, Dv)))
-                )
+                return over
+
+            def by_list(first, h, tile):
+                """As `banded`, the queries that the lists name."""
+                mine = first + group * ROWS
+
+                def over(g, carry):
+                    at, *sums = carry
+                    entry = lists_ref.at[h * z.G + g if lists.shape[0] > 1 else 0, tile]
+                    n, cut = entry[0], entry[1]
+                    masked = lambda x, c: step(at + x, entry[2 + x] * z.step, mine, *c, True)
+                    clear = lambda x, c: step(at + x, 0, mine, *c, False)
+                    sums = lax.fori_loop(jnp.int32(0), cut, masked, tuple(sums))
+                    return at + n, *lax.fori_loop(cut, n, clear, sums)
+
+                return over
+
+            def task(loaded, again, head, t):
+                tile = tasks.tall - 1 - t
+                first = tile * high
+                b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
+                plgpu.barrier_wait(held.at[group])
+                over = banded(loaded, first) if lists is None else by_list(first, h, tile)
+                zeros = loaded, _zeros((ROWS, D)), _zeros((ROWS, Dv))
+                loaded, dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(z.G), over, zeros)
+                first = first + group * ROWS
                 key[...] = (dk * z.scale).astype(dtype)
                 value[...] = dv.astype(dtype)
                 plgpu.commit_smem()
@@ -225,14 +281,15 @@ def _run_keys(z, cores, do, q, k, v, lse, delta):
                 plgpu.copy_smem_to_gmem(value, z.cut(dv_ref, b, h, first, ROWS))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(let_go.at[group])
-                return loaded + z.G * (count - start)
+                return loaded
 
             tasks.each(lax.axis_index("block"), task)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
             def task(loaded, again, head, t):
-                first, start = span(t)
+                tile = tasks.tall - 1 - t
+                first = tile * high
                 b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
                 for g in range(z.groups):
 
@@ -243,31 +300,39 @@ def _run_keys(z, cores, do, q, k, v, lse, delta):
                     for x, to in ((k_ref, k_room), (v_ref, v_room)):
                         plgpu.copy_gmem_to_smem(z.cut(x, b, h, first + g * ROWS, ROWS), to.at[g], held.at[g])
 
-                def over(g, _):
-                    @pl.loop(start, jnp.int32(count))
-                    def _(i):
-                        at = loaded + g * (count - start) + i - start
-                        to = slot(at)
+                def over(g, at):
+                    head = h * z.G + g
+                    if lists is None:
+                        start, stop = meets(first, high)
+                        n, query = stop - start, lambda x: start + x
+                    else:
+                        entry = lists_ref.at[head if lists.shape[0] > 1 else 0, tile]
+                        n, query = entry[0], lambda x: entry[2 + x]
 
-                        @pl.when(at >= z.stages)
+                    @pl.loop(jnp.int32(0), n)
+                    def _(x):
+                        to = slot(at + x)
+
+                        @pl.when(at + x >= z.stages)
                         def _():
                             plgpu.barrier_wait(free.at[to])
 
-                        head = h * z.G + g
-                        tile = pl.ds(i * z.step, z.step)
+                        i = query(x) * z.step
+                        rows = pl.ds(i, z.step)
                         plgpu.copy_gmem_to_smem(
-                            z.cut(q_ref, b, head, i * z.step, z.step), q_room.at[to], seen_q.at[to]
+                            z.cut(q_ref, b, head, i, z.step), q_room.at[to], seen_q.at[to]
                         )
-                        plgpu.copy_gmem_to_smem(lse_ref.at[b, head, tile], lse_room.at[to], seen_q.at[to])
+                        plgpu.copy_gmem_to_smem(lse_ref.at[b, head, rows], lse_room.at[to], seen_q.at[to])
                         plgpu.copy_gmem_to_smem(
-                            z.cut(do_ref, b, head, i * z.step, z.step), do_room.at[to], seen_do.at[to]
+                            z.cut(do_ref, b, head, i, z.step), do_room.at[to], seen_do.at[to]
                         )
                         plgpu.copy_gmem_to_smem(
-                            delta_ref.at[b, head, tile], delta_room.at[to], seen_do.at[to]
+                            delta_ref.at[b, head, rows], delta_room.at[to], seen_do.at[to]
                         )
 
-                lax.fori_loop(jnp.int32(0), jnp.int32(z.G), over, None)
-                return loaded + z.G * (count - start)
+                    return at + n
+
+                return lax.fori_loop(jnp.int32(0), jnp.int32(z.G), over, loaded)
 
             tasks.each(lax.axis_index("block"), task)
 
@@ -280,53 +345,49 @@ def _run_keys(z, cores, do, q, k, v, lse, delta):
         _signal(z.stages, 2), _signal(z.stages, 2), _signal(z.stages, z.groups),
         _signal(z.groups, 2), _signal(z.groups),
     )  # fmt: skip
-    return _call(kernel, "flash_dkv", (do, q, k, v, lse, delta), (k, v), scratch, z.groups, tasks.blocks)
+    operands = do, q, k, v, lse, delta
+    return _call(kernel, "flash_dkv", lists, operands, (k, v), scratch, z.groups, tasks.blocks)
 
 
-def _run_queries(z, cores, do, q, k, v, lse, delta):
+def _run_queries(z, cores, lists, do, q, k, v, lse, delta):
     """dq: blocks of queries stay, keys pass, from the last to the first."""
     high = ROWS * z.groups
     B = q.shape[0]
-    tasks = Tasks.make(B * z.H, -(-z.L // high), z.hi is not None, cores)
+    tasks = Tasks.make(B * z.H, -(-z.L // high), z.hi is not None and z.lo is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
-    count = -(-z.S // z.step)
-    until = lambda end: lax.div(jnp.maximum(end, 0) + (z.step - 1), jnp.int32(z.step))
+    band = Band(z.S, z.lo, z.hi, z.step)
 
-    def span(t):
-        """The first query of a block and the key tiles that its queries see, at least one."""
-        first = t * high
-        return first, jnp.int32(count) if z.hi is None else jnp.clip(until(first + high + z.hi), 1, count)
-
-    def kernel(do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
+    def kernel(lists_ref, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
         k_room, v_room, q_room, do_room, lse_room, delta_room, ks, vs, k_free, v_free, held, let_go = scratch
         slot = lambda at: lax.rem(at, jnp.int32(z.stages))
         by_row, whole = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
         wide = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])
         scores = plgpu.ACC((ROWS, z.step), jnp.float32)
         unit = z.scale * LOG2E
+        banded = band.edge or z.lo is not None or lists is not None  # the first tile may be cut
 
         def compute(group):
             query, cotangent = q_room.at[group], do_room.at[group]
 
             def task(loaded, again, head, t):
-                first, n = span(t)
-                first = first + group * ROWS
+                first = t * high
                 b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
+                if lists is None:
+                    begin, end = band.of_block(first, high)
+                    own_begin, own_end = band.ends(first + group * ROWS, ROWS)
+                    before, after, n = end - own_end, own_begin - begin, end - begin
+                    see = band.sight(first + group * ROWS, own_begin, own_end)
+                else:
+                    see = listed(lists_ref, h, t)
+                    before, after, n = jnp.int32(0), jnp.int32(0), see.n
+                first = first + group * ROWS
                 plgpu.barrier_wait(held.at[group])
                 lse, delta = _row(lse_room.at[group], by_row), _row(delta_room.at[group], by_row)
-                own = n if z.hi is None else jnp.clip(until(first + ROWS + z.hi), 1, n)
-
-                def hide(x, j):
-                    last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
-                    last = (
-                        last * 0 + (z.S - 1) if z.hi is None else jnp.minimum(last + (first + z.hi), z.S - 1)
-                    )
-                    cols = plgpu.broadcasted_iota(jnp.int32, (ROWS, z.step), 1, layout=whole)
-                    return jnp.where(cols <= wide(last - j * z.step, z.step), x, -jnp.inf)
+                hide = lambda y, x: band.hide(y, first, see.key(x), whole, see.none)
 
                 def both(x, acc, ds, masked):
                     """dq of tile x - 1, ds of tile x."""
-                    at, last = slot(loaded + x), slot(loaded + x - 1)
+                    at, last = slot(loaded + before + x), slot(loaded + before + x - 1)
                     plgpu.barrier_wait(ks.at[at])
                     plgpu.barrier_wait(vs.at[at])
 
@@ -339,7 +400,7 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
                             plgpu.wgmma(acc_ref, ds, k_room.at[last])
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=2))
                             y = y * unit - wide(lse, z.step)
-                            p = jnp.exp2(hide(y, n - 1 - x) if masked else y)
+                            p = jnp.exp2(hide(y, x) if masked else y)
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
                             plgpu.barrier_arrive(v_free.at[at])
                             return p * (y - wide(delta, z.step))
@@ -350,40 +411,43 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
                     plgpu.barrier_arrive(k_free.at[last])
                     return acc, new.astype(dtype)
 
-                @pl.loop(jnp.int32(0), n - own)
-                def _(x):
+                def skip(x):
                     at = slot(loaded + x)
                     plgpu.barrier_wait(ks.at[at])
                     plgpu.barrier_arrive(k_free.at[at])
                     plgpu.barrier_wait(vs.at[at])
                     plgpu.barrier_arrive(v_free.at[at])
 
-                edge = z.hi is not None or z.S % z.step != 0
-                at = slot(loaded + n - own)
+                pl.loop(jnp.int32(0), before)(skip)
+                at = slot(loaded + before)
                 plgpu.barrier_wait(ks.at[at])
                 plgpu.barrier_wait(vs.at[at])
 
-                def begin(s, dp):
+                def products(s, dp):
                     plgpu.wgmma(s, query, transposed(k_room.at[at]))
                     plgpu.wgmma(dp, cotangent, transposed(v_room.at[at]))
                     return s[...], dp[...]
 
-                s, dp = pl.run_scoped(begin, scores, scores)
+                s, dp = pl.run_scoped(products, scores, scores)
                 plgpu.barrier_arrive(v_free.at[at])
                 y = s * unit - wide(lse, z.step)
-                p = jnp.exp2(hide(y, own - 1) if edge else y)
+                p = jnp.exp2(hide(y, jnp.int32(0)) if banded else y)
                 carry = _zeros((ROWS, D)), (p * (dp - wide(delta, z.step))).astype(dtype)
-                start = n - own + 1
-                if z.hi is not None:
-                    full = lax.div(jnp.clip(first + z.hi + 1, 0, z.S), jnp.int32(z.step))
-                    stop = jnp.clip(n - full, start, n)
-                    carry = lax.fori_loop(start, stop, lambda x, c: both(x, *c, True), carry)
-                    start = stop
-                acc, ds = lax.fori_loop(start, n, lambda x, c: both(x, *c, False), carry)
-                at = slot(loaded + n - 1)
-                end = lambda acc_ref: plgpu.wgmma(acc_ref, ds, k_room.at[at])
-                acc = pl.run_state(end)(plgpu.ACC.init(acc))
+                start = jnp.int32(1)
+                if z.hi is not None or lists is not None:
+                    carry = lax.fori_loop(start, see.hidden, lambda x, c: both(x, *c, True), carry)
+                    start = jnp.maximum(see.hidden, 1)
+                stop = see.n if z.lo is None else jnp.maximum(see.clear, start)
+                carry = lax.fori_loop(start, stop, lambda x, c: both(x, *c, False), carry)
+                if z.lo is not None:
+                    carry = lax.fori_loop(stop, see.n, lambda x, c: both(x, *c, True), carry)
+                acc, ds = carry
+                at = slot(loaded + before + see.n - 1)
+                final = lambda acc_ref: plgpu.wgmma(acc_ref, ds, k_room.at[at])
+                acc = pl.run_state(final)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(k_free.at[at])
+                if z.lo is not None:
+                    pl.loop(n - after, n)(skip)
                 query[...] = (acc * z.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query, z.cut(dq_ref, b, h, first, ROWS))
@@ -396,9 +460,13 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
 
         def load():
             def task(loaded, again, head, t):
-                first, n = span(t)
+                first = t * high
                 b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
                 key_head = lax.div(h, jnp.int32(z.G))
+                if lists is None:
+                    see = band.sight(first, *band.of_block(first, high))
+                else:
+                    see = listed(lists_ref, h, t)
                 for g in range(z.groups):
 
                     @pl.when(again)
@@ -411,9 +479,9 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
                     plgpu.copy_gmem_to_smem(lse_ref.at[b, h, pl.ds(at, ROWS)], lse_room.at[g], held.at[g])
                     plgpu.copy_gmem_to_smem(delta_ref.at[b, h, pl.ds(at, ROWS)], delta_room.at[g], held.at[g])
 
-                @pl.loop(jnp.int32(0), n)
+                @pl.loop(jnp.int32(0), see.n)
                 def _(x):
-                    to = slot(loaded + x)
+                    to, key = slot(loaded + x), see.key(x) * z.step
                     for ref, to_room, full, free in (
                         (k_ref, k_room, ks, k_free),
                         (v_ref, v_room, vs, v_free),
@@ -424,10 +492,10 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
                             plgpu.barrier_wait(free.at[to])
 
                         plgpu.copy_gmem_to_smem(
-                            z.cut(ref, b, key_head, (n - 1 - x) * z.step, z.step), to_room.at[to], full.at[to]
+                            z.cut(ref, b, key_head, key, z.step), to_room.at[to], full.at[to]
                         )
 
-                return loaded + n
+                return loaded + see.n
 
             tasks.each(lax.axis_index("block"), task)
 
@@ -440,4 +508,5 @@ def _run_queries(z, cores, do, q, k, v, lse, delta):
         _signal(z.stages), _signal(z.stages), _signal(z.stages, z.groups), _signal(z.stages, z.groups),
         _signal(z.groups, 4), _signal(z.groups),
     )  # fmt: skip
-    return _call(kernel, "flash_dq", (do, q, k, v, lse, delta), (q,), scratch, z.groups, tasks.blocks)[0]
+    operands = do, q, k, v, lse, delta
+    return _call(kernel, "flash_dq", lists, operands, (q,), scratch, z.groups, tasks.blocks)[0]

@@ -230,7 +230,7 @@ def test_block_sparse_flash_impl_asked_for_by_name_says_why_not():
     kernel = {"impl": "triton", "interpret": True, "block_q": 16, "block_k": 16}
     one = np.ones((1, 1), bool)
     for args, options, message in (
-        ((q, k, k, ONES), {**SIZES, "impl": "hopper"}, "is not there yet"),
+        ((q, k, k, ONES), {**SIZES, "impl": "hopper"}, "takes bfloat16 or float16"),
         ((q, k, k, ONES), {**SIZES, "impl": "triton"}, "needs block_q to be a multiple of 16, got 4"),
         ((q, k, k, one), {**kernel, "impl": "tpu"}, "needs block_k to be a multiple of 128, got 16"),
         ((q, k, k, one), {**kernel, "mask": np.ones((10, 12), bool)}, "has no element mask"),
@@ -247,7 +247,8 @@ def test_block_sparse_flash_impl_asked_for_by_name_says_why_not():
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("block", [64, 128, 256])
-def test_block_sparse_flash_triton_on_a_gpu(causal, block):
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_block_sparse_flash_kernels_on_a_gpu(causal, block, impl):
     """The compiled kernels in bfloat16, both passes: within the rounding of P, dS and results to bfloat16."""
     rng = np.random.default_rng(0)
     N = 1000
@@ -263,9 +264,74 @@ def test_block_sparse_flash_triton_on_a_gpu(causal, block):
 
     with jax.default_matmul_precision("highest"):
         want = grads(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
-    for got, w in zip(grads(q, k, v, "triton"), want, strict=True):
+    for got, w in zip(grads(q, k, v, impl), want, strict=True):
         scale = float(jnp.abs(w).max())
         np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-8 * scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_block_sparse_flash_for_hopper_with_a_mask_a_head_on_a_gpu(causal, traced):
+    """Blocks that are not square, rows and columns of nothing, a mask for each head, width 128, float16."""
+    rng = np.random.default_rng(0)
+    L, S = 700, 900
+    q, do = (jnp.asarray(rng.standard_normal((2, 4, L, 128)), jnp.float16) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((2, 2, S, 128)), jnp.float16) for _ in range(2))
+    tiles = rng.random((4, 6, 15)) < 0.4
+    tiles[1, 2], tiles[:, :, 7], tiles[3] = False, False, False
+
+    def grads(q, k, v, tiles, impl):
+        sizes = {"block_q": 128, "block_k": 64, "causal": causal, "impl": impl}
+        f = lambda *x: accel.block_sparse_flash.block_sparse_attention(*x, tiles, **sizes)
+        o, pull = jax.vjp(f, q, k, v)
+        return o, *pull(do.astype(o.dtype))
+
+    with jax.default_matmul_precision("highest"):
+        want = grads(*(x.astype(jnp.float32) for x in (q, k, v)), tiles, "xla")
+    call = jax.jit(lambda *x: grads(*x, "hopper")) if traced else lambda *x: grads(*x, "hopper")
+    for got, w in zip(call(q, k, v, tiles), want, strict=True):
+        scale = float(jnp.abs(w).max())
+        np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-11 * scale)
+
+
+def test_block_sparse_flash_lowers_for_hopper():
+    """Both passes with a traced mask."""
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    x, row = shape(jnp.bfloat16, 1, 2, 300, 64), shape(jnp.float32, 1, 2, 300)
+    from accel.kernels import block_sparse_flash_hopper as module
+
+    options = {"scale": 0.1, "hi": 0, "block_q": 128, "block_k": 64}
+    lowered(lambda *a: module.forward(*a, **options), (x, x, x, shape(bool, 2, 3, 5)), "hopper")
+    lowered(lambda *a: module.backward(*a, **options), (x, x, x, x, row, row, shape(bool, 1, 3, 5)), "hopper")
+
+
+def test_block_sparse_flash_lists_name_every_visible_tile_once():
+    """The lists of the kernels for Hopper against the tiles that hold a visible pair; cut ones in front."""
+    from accel.kernels.block_sparse_flash_hopper import Cut
+
+    rng = np.random.default_rng(0)
+    L, S, blocks = 300, 500, (128, 64)
+    for hi, heads in ((None, 1), (S - L, 2)):
+        mask = rng.random((heads, 3, 8)) < 0.5
+        seen = np.repeat(np.repeat(mask, 128, 1), 64, 2)[:, :L, :S]
+        if hi is not None:
+            seen = seen & (np.arange(S)[None, None] <= np.arange(L)[None, :, None] + hi)
+        for rows, keys, by_key in ((128, 64, False), (64, 64, True)):
+            lists = np.asarray(Cut(mask, *blocks, L, S, hi).lists(rows, keys, by_key))
+            tall, wide = -(-L // rows), -(-S // keys)
+            at = np.pad(seen, [(0, 0), (0, tall * rows - L), (0, wide * keys - S)])
+            at = at.reshape(heads, tall, rows, wide, keys).swapaxes(2, 3)
+            some, whole = at.any((3, 4)), at.all((3, 4))
+            some, whole = (x.swapaxes(1, 2) if by_key else x for x in (some, whole))
+            assert lists.shape == (*some.shape[:2], 2 + some.shape[2])
+            n, cut, order = lists[..., :1], lists[..., 1:2], lists[..., 2:]
+            np.testing.assert_array_equal(np.sort(order, axis=-1), np.indices(order.shape)[-1])
+            listed = np.arange(order.shape[-1])[None, None]
+            for tiles, upto in ((some, n), (some & ~whole, cut)):
+                np.testing.assert_array_equal(np.take_along_axis(tiles, order, axis=-1), listed < upto)
+    traced = jax.jit(lambda mask: Cut(mask, *blocks, L, S, hi).lists(rows, keys, by_key))(mask)
+    np.testing.assert_array_equal(traced, lists)
 
 
 @pytest.mark.gpu

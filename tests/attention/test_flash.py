@@ -161,23 +161,30 @@ HOPPER = {  # [B, H, L, D], key heads, keys, value width, causal, dtype
     "one_query": ((2, 4, 1, 128), 2, 1000, 128, True, "bfloat16"),
     "one_key": ((1, 1, 70, 64), 1, 1, 64, False, "float16"),
 }
+SCALES = {
+    "causal": -0.1,
+    "more_queries": 0.0,
+    "odd_head": -0.3,
+}  # of these cases; the others have 1 / sqrt(D)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", HOPPER, ids=lambda n: f"flash_{n}")
+@pytest.mark.parametrize("name", [*HOPPER, *(f"{n}_scaled" for n in SCALES)], ids=lambda n: f"flash_{n}")
 def test_flash_hopper_matches_ref_on_a_gpu(name):
     """o and gradients within the rounding of P, o, dS and results to half precision; lse within float32's."""
-    (B, H, L, D), Hkv, S, Dv, causal, dtype = HOPPER[name]
+    (B, H, L, D), Hkv, S, Dv, causal, dtype = HOPPER[name.removesuffix("_scaled")]
+    scale = SCALES[name.removesuffix("_scaled")] if name.endswith("_scaled") else D**-0.5
     rng = np.random.default_rng()
     shapes = (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv)
     q, k, v, do = (jnp.asarray(2 * rng.standard_normal(s), dtype) for s in shapes)
-    call = jax.jit(lambda *x: accel.flash.flash_attention(*x, causal=causal, return_lse=True, impl="hopper"))
+    options = {"causal": causal, "scale": scale}
+    call = jax.jit(lambda *x: accel.flash.flash_attention(*x, return_lse=True, impl="hopper", **options))
     (o, lse), again = call(q, k, v), call(q, k, v)
     assert o.dtype == q.dtype
     for one, other in zip((o, lse), again, strict=True):
         np.testing.assert_array_equal(one, other)
     wide = [np.asarray(x, np.float64) for x in (q, k, v, do)]
-    want_o, want_lse = ref.flash.flash_attention(*wide[:3], causal=causal, return_lse=True)
+    want_o, want_lse = ref.flash.flash_attention(*wide[:3], return_lse=True, **options)
     eps = float(jnp.finfo(dtype).eps)
     assert np.abs(np.asarray(o, np.float64) - want_o).max() <= 2 * eps * np.abs(wide[2]).max()
     assert (np.isneginf(lse) == np.isneginf(want_lse)).all()
@@ -185,26 +192,26 @@ def test_flash_hopper_matches_ref_on_a_gpu(name):
     np.testing.assert_allclose(
         np.asarray(lse)[some], want_lse[some], rtol=0, atol=bound(*wide[:3]) + 2.0**-20
     )
-    back = jax.jit(lambda *x: accel.flash.flash_attention_bwd(*x, causal=causal, impl="hopper"))
+    back = jax.jit(lambda *x: accel.flash.flash_attention_bwd(*x, impl="hopper", **options))
     got, again = (back(do, q, k, v, o, lse) for _ in range(2))
-    want = ref.flash.flash_attention_bwd(wide[3], *wide[:3], want_o, want_lse, causal=causal)
-    most = gradient_sizes(*wide, want_o, want_lse, causal)
+    want = ref.flash.flash_attention_bwd(wide[3], *wide[:3], want_o, want_lse, **options)
+    most = gradient_sizes(*wide, want_o, want_lse, causal, scale)
     for g, other, w, whole in zip(got, again, want, most, strict=True):
         np.testing.assert_array_equal(g, other)
         assert g.dtype == q.dtype
         assert np.abs(np.asarray(g, np.float64) - w).max() <= 2 * eps * whole
 
 
-def gradient_sizes(q, k, v, do, o, lse, causal):
+def gradient_sizes(q, k, v, do, o, lse, causal, scale):
     """What dq, dk and dv are at most if every term counts by its size: an error of one part is so much."""
-    (H, L, D), (Hkv, S) = q.shape[1:], k.shape[1:3]
-    scale, each = D**-0.5, lambda x: np.repeat(x, H // Hkv, axis=1)
+    (H, L), (Hkv, S) = q.shape[1:3], k.shape[1:3]
+    each = lambda x: np.repeat(x, H // Hkv, axis=1)
     summed = lambda x: x.sum(-2).reshape(len(x), Hkv, -1, S).sum(2).max()
     seen = np.arange(S) - np.arange(L)[:, None] <= (S - L if causal else S)
     p = np.exp(scale * q @ each(k).swapaxes(-1, -2) - np.where(np.isinf(lse), np.inf, lse)[..., None]) * seen
     slopes = p * (np.abs(do @ each(v).swapaxes(-1, -2)) + np.abs(do * o).sum(-1)[..., None])
     dq, dk = slopes.sum(-1).max() * np.abs(k).max(), summed(slopes) * np.abs(q).max()
-    return scale * dq, scale * dk, summed(p) * np.abs(do).max()
+    return abs(scale) * dq, abs(scale) * dk, summed(p) * np.abs(do).max()
 
 
 @pytest.mark.gpu
@@ -215,7 +222,7 @@ def test_flash_hopper_is_what_auto_takes_and_maps_on_a_gpu():
     assert "mosaic_gpu" in jax.jit(call).lower(q, k, v).as_text()
     assert "mosaic_gpu" not in jax.jit(call).lower(*(x.astype(jnp.float32) for x in (q, k, v))).as_text()
     np.testing.assert_array_equal(jax.vmap(call)(q, k, v), call(q, k, v))
-    with pytest.raises(NotImplementedError, match="no mask, lengths or window"):
+    with pytest.raises(NotImplementedError, match="no mask or lengths"):
         call(q, k, v, mask=np.ones((200, 200), bool), impl="hopper")
     with pytest.raises(NotImplementedError, match="differentiable once"):
         jax.eval_shape(jax.hessian(lambda q: call(q, k, v, impl="hopper").astype(jnp.float32).sum()), q)
@@ -235,11 +242,12 @@ def test_flash_hopper_takes_every_tile_once_and_evenly(name):
     module = accel.flash.kernel_module("hopper")
     B, H, L, S, hi, groups = TASKS[name]
     tasks = module.Tasks.make(B * H, -(-L // (64 * groups)), hi is not None, 132)
-    plan = module._Plan(H, 1, S, hi, 64 * groups, 128, False, tasks)
+    plan = module._Plan(H, 1, S, None, hi, 64 * groups, 128, False, tasks)
 
     def turn(block, i):
         some, head, tile = tasks.at(block, i)
-        return some, *plan.span(head, tile)
+        b, h, first = plan.place(head, tile)
+        return some, b, h, first, plan.band.of_block(first, plan.rows)[1]
 
     each = jax.jit(jax.vmap(jax.vmap(turn, (None, 0)), (0, None)))
     at = each(jnp.arange(tasks.blocks, dtype=jnp.int32), jnp.arange(tasks.turns, dtype=jnp.int32))
@@ -257,6 +265,43 @@ def test_flash_hopper_takes_every_tile_once_and_evenly(name):
         assert np.ptp(work.sum(-1)) <= 0.05 * work.sum(-1).mean()
 
 
+BANDS = {  # L, S, lo, hi, keys a tile
+    "flash_window": (300, 300, -40, 40, 64),
+    "flash_causal": (300, 400, None, 100, 128),
+    "flash_before": (200, 200, -500, -30, 64),
+    "flash_ahead": (190, 333, 70, 90, 128),
+    "flash_all": (70, 129, None, None, 64),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_flash_hopper_bands_hold_what_is_seen_and_know_what_is_cut(name):
+    """Every group's tiles: all that hold a visible pair are taken; those taken for whole are whole."""
+    L, S, lo, hi, keys = BANDS[name]
+    module = accel.flash.kernel_module("hopper")
+    band = module.Band(S, lo, hi, keys)
+    far = np.arange(S)[None] - np.arange(-(-L // 64) * 64)[:, None]
+    seen = (far >= (-S if lo is None else lo)) & (
+        far <= (S if hi is None else hi) + (0 if hi is not None else L)
+    )
+    seen = np.pad(seen, [(0, 0), (0, -S % keys)])
+    for block in range(0, L, 192):
+        begin, end = map(int, band.of_block(block, 192))
+        for first in range(block, min(block + 192, L), 64):
+            own_begin, own_end = map(int, band.ends(first, 64))
+            assert begin <= own_begin < own_end <= end
+            tiles = seen[first : first + 64].reshape(64, -1, keys)
+            some, whole = tiles.any((0, 2)), tiles.all((0, 2))
+            assert not some[:own_begin].any()
+            assert not some[own_end:].any()
+            see = band.sight(first, jnp.int32(own_begin), jnp.int32(own_end))
+            taken = [int(see.key(x)) for x in range(int(see.n))]
+            assert sorted(taken) == list(range(own_begin, own_end))
+            assert whole[taken[int(see.hidden) : int(see.clear)]].all()
+            if not (band.edge or lo is not None):
+                assert whole.all()
+
+
 def test_flash_kernels_lower_for_their_devices():
     """Both passes, causal and with lengths, compiled down to the device's own language without the device."""
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
@@ -272,10 +317,11 @@ def test_flash_kernels_lower_for_their_devices():
             lowered(fn, args, platform)
     module = accel.flash.kernel_module("hopper")
     lowered(lambda q, k, v: module.forward(q, k, v, scale=0.1, hi=0), (q, k, k), "hopper")
-    backward = lambda *x: module.backward(*x, scale=0.1, hi=0)
+    backward = lambda *x: module.backward(*x, scale=0.1, lo=-20, hi=0)
     lowered(backward, (q, q, k, k, row, row), "hopper")
     q, k = shape(jnp.float16, 1, 65, 4, 256), shape(jnp.float16, 1, 33, 2, 256)
-    lowered(lambda q, k, v: module.attend(q, k, v, scale=-0.1, rows_first=True), (q, k, k), "hopper")
+    window = {"scale": -0.1, "lo": -20, "hi": 30, "rows_first": True}
+    lowered(lambda q, k, v: module.attend(q, k, v, **window), (q, k, k), "hopper")
 
 
 def test_flash_extra_memory_is_no_square():
@@ -336,8 +382,8 @@ ON_HOPPER = {  # options, dtypes of q, k and v, and what "auto" takes on a Hoppe
     "half precision": ({}, "bbb", "hopper"),
     "float16": ({}, "hhh", "hopper"),
     "float32": ({}, "fff", "triton"),
-    "a scale of zero": ({"scale": 0.0}, "bbb", "triton"),
-    "a negative scale": ({"scale": -1}, "bbb", "triton"),
+    "a scale of zero": ({"scale": 0.0}, "bbb", "hopper"),
+    "a negative scale": ({"scale": -1}, "bbb", "hopper"),
     "a mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "triton"),
     "values of another dtype": ({}, "bbf", "triton"),
     "keys of another dtype": ({}, "fbb", "xla"),

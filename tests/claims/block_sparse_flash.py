@@ -2,13 +2,15 @@
 
 On the CPU (about a minute): forward and forward + backward over the share of visited tiles, a straight line
 through the times, the density below which the lists beat dense tiles, standard against tiled against
-butterfly attention. With --gpu the same with the compiled kernels, and cuDNN beside them. Masks are drawn
+butterfly attention. With --gpu the same with the kernels for Hopper, cuDNN beside them, and a sliding window
+of 256 keys to both sides, beside PyTorch's flex_attention where PyTorch is installed. Masks are drawn
 with a fixed seed; the diagonal is not added, so that the density is exact. With --gpu --paths, in its place,
 an encoder learns whether two marked ends of 32 x 32 pictures belong to the same curve (1,024 tokens), with
 dense, tiled and butterfly attention, three seeds each.
 """
 
 import argparse
+import importlib.util
 import time
 from functools import partial
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from accel.attention.block_sparse_flash import block_sparse_attention
+from accel.attention.drop_in import dot_product_attention
 from accel.attention.flash import attention_dense, flash_attention
 from accel.models import gpt
 from accel.race import race
@@ -33,8 +36,10 @@ FILES = (
 )
 GPU_FILES = (
     *FILES,
-    "accel/kernels/block_sparse_flash_triton.py",
-    "accel/kernels/flash_triton.py",
+    "accel/attention/drop_in.py",
+    "accel/kernels/block_sparse_flash_hopper.py",
+    "accel/kernels/flash_hopper.py",
+    "accel/kernels/flash_hopper_backward.py",
 )
 PATH_FILES = (*GPU_FILES, "ref/tasks/paths.py", "accel/models/gpt.py", "tests/claims/flash.py")
 SHARES = (1.0, 0.5, 0.25, 0.125, 1 / 16)
@@ -124,6 +129,45 @@ def cudnn(q, k, v):
     return swap(jax.nn.dot_product_attention(*map(swap, (q, k, v)), implementation="cudnn"))
 
 
+def window(*, tokens=32768, heads=16, width=128, reach=256, repeats=20):
+    """Seconds of a query's `reach` keys to both sides, forward, in loops that wait at their end alone."""
+    rng = np.random.default_rng(0)
+    shape = 1, tokens, heads, width
+    q, k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for _ in range(3))
+    entries = {}
+    for impl in ("hopper", "triton"):
+        attend = partial(dot_product_attention, implementation=impl, local_window_size=reach)
+        entries[impl] = partial(jax.jit(attend), q, k, v), jax.block_until_ready
+    if importlib.util.find_spec("torch"):
+        entries["flex_attention"] = flex(shape, reach)
+    took = {name: [] for name in entries}
+    for _ in range(6):
+        for name, (call, wait) in entries.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = call()
+            wait(result)
+            took[name].append((time.perf_counter() - start) / repeats)
+    at = np.arange(tokens)
+    pairs = int((np.minimum(at + reach, tokens - 1) - np.maximum(at - reach, 0) + 1).sum())
+    seconds = {name: float(np.median(t[1:])) for name, t in took.items()}
+    return {"tokens": tokens, "heads": heads, "width": width, "reach": reach, "seconds": seconds,
+            "flops": 4 * heads * width * pairs}  # fmt: skip
+
+
+def flex(shape, reach):
+    """(call, wait) of PyTorch's flex_attention with the same window."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, tokens, heads, width = shape
+    near = lambda b, h, i, j: (i - j).abs() <= reach
+    blocks = create_block_mask(near, None, None, tokens, tokens, device="cuda")
+    q, k, v = (torch.randn(B, heads, tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    call = partial(torch.compile(flex_attention), q, k, v, block_mask=blocks)
+    return call, lambda _: torch.cuda.synchronize()
+
+
 def paths(*, seeds=3, steps=800, batch=64, held=2048, side=32, width=128, depth=4, heads=4, block=64):
     """{rows: [{form, seed, seconds a step, accuracy}], chance} on pictures that were never trained on."""
     tiles = butterfly_block_mask(side * side // block, num_global=1)
@@ -174,12 +218,11 @@ def main():
         if args.paths:
             print(store("block_sparse_flash_paths_gpu", paths(), PATH_FILES))
             return
-        options = {"dtype": jnp.bfloat16, "impl": "triton", "budget": 0.2}
+        options = {"dtype": jnp.bfloat16, "impl": "hopper", "budget": 0.2}
         results = {
-            "density": [against_density(N, 128, heads=16, **options) for N in (4096, 16384)],
-            "standard": against_standard(
-                (1024, 2048, 4096, 8192), heads=16, peers={"cudnn": cudnn}, **options
-            ),
+            "window": window(),
+            "density": [against_density(16384, 128, heads=16, **options)],
+            "standard": against_standard((2048, 8192), heads=16, peers={"cudnn": cudnn}, **options),
         }
         print(store("block_sparse_flash_gpu", results, GPU_FILES))
         return

@@ -1,0 +1,74 @@
+"""Block-sparse FlashAttention in Pallas for Hopper GPUs: the kernels of flash, on lists of visible tiles.
+
+Blocks are refined to the kernels' tiles. The lists name for every tile of queries (or of keys, for dk and dv)
+what it meets, tiles that causal order or the end of the keys cuts in front, so that only those are masked.
+Of a mask known at trace time they are constants.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from accel.kernels import flash_hopper, flash_hopper_backward
+from accel.kernels.flash_hopper import ROWS, Tiles
+from ref.attention.block_sparse_flash import tiles_in_sight
+
+__all__ = ["backward", "forward"]
+
+STEP = 64  # queries or keys that pass at a time in the backward pass
+
+
+def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
+    """(o, lse) as the other kernels of the technique: q [B, H, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv],
+    visited bool [H or 1, tiles of queries, tiles of keys]; blocks in multiples of 64, D and Dv up to 128.
+
+    interpret is for other kernels.
+    """
+    high, keys = _tall(block_q), 128 if block_k % 128 == 0 else 64
+    cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
+    tiles = Tiles(high // ROWS, keys, 256 // keys, turns=high > ROWS, late=hi is None)
+    return flash_hopper.attend(q, k, v, cut.lists(high, keys), scale=scale, hi=hi, tiles=tiles)
+
+
+def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, interpret=False):
+    """(dq, dk, dv), operands as in `forward`, lse and delta [B, H, L] as in flash's kernels."""
+    cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
+    rows, columns = _tall(block_q), _tall(block_k)
+    return flash_hopper_backward.attend_backward(
+        do, q, k, v, lse, delta, cut.lists(STEP, columns, by_key=True), cut.lists(rows, STEP),
+        scale=scale, hi=hi, key_sizes=(columns // ROWS, STEP, 4), query_sizes=(rows // ROWS, STEP, 4),
+    )  # fmt: skip
+
+
+def _tall(block):
+    """Rows of a kernel's block: two groups of 64 where the mask's blocks hold them."""
+    return 2 * ROWS if block % (2 * ROWS) == 0 else ROWS
+
+
+class Cut:
+    """A mask of block_q x block_k on L queries and S keys, for tiles that divide the blocks."""
+
+    def __init__(self, visited, block_q, block_k, L, S, hi):
+        self.visited, self.blocks, self.sizes, self.causal = (
+            visited,
+            (block_q, block_k),
+            (L, S),
+            hi is not None,
+        )
+
+    def lists(self, rows, keys, by_key=False):
+        """int32 [H or 1, tiles, 2 + n]: how many tiles of rows x keys are seen, how many of them are cut, and
+        which they are, the cut ones first; for every tile of queries, or of keys.
+        """
+        fine = self.visited
+        for axis, size, block, n in zip((1, 2), (rows, keys), self.blocks, self.sizes, strict=True):
+            fine = fine.repeat(block // size, axis=axis)
+            fine = fine[:, : -(-n // size)] if axis == 1 else fine[..., : -(-n // size)]
+        reach, whole = tiles_in_sight(rows, keys, *self.sizes, self.causal)
+        seen, cut = fine & reach[None], np.broadcast_to(~whole[None], fine.shape)
+        if by_key:
+            seen, cut = seen.swapaxes(1, 2), cut.swapaxes(1, 2)
+        xp, n = (np if isinstance(seen, np.ndarray) else jnp), seen.shape[-1]
+        place = xp.where(seen, xp.where(cut, 0, 1), 2) * n + np.arange(n)[None, None]
+        count = lambda x: x.sum(-1, keepdims=True)
+        found = count(seen), count(seen & cut), xp.argsort(place, axis=-1)
+        return jnp.asarray(xp.concatenate(found, axis=-1), jnp.int32)
