@@ -28,7 +28,14 @@ for laws in Path(__file__).parent.rglob("laws_*.py"):
     )
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("tests/blocks/", "tests/models/", "tests/tasks/")
+SHARED = (
+    "tests/blocks/",
+    "tests/models/",
+    "tests/tasks/",
+    "tests/docs/",
+    "tests/test_bench.py",
+    "tests/test_sharding.py",
+)
 # Seconds a technique may take in the suite, generic laws included, on two cores with nothing compiled before.
 # One in three layers compiles some forty programs of a third of a second each.
 BUDGET_S = {"ref": 8.0, "accel": 25.0}
@@ -52,7 +59,8 @@ def _over_budget():
 def pytest_runtest_logreport(report):
     """Add each test's time to the technique that its name carries.
 
-    Model and GPU tests are outside the budget, and so are those of shared ground, which nobody owns alone.
+    Model and GPU tests are outside the budget, and so are those of shared ground, which nobody owns alone:
+    blocks, models and tasks, the book, the races of the command line, use over several devices.
     """
     if {"model", "gpu"} & set(report.keywords) or report.nodeid.startswith(SHARED):
         return

@@ -1,6 +1,7 @@
 """PIM-GPT: laws on ref, accel against ref, the simulator against its closed form, the machine, bad inputs."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -458,25 +459,27 @@ def test_pim_gpt_claims_are_fresh_and_have_their_shape():
         assert all(r[f"{other}_ideal"]["us"] <= r[f"{other}_eager"]["us"] for r in rows.values())
 
 
-def test_pim_gpt_claims_stand_in_the_chapter():
-    """The ranges that the table of claims types are those of the stored results."""
-    text = (record.ROOT / "docs" / "devices" / "pim_gpt.md").read_text()
+def test_pim_gpt_claims_stand_in_the_chapter(monkeypatch, capsys):
+    """The table of claims, as the chapter computes it, has the ranges of the stored results."""
+    monkeypatch.chdir(record.ROOT)
+    text = (record.ROOT / "docs" / "devices" / "pim_gpt.md").read_text().split("## Claims")[1]
+    exec(re.search(r'```python exec="on"\n(.*?)```', text, re.S)[1], {})
+    text = capsys.readouterr().out
     r = record.load("pim_gpt")["results"]
 
     def span(other, kind, what):
         ratios = [row[f"{other}_{kind}"][what] / row["pim_gpt"][what] for row in r["models"].values()]
         return f"{min(ratios):.0f} to {max(ratios):.0f}x"
 
-    for other, what, over in (("t4", "us", " over memory alone"), ("xeon_6154", "us", " over memory alone"),
-                              ("t4", "mj", " over memory alone"), ("xeon_6154", "mj", "")):  # fmt: skip
-        words = f"{span(other, 'ideal', what)}{over}, {span(other, 'eager', what)} with 30 µs an operator"
-        assert words in text
+    for other, what in (("t4", "us"), ("xeon_6154", "us"), ("t4", "mj"), ("xeon_6154", "mj")):
+        ideal, eager = (span(other, kind, what) for kind in ("ideal", "eager"))
+        assert f"{ideal} over memory alone, {eager} with 30 µs an operator" in text
     slow = [r["sweeps"][m]["asic.ghz"] for m in ("gpt2_small", "gpt2_xl")]
-    small, large = (f"{rows[-1]['us'] / rows[0]['us'] - 1:.0%}".replace("%", " %") for rows in slow)
-    assert f"{small} of GPT2-small, {large} of GPT2-XL" in text
+    small, large = (rows[-1]["us"] / rows[0]["us"] - 1 for rows in slow)
+    assert re.search(rf"{small:.0%}.*{large:.0%}".replace("%", " ?%"), text)
     pins = [r["sweeps"][m]["t_burst"] for m in ("gpt2_xl", "gpt2_small")]
     low, high = (rows[-1]["us"] / rows[0]["us"] for rows in pins)
-    assert f"{low:.1f} to {high:.1f}x" in text
+    assert re.search(rf"{low:.1f} to {high:.1f} ?(x|times)", text)
 
 
 def test_pim_gpt_claims_run():

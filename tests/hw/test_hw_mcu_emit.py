@@ -163,7 +163,7 @@ def on_this_computer(program, args, target, d):
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("name", list(claims.NETWORKS), ids=called)
-def test_hw_mcu_flash_covers_the_constants_of_the_c(name, bits):
+def test_hw_mcu_constants_of_the_c_are_counted(name, bits):
     """Every array of the text has its place; a bias that is not there, and equal arrays once, are less."""
     program, args, target = made(name, bits)
     least = stored_bytes(emit_c(program, target, args))

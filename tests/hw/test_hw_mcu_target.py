@@ -369,7 +369,7 @@ def test_hw_mcu_relative_positions_run_a_query_at_a_time(bits):
     assert equal(plain.run_arena(program, args)[0], want)
 
 
-def test_hw_mcu_flash_holds_tables_as_large_as_they_are_folded():
+def test_hw_mcu_tables_count_as_large_as_they_are_folded():
     """Of a table of 5 rows that is spread over all pairs of 12 places each pair's row is kept; weights of a
     loop's trips once each, what nothing reads not at all; the refusal names what would be less.
     """

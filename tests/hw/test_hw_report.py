@@ -58,7 +58,7 @@ def program(name):
     f32 = lambda *shape: ("float32", shape)
     return {
         "attention": lambda: hw.trace(attention, *(f32(4, 256, 64),) * 3),
-        "layers": lambda: hw.trace(layers, f32(1, 512), f32(6, 512, 512), weights=("w",)),
+        "layers": lambda: hw.trace(layers, f32(1, 512), f32(3, 512, 512), weights=("w",)),
         "chain": lambda: hw.trace(chain, f32(1000)),
         "branches": lambda: hw.trace(branches, f32(32, 32)),
         "one view": lambda: hw.trace(lambda x: x.reshape(6), f32(2, 3)),
