@@ -190,10 +190,18 @@ def summed(fn, x, params):
     return want, program(x, params), set(re.findall(KINDS, program.as_text()))
 
 
+def int8(x, p):
+    fixed = np.random.default_rng(0).standard_normal((6, 16))
+    layer = accel.llm_int8.convert_linear(fixed, np.zeros(6))
+    layer = layer._replace(w_absmax=jnp.float32(layer.w_absmax), bias=p[0], float_weight=p[1])
+    return accel.llm_int8.llm_int8_linear(3 * x, layer, max_outliers=4)
+
+
 # (function of x and weights, shape of x, shapes of the weights)
 RULES = {
     "flash": (lambda x, p: accel.flash.flash_attention(x[0], *p, causal=True), (8, 2, 6, 4), 2 * [(2, 6, 4)]),
     "lean": (lambda x, p: accel.lean.lean_attention(x, *p), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
+    "llm_int8": (int8, (8, 16), [(6,), (6, 16)]),
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.quantize import affine_params, quantize, symmetric_params
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
 from ref.compression.llm_int8 import (
     LEVELS,
@@ -104,8 +105,9 @@ def llm_int8_linear(
     )
     if impl == "xla" and any(tiles):
         raise ValueError(f'tile sizes are for impl="triton" and "tpu", got {tiles} with impl="xla"')
-    layer = jax.tree.map(jnp.asarray, layer)
-    return _linear(jnp.asarray(x), layer, float(threshold), max_outliers, impl, interpret, tiles)
+    x, layer = jax.tree.map(jnp.asarray, (x, layer))
+    x, layer = alike((x, layer), x, layer)
+    return _linear(x, layer, float(threshold), max_outliers, impl, interpret, tiles)
 
 
 @jax.jit
