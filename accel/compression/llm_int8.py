@@ -2,7 +2,8 @@
 
 Which columns hold outliers is known only when x is: under jit their number is not. Without `max_outliers` the
 float product runs over all columns, with those that hold none masked out: exact, and no cheaper than float.
-With it at most that many columns are gathered, and the masked product is the fallback when more qualify.
+With it at most that many columns are gathered, and the masked product is the fallback when more qualify; the
+kernels for Hopper always do so, with the fallback on the device.
 Scales are float32 as in ref, which makes the integers of both layers equal.
 """
 
@@ -88,9 +89,11 @@ def llm_int8_linear(
     """x W^T + b in int8 but for the outlier columns, in x's dtype; float parts in at least float32.
 
     max_outliers: None multiplies all columns, masked, in float; a number gathers that many columns, and falls
-      back to the masked product when more hold an outlier (no column is ever dropped).
+      back to the masked product when more hold an outlier (no column is ever dropped). "hopper" gathers
+      always: 32 columns for None, 64 at most.
     impl: "xla"; "triton" and "tpu" fuse scales, bias and outlier columns into the int8 product's last step,
-      by tiles of block_t x block_n, block_k terms at a time; "auto" is "xla".
+      by tiles of block_t x block_n, block_k terms at a time; so does "hopper", for half precision without
+      float_weight, by tiles of its own; "auto" is "hopper" on a GPU that can run the call, else "xla".
     Gradients: as `llm_int8_linear_vjp`; with float_weight its gradient is grad_y^T x, and what is quantised
       is not updated by it.
     """
@@ -195,22 +198,21 @@ def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
     return y.astype(x.dtype).reshape(*x.shape[:-1], N)
 
 
-def _hopper(rows, layer, threshold, max_outliers, interpret=False, product=None):
+def _hopper(rows, layer, threshold, max_outliers, interpret=False):
     """The layer on rows [T, K] of half precision by the kernels for Hopper."""
-    from accel.kernels import llm_int8_hopper
+    from accel.kernels import llm_int8_hopper as kernel
     from accel.kernels import llm_int8_outliers_triton as outliers
 
-    product = product or llm_int8_hopper.int8_product
     options = {"interpret": interpret}
     x_q, absmax, marks = outliers.quantize_rows(
-        rows, threshold=threshold or float("inf"), unit=llm_int8_hopper.DEEP, **options
+        rows, threshold=threshold or float("inf"), unit=kernel.DEEP, **options
     )
     weights = layer.w_q, layer.w_absmax, layer.bias
     if threshold in (0, float("inf")):
-        return product(x_q, absmax, *weights, dtype=rows.dtype)
+        return kernel.int8_product(x_q, absmax, *weights, dtype=rows.dtype)
     R = min(rows.shape[1], STRIP if max_outliers is None else min(max_outliers, 2 * STRIP))
     x_q, x_o, w_o, more = outliers.gather(rows, layer.w_q, x_q, marks, R=R, **options)
-    y = product(x_q, absmax, *weights, (x_o, w_o), dtype=rows.dtype)
+    y = kernel.int8_product(x_q, absmax, *weights, (x_o, w_o), dtype=rows.dtype)
     return outliers.overrule(y, more, marks, rows, x_q, absmax, *weights, **options)
 
 
