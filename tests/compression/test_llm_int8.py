@@ -415,7 +415,7 @@ HOPPER = {  # T, K, N, outlier columns, how many are asked for
     "most_of_the_few": (64, 1024, 12288, 3, 8),
     "no_pair": (100, 640, 700, 20, None),
     "too_many": (130, 256, 300, 3, 2),
-    "none_asked": (70, 300, 66, 2, 0),
+    "one_of_two": (70, 300, 66, 2, 1),
 }
 
 
