@@ -132,6 +132,11 @@ def _no_hopper(x, layer, interpret, tiles):
         return 'multiplies outliers by the int8 weights, not by float_weight; use impl="triton"'
     if any(tiles):
         return f"chooses its own tiles, got {tiles}"
+    N, K = layer.w_q.shape
+    if max(x.size, N * K, x.size // K * N) >= 2**31:
+        return (
+            'counts elements in 32 bits, and takes fewer than 2^31 of x, weights and results; use impl="xla"'
+        )
     return hopper_obstacle()
 
 

@@ -198,6 +198,17 @@ def test_llm_int8_auto_takes_what_can_run_on_hopper(name, monkeypatch):
     assert taken == [impl]
 
 
+def test_llm_int8_for_hopper_refuses_more_than_it_can_count(monkeypatch):
+    """The kernels compute offsets in 32 bits; arrays of no memory stand for large ones."""
+    monkeypatch.setattr(module, "hopper_obstacle", lambda: None)
+    large = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), shape)
+    scale = large(np.float32, 2**17)
+    for T, K, fits in ((1, 2**13, True), (1, 2**14, False), (2**14, 64, False)):
+        layer = ref.llm_int8.Int8Linear(large(np.int8, 2**17, K), scale, None, None)
+        why = module._no_hopper(large(np.float16, T, K), layer, False, (None,) * 3)
+        assert (why is None) == fits
+
+
 def test_llm_int8_kernels_lower_for_hopper():
     """Many tokens and few, sizes on and off the tiles, with and without outliers."""
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
