@@ -2,7 +2,7 @@
 
 import jax
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 CALLS = {"tpu": "tpu_custom_call", "cuda": "triton", "hopper": "mosaic_gpu"}
 HOPPER = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -14,7 +14,8 @@ def lowered(fn, args, platform):
     JAX from 0.12 on wants to know which GPU Triton is to write for: a Hopper card.
     """
     checks = [export.DisabledSafetyCheck.custom_call(f) for f in ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")]
-    mesh = AbstractMesh((1,), ("x",), abstract_device=None if platform == "tpu" else HOPPER)
+    device = None if platform == "tpu" else HOPPER
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     name = "tpu" if platform == "tpu" else "cuda"
     with use_abstract_mesh(mesh):
         text = export.export(jax.jit(fn), platforms=[name], disabled_checks=checks)(*args).mlir_module()

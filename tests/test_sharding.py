@@ -6,6 +6,7 @@ collectives are read from the compiled program. Inside `shard_map` nothing is ex
 tests/test_layers.py runs every example there, the tests below what has a gradient rule of its own.
 """
 
+import importlib
 import re
 from collections import Counter
 from functools import partial
@@ -21,6 +22,7 @@ import accel
 from accel.blocks.transformer import transformer_block
 from accel.models import gpt
 from ref.blocks.transformer import BlockParams, init_block
+from tests.lower import lowered
 
 DEVICES = 8
 MESH = jax.make_mesh(
@@ -213,3 +215,13 @@ def test_sharding_sums_gradients_of_replicated_arrays(slug):
     want, got, sent = summed(fn, x, params)
     assert sent == {"all-reduce"}
     close(got, want, 8 * 6 * 8)
+
+
+@pytest.mark.parametrize(("platform", "impl"), [("cuda", "triton"), ("tpu", "tpu")])
+def test_edge_moe_sharding_of_a_checked_kernel_compiles(platform, impl):
+    """Down to the device's language, inside a `shard_map`: rows in parts, weights on all devices."""
+    linear = importlib.import_module(f"accel.kernels.edge_moe_{impl}").grouped_linear
+    specs = P("x"), P(), P(), P("x"), P("x")
+    shapes = ((64, 128), jnp.float32), ((2, 128, 128), jnp.float32), ((2, 128), jnp.float32)
+    args = [jax.ShapeDtypeStruct(*s) for s in (*shapes, *[((2,), jnp.int32)] * 2)]
+    lowered(jax.shard_map(linear, in_specs=specs, out_specs=P("x")), args, platform)

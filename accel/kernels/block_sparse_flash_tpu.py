@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 
 LANES = 128
@@ -153,7 +154,7 @@ def _pad(x, *by, value=0):
 
 def _call(kernel, table, inputs, outputs, scratch, *, N, interpret, name, **options):
     """The kernel on (array, block shape, index map) inputs, a grid step an entry of the table."""
-    return pl.pallas_call(
+    return pallas_call(
         partial(kernel, **options),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, *_ in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(

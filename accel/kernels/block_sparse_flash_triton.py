@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 from ref.attention.block_sparse_flash import tiles_in_sight
 
@@ -187,7 +188,7 @@ def _pad(x, *by, value=0):
 
 def _call(kernel, grid, inputs, outputs, *, width, interpret, name, **options):
     """The kernel on (array, block shape, index map) inputs -> outputs, given likewise by shape and dtype."""
-    return pl.pallas_call(
+    return pallas_call(
         partial(kernel, **options),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, *_ in outputs],
         grid=grid,

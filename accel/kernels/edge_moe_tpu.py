@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
+
 LANES, ROWS = 128, 16
 STATIC = ("turned", "block_t", "block_n", "block_k", "interpret")
 
@@ -81,7 +83,7 @@ def grouped_linear(
         else pl.BlockSpec((None, n, k), lambda j, t, i, expert, real: (expert[t], j, i))
     )
     of_expert = pl.BlockSpec((None, 1, n), lambda j, t, i, expert, real: (expert[t], 0, j))
-    y = pl.pallas_call(
+    y = pallas_call(
         partial(_linear_kernel, turned=turned),
         out_shape=jax.ShapeDtypeStruct((R, wide), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -114,7 +116,7 @@ def grouped_outer(dy, x, expert, first, end, *, block_t=32, block_n=256, block_k
     n, k = min(block_n, N), min(block_k, K)
     dy, x = _padded(dy, {1: n}), _padded(x, {1: k})
     (R, high), wide = dy.shape, x.shape[1]
-    dw = pl.pallas_call(
+    dw = pallas_call(
         _outer_kernel,
         out_shape=jax.ShapeDtypeStruct((E, high, wide), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
+
 STATIC = ("turned", "block_t", "block_n", "block_k", "interpret")
 UNIT = 16  # rows and columns of the smallest product on tensor cores
 
@@ -79,7 +81,7 @@ def grouped_linear(
     whole = lambda a: pl.BlockSpec(a.shape, lambda t, j: (0,) * a.ndim)
     bias = [] if b is None else [_padded(b, 1)]
     tile = pl.BlockSpec((block_t, K), lambda t, j: (t, 0))
-    y = pl.pallas_call(
+    y = pallas_call(
         partial(_linear_kernel, turned=turned, block_n=n, block_k=k),
         out_shape=jax.ShapeDtypeStruct((R, N), x.dtype),
         grid=(R // block_t, N // n),
@@ -105,7 +107,7 @@ def grouped_outer(dy, x, expert, first, end, *, block_t=32, block_n=64, block_k=
     (R, N), K = dy.shape, x.shape[1]
     n, k = _dividing(N, block_n), _dividing(K, block_k)
     whole = pl.BlockSpec((E,), lambda e, i, j: (0,))
-    dw = pl.pallas_call(
+    dw = pallas_call(
         partial(_outer_kernel, block_t=block_t),
         out_shape=jax.ShapeDtypeStruct((E, N, K), jnp.float32),
         grid=(E, N // n, K // k),
