@@ -179,42 +179,80 @@ def test_llm_int8_sharding_by_columns_needs_no_exchange():
     close(program(x, layer), jax.jit(run)(x, layer), 16)
 
 
-def summed(fn, x, params):
-    """(dx, dparams) of sums of fn(x[n : n + 1], params), x [8, ..] in parts and params everywhere: added up
-    from one device's, and as eight in a `shard_map` have them, with the collectives.
+def summed(fn, x, params, mesh=MESH):
+    """(dx, dparams) of sums of fn(x[n : n + 1], params), x in parts and params everywhere: added up from one
+    device's, and as those of a mesh in a `shard_map` have them, with the collectives.
     """
-    loss = lambda x, p: jnp.sum(jnp.sin(fn(x, p)))
-    grads = jax.grad(loss, argnums=(0, 1))
-    over = jax.shard_map(grads, mesh=MESH, in_specs=(P("parts"), P()), out_specs=(P("parts"), P()))
-    program = jax.jit(over).lower(x, params).compile()
-    each = [jax.jit(grads)(x[n : n + 1], params) for n in range(DEVICES)]
+    grads = gradients(fn)
+    program = jax.jit(over(grads, mesh)).lower(x, params).compile()
+    each = [jax.jit(grads)(part, params) for part in jnp.split(x, mesh.size)]
     want = jnp.concatenate([e[0] for e in each]), jax.tree.map(lambda *g: sum(g), *[e[1] for e in each])
     return want, program(x, params), set(re.findall(KINDS, program.as_text()))
 
 
-def int8(x, p):
+def gradients(fn):
+    return jax.grad(lambda x, p: jnp.sum(jnp.sin(fn(x, p))), argnums=(0, 1))
+
+
+def over(grads, mesh):
+    """`grads` in a `shard_map` that checks what varies, which is the default."""
+    return jax.shard_map(grads, mesh=mesh, in_specs=(P("parts"), P()), out_specs=(P("parts"), P()))
+
+
+def int8(x, p, **options):
     fixed = np.random.default_rng(0).standard_normal((6, 16))
     layer = accel.llm_int8.convert_linear(fixed, np.zeros(6))
     layer = layer._replace(w_absmax=jnp.float32(layer.w_absmax), bias=p[0], float_weight=p[1])
-    return accel.llm_int8.llm_int8_linear(3 * x, layer, max_outliers=4)
+    return accel.llm_int8.llm_int8_linear(3 * x, layer, max_outliers=4, **options)
+
+
+def turned(x, p, **options):
+    params = jax.tree.map(jnp.float32, accel.rum.init_rum(np.random.default_rng(0), 4, 8))
+    return accel.rum.rum(x, params._replace(W_e=p[0]), lambda_=1, **options)[0]
 
 
 # (function of x and weights, shape of x, shapes of the weights)
 RULES = {
-    "flash": (lambda x, p: accel.flash.flash_attention(x[0], *p, causal=True), (8, 2, 6, 4), 2 * [(2, 6, 4)]),
-    "lean": (lambda x, p: accel.lean.lean_attention(x, *p), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
+    "flash": (
+        lambda x, p, **o: accel.flash.flash_attention(x[0], *p, causal=True, **o),
+        (8, 2, 6, 4), 2 * [(2, 6, 4)],
+    ),
+    "lean": (lambda x, p, **o: accel.lean.lean_attention(x, *p, **o), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
     "llm_int8": (int8, (8, 16), [(6,), (6, 16)]),
-}
+    "pitome": (
+        lambda x, p, **o: accel.pitome.energy_score(x * p[0][None, None], margin=0.3, **o),
+        (8, 6, 4), [(4,)],
+    ),
+    "rum": (turned, (8, 5, 4), [(4, 8)]),
+}  # fmt: skip
+
+
+def example_of(slug):
+    """(function, x, weights) of a rule."""
+    fn, shape, shapes = RULES[slug]
+    return fn, drawn(*shape), [drawn(*s, seed=i + 1) for i, s in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("slug", RULES)
 def test_sharding_sums_gradients_of_replicated_arrays(slug):
     """A gradient rule of our own, weights counted as equal on all devices, checked by JAX (check_vma)."""
-    fn, shape, shapes = RULES[slug]
-    x, params = drawn(*shape), [drawn(*s, seed=i + 1) for i, s in enumerate(shapes)]
-    want, got, sent = summed(fn, x, params)
+    want, got, sent = summed(*example_of(slug))
     assert sent == {"all-reduce"}
     close(got, want, 8 * 6 * 8)
+
+
+KERNELS = ("pitome", "rum")
+
+
+@pytest.mark.parametrize("impl", ["triton", "tpu"])
+@pytest.mark.parametrize("slug", KERNELS)
+def test_sharding_of_a_kernel_passes_the_check_of_what_varies(slug, impl):
+    """Traced, not run: Pallas's interpreter itself fails the check; the test below runs on GPUs."""
+    fn, *args = example_of(slug)
+    grads = over(gradients(partial(fn, impl=impl, interpret=True)), MESH)
+    program = str(jax.make_jaxpr(grads)(*args))
+    assert "pallas_call" in program
+    assert "psum_invariant" in program  # the sum that the rule's gradient of the weights needs
 
 
 @pytest.mark.parametrize(("platform", "impl"), [("cuda", "triton"), ("tpu", "tpu")])
@@ -225,3 +263,17 @@ def test_edge_moe_sharding_of_a_checked_kernel_compiles(platform, impl):
     shapes = ((64, 128), jnp.float32), ((2, 128, 128), jnp.float32), ((2, 128), jnp.float32)
     args = [jax.ShapeDtypeStruct(*s) for s in (*shapes, *[((2,), jnp.int32)] * 2)]
     lowered(jax.shard_map(linear, in_specs=specs, out_specs=P("x")), args, platform)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slug", KERNELS)
+def test_sharding_sums_gradients_of_kernels_on_gpus(slug):
+    """On as many GPUs as there are, up to eight: powers of two, so that they share x evenly."""
+    found = jax.devices("gpu")[:DEVICES]
+    parts = 2 ** (len(found).bit_length() - 1)
+    mesh = jax.make_mesh((parts,), ("parts",), axis_types=(AxisType.Auto,), devices=found[:parts])
+    fn, x, params = example_of(slug)
+    with jax.default_matmul_precision("highest"):
+        want, got, sent = summed(partial(fn, impl="triton"), x[:parts], params, mesh)
+    assert sent <= {"all-reduce"}  # one GPU has nobody to send to
+    close(got, want, 8 * 6 * 8)

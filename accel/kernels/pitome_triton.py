@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
+
 
 def _kernel(rows_ref, all_ref, energy_ref, *, block, tokens, margin, alpha, paper_form):
     """rows_ref [block, D] of this program, all_ref [T', D], energy_ref [block]; T' is T padded to block."""
@@ -47,7 +49,7 @@ def energy(metric, *, margin, alpha, paper_form, block=32, interpret=False):
     metric = jnp.pad(metric, ((0, -T % block), (0, width - D)))
     padded = metric.shape[0]
     kernel = partial(_kernel, block=block, tokens=T, margin=margin, alpha=alpha, paper_form=paper_form)
-    return pl.pallas_call(
+    return pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((padded,), jnp.float32),
         grid=(padded // block,),

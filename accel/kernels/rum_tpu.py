@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
 from accel.kernels.rum_step import rum_step
 
 RUN = 64  # steps
@@ -54,7 +55,7 @@ def scan(r, e, g, h, assoc, w_r, w_u, *, step, interpret=False):
     mine = lambda k: pl.BlockSpec((None, k, n), lambda b, i: (b, 0, 0))
     shared = pl.BlockSpec((n, n), lambda b, i: (0, 0))
     shape = lambda k: jax.ShapeDtypeStruct((B, k, n), jnp.float32)
-    hidden, assoc = pl.pallas_call(
+    hidden, assoc = pallas_call(
         partial(_kernel, step=step, steps=T, size=N),
         out_shape=(shape(long), shape(n)),
         grid=(B, long // RUN),

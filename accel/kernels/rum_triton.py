@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
 from accel.kernels.rum_step import rum_step
 
 
@@ -36,7 +37,7 @@ def scan(r, e, g, h, assoc, w_r, w_u, *, step, interpret=False):
     whole = lambda rows: pl.BlockSpec((None, rows, n), lambda b: (b, 0, 0))
     shared = pl.BlockSpec((n, n), lambda b: (0, 0))
     shape = lambda rows: jax.ShapeDtypeStruct((B, rows, n), jnp.float32)
-    hidden, assoc = pl.pallas_call(
+    hidden, assoc = pallas_call(
         partial(_kernel, step=step, steps=T, size=N),
         out_shape=(shape(T), shape(n)),
         grid=(B,),
