@@ -10,42 +10,60 @@ IMPLS = ("auto", "xla", "hopper", "triton", "tpu")
 NEEDS = {"hopper": "gpu", "triton": "gpu", "tpu": "tpu"}
 
 
-def choose_impl(impl, *, interpret=False, auto=(), obstacles=None):
+def choose_impl(impl, *, arrays=(), interpret=False, auto=(), obstacles=None, name="impl"):
     """The implementation to run: `impl` itself, or for "auto" the first of `auto` that can, else "xla".
 
-    Args: interpret: kernels run in Pallas's interpreter, on any device, if asked for by name.
+    Args: arrays: a tree of what the call is given; it runs where these were put, see `home`.
+      interpret: kernels run in Pallas's interpreter, on any device, if asked for by name.
       auto: kernels that pay, best first. obstacles: {impl: why it cannot run this call, or None}.
+      name: what the caller's argument is called, for messages.
     Raises: ValueError for an unknown impl; NotImplementedError, saying why, for one asked for by name that
       cannot run.
     """
     if impl not in IMPLS:
-        raise ValueError(f'impl must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
+        raise ValueError(f'{name} must be "auto", "xla", "hopper", "triton" or "tpu", got {impl!r}')
     obstacles = obstacles or {}
-    backend = platform()
+    device = home(arrays)
+    backend = platform() if device is None else device.platform
     if impl == "auto":
         runs = [i for i in auto if NEEDS[i] == backend and obstacles.get(i) is None]
         return runs[0] if runs else "xla"
     if why := obstacles.get(impl):
-        raise NotImplementedError(f'impl="{impl}" {why}')
+        raise NotImplementedError(f'impl="{impl}" {why}'.replace("impl=", f"{name}="))
     if impl in NEEDS and NEEDS[impl] != backend and not interpret:
-        raise NotImplementedError(f'impl="{impl}" needs a {NEEDS[impl].upper()}, and JAX runs on {backend}')
+        where = f"JAX runs on {backend}" if device is None else f"its arrays were put on a {backend.upper()}"
+        raise NotImplementedError(f'{name}="{impl}" needs a {NEEDS[impl].upper()}, and {where}')
     return impl
+
+
+def home(arrays):
+    """The device that a tree of arrays was put on, or one of several; None where nothing says so.
+
+    Arrays under `jit` do not tell, nor do those that were never put anywhere: they follow `platform`.
+    """
+    for x in jax.tree.leaves(arrays):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+            return next(iter(x.devices()))
+    return None
 
 
 def platform():
     """What JAX runs on where nothing else is said: "cpu", "gpu" or "tpu"; `jax.default_device` counts.
 
-    Arrays that were put on another device, or a mesh of others, do not: name `impl` for these.
+    Under `jit`, arrays that were put on another device, or a mesh of others, do not: name `impl` for these.
     """
     device = jax.config.jax_default_device
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
-def hopper_obstacle():
-    """Why kernels in Mosaic GPU for Hopper cannot run on JAX's device, or None; None too without a GPU."""
-    if platform() != "gpu":
+def hopper_obstacle(arrays=()):
+    """Why kernels in Mosaic GPU for Hopper cannot run on the arrays' device, or JAX's; None, too, if that is
+    no GPU.
+    """
+    device = home(arrays)
+    if (platform() if device is None else device.platform) != "gpu":
         return None
-    device = jax.devices("gpu")[0]
+    device = device or jax.devices("gpu")[0]
     capability = str(getattr(device, "compute_capability", "unknown"))
     if capability != "9.0":
         return f"needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
