@@ -54,6 +54,11 @@ class Ring:
         size = lax.axis_size(self.axis_name)
         return lax.ppermute(tree, self.axis_name, [(i, (i + 1) % size) for i in range(size)])
 
+    @property
+    def steps(self):
+        """How often the keys at hand were sent on, after the step with a device's own: 1, 2, .."""
+        return jnp.arange(1, lax.axis_size(self.axis_name), dtype=jnp.int32)
+
     def past(self, step):
         """Whether the keys that arrive after `step` rotations come from a device before this one."""
         return step <= lax.axis_index(self.axis_name)
@@ -136,21 +141,29 @@ def _ring(ring: Ring, q, k, v):
 
 
 def _forward(ring, q, k, v):
-    def step(carry, t):
-        state, k, v = carry
-        k, v = ring.rotate((k, v))
-        if not ring.causal:
-            return (merge(state, ring.attend(q, k, v)), k, v), None
-        late = _late if ring.zigzag else lambda ring, state, q, k, v: state
-        early = _early if ring.zigzag else lambda ring, state, q, k, v: merge(state, ring.attend(q, k, v))
-        state = lax.cond(ring.past(t), partial(early, ring), partial(late, ring), state, q, k, v)
-        return (state, k, v), None
+    kv = ring.rotate((k, v))  # keys are on their way while the products with those before them run
+    state = ring.attend(q, k, v, causal=ring.causal)  # zigzag keeps the order of positions on a device
 
-    first = ring.attend(q, k, v, causal=ring.causal)  # zigzag keeps the order of positions on a device
-    (state, _, _), _ = lax.scan(step, (first, k, v), _steps(ring))
+    def step(carry, t):
+        state, kv = carry
+        coming = ring.rotate(kv)
+        return (_join(ring, t, state, q, *kv), coming), None
+
+    (state, kv), _ = lax.scan(step, (state, kv), ring.steps[:-1])
+    for t in ring.steps[-1:]:
+        state = _join(ring, t, state, q, *kv)
     o, lse = finalize(state)
     o = o.astype(q.dtype)
     return o, (q, k, v, o, lse)
+
+
+def _join(ring, t, state, q, k, v):
+    """The state with the keys taken in that t rotations brought."""
+    if not ring.causal:
+        return merge(state, ring.attend(q, k, v))
+    late = _late if ring.zigzag else lambda ring, state, q, k, v: state
+    early = _early if ring.zigzag else lambda ring, state, q, k, v: merge(state, ring.attend(q, k, v))
+    return lax.cond(ring.past(t), partial(early, ring), partial(late, ring), state, q, k, v)
 
 
 def _early(ring, state, q, k, v):
@@ -168,53 +181,60 @@ def _late(ring, state, q, k, v):
 def _backward(ring, saved, do):
     q, k, v, o, lse = saved
     rows = do, q, o, lse
+    add = partial(jax.tree.map, jnp.add)
 
-    def step(carry, t):
-        dq, travelling = carry
-        k, v, dk, dv = ring.rotate(travelling)
-        operands = (dq, dk, dv), rows, k, v
-        if not ring.causal:
-            grads = _whole_bwd(ring, *operands)
-        else:
-            early = _early_bwd if ring.zigzag else _whole_bwd
-            late = _late_bwd if ring.zigzag else lambda ring, grads, rows, k, v: grads
-            grads = lax.cond(ring.past(t), partial(early, ring), partial(late, ring), *operands)
-        dq, dk, dv = grads
-        return (dq, (k, v, dk, dv)), None
+    def step(carry, t, last=False):
+        dq, sums, kv = carry
+        coming = None if last else ring.rotate(kv)
+        sums = ring.rotate(sums)  # those of these keys, from the device that had them before
+        new, mine = _pull(ring, t, rows, *kv)
+        return (dq + new, add(sums, mine), coming), None
 
-    dq, dk, dv = ring.differentiate(do, q, k, v, o, lse, causal=ring.causal)
-    (dq, (_, _, dk, dv)), _ = lax.scan(step, (dq, (k, v, dk, dv)), _steps(ring))
-    dk, dv = ring.rotate((dk, dv))  # home
+    kv = ring.rotate((k, v))
+    dq, *sums = ring.differentiate(do, q, k, v, o, lse, causal=ring.causal)
+    carry, _ = lax.scan(step, (dq, tuple(sums), kv), ring.steps[:-1])
+    for t in ring.steps[-1:]:
+        carry, _ = step(carry, t, last=True)
+    dq, sums, _ = carry
+    dk, dv = ring.rotate(sums)  # home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _ring.defvjp(_forward, _backward)
 
 
-def _whole_bwd(ring, grads, rows, k, v):
+def _pull(ring, t, rows, k, v):
+    """(dq, (dk, dv)) of the keys that t rotations brought, in float32 (float64)."""
+    if not ring.causal:
+        return _pull_all(ring, rows, k, v)
+    early, late = (_pull_early, _pull_late) if ring.zigzag else (_pull_all, _pull_none)
+    return lax.cond(ring.past(t), partial(early, ring), partial(late, ring), rows, k, v)
+
+
+def _pull_all(ring, rows, k, v):
     """Every row saw every key."""
     do, q, o, lse = rows
-    new = ring.differentiate(do, q, k, v, o, lse)
-    return tuple(a + b for a, b in zip(grads, new, strict=True))
+    dq, dk, dv = ring.differentiate(do, q, k, v, o, lse)
+    return dq, (dk, dv)
 
 
-def _early_bwd(ring, grads, rows, k, v):
+def _pull_none(ring, rows, k, v):
+    """No row saw a key."""
+    zeros = tuple(jnp.zeros_like(x, wide(x.dtype)) for x in (rows[1], k, v))
+    return zeros[0], zeros[1:]
+
+
+def _pull_early(ring, rows, k, v):
     do, q, o, lse = rows
-    new = ring.differentiate(do, q, _half(k, 0), _half(v, 0), o, lse)
-    dq, dk, dv = grads
-    return dq + new[0], _add_half(dk, new[1], 0), _add_half(dv, new[2], 0)
+    dq, dk, dv = ring.differentiate(do, q, _half(k, 0), _half(v, 0), o, lse)
+    return dq, (_beside_zeros(dk, 0), _beside_zeros(dv, 0))
 
 
-def _late_bwd(ring, grads, rows, k, v):
+def _pull_late(ring, rows, k, v):
     do, q, o, lse = rows
     do, q, o = (_half(x, 1) for x in (do, q, o))
-    new = ring.differentiate(do, q, k, v, o, _half(lse, 1, -1))
-    dq, dk, dv = grads
-    return _add_half(dq, new[0], 1), dk + new[1], dv + new[2]
-
-
-def _steps(ring):
-    return jnp.arange(1, lax.axis_size(ring.axis_name), dtype=jnp.int32)
+    dq, dk, dv = ring.differentiate(do, q, k, v, o, _half(lse, 1, -1))
+    return _beside_zeros(dq, 1), (dk, dv)
 
 
 def _half(x, which, axis=-2):
@@ -225,10 +245,11 @@ def _halves(state, which):
     return _half(state.m, which, -1), _half(state.l, which, -1), _half(state.acc, which)
 
 
-def _add_half(x, y, which):
-    parts = jnp.split(x, 2, axis=-2)
-    parts[which] = parts[which] + y
-    return jnp.concatenate(parts, axis=-2)
+def _beside_zeros(x, which):
+    """x as one half of the rows, the other half zeros."""
+    halves = [jnp.zeros_like(x)] * 2
+    halves[which] = x
+    return jnp.concatenate(halves, axis=-2)
 
 
 def _order(parts):

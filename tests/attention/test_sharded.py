@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -104,6 +105,29 @@ def test_ring_sends_parts_and_gathers_nothing():
     text = jax.jit(both(ring(4, "causal"))).lower(*args).compile().as_text()
     assert "collective-permute" in text
     assert not re.search(r"all-gather|all-to-all|all-reduce|reduce-scatter", text)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ring_sends_beside_the_products(way):
+    """In a step only sums take what that step was sent: the keys it multiplies came before."""
+    body = both(ring(4, way))
+    loops = [eqn for eqn in equations(jax.make_jaxpr(body)(*inputs(4)).jaxpr) if eqn.primitive.name == "scan"]
+    found = 0
+    for loop in loops:
+        steps = loop.params["jaxpr"].jaxpr.eqns
+        sent = {v for eqn in steps if eqn.primitive.name == "ppermute" for v in eqn.outvars}
+        takers = [eqn for eqn in steps if sent & {v for v in eqn.invars if not hasattr(v, "val")}]
+        assert {eqn.primitive.name for eqn in takers} <= {"add"}
+        found += len(sent)
+    assert found == 6  # k and v in the forward pass; k, v, dk and dv in the backward pass
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of programs inside it too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_zigzag_pairs_the_ends():
