@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import accel
+from accel.blocks.quantize import lsq_quantize
 from accel.blocks.transformer import transformer_block
 from accel.models import gpt
 from ref.blocks.transformer import BlockParams, init_block
@@ -211,6 +212,16 @@ def turned(x, p, **options):
     return accel.rum.rum(x, params._replace(W_e=p[0]), lambda_=1, **options)[0]
 
 
+def stored(x, p, **options):
+    """Four layers that store what they read rounded, ranges of each device's own."""
+    state, two = accel.mesa.init_range((2,)), {"groups": 2}
+    y = accel.mesa.mesa_linear(x, p[0], p[1], state, **two)[0]
+    y = accel.mesa.mesa_gelu(y, state, **two, **options)[0]
+    y = accel.mesa.mesa_layer_norm(y, p[2], p[3], state, **two)[0]
+    one = accel.mesa.init_range((1,))
+    return accel.mesa.mesa_matmul(y[:, None], p[4][None, None], one, one, groups=1)[0]
+
+
 # (function of x and weights, shape of x, shapes of the weights)
 RULES = {
     "flash": (
@@ -219,6 +230,8 @@ RULES = {
     ),
     "lean": (lambda x, p, **o: accel.lean.lean_attention(x, *p, **o), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
     "llm_int8": (int8, (8, 16), [(6,), (6, 16)]),
+    "mesa": (stored, (8, 3, 4), [(4, 6), (6,), (6,), (6,), (6, 5)]),
+    "learned step": (lambda x, p: lsq_quantize(x, p[0], qmin=-8, qmax=7), (8, 5), [()]),
     "pitome": (
         lambda x, p, **o: accel.pitome.energy_score(x * p[0][None, None], margin=0.3, **o),
         (8, 6, 4), [(4,)],
@@ -241,7 +254,7 @@ def test_sharding_sums_gradients_of_replicated_arrays(slug):
     close(got, want, 8 * 6 * 8)
 
 
-KERNELS = ("pitome", "rum")
+KERNELS = ("mesa", "pitome", "rum")
 
 
 @pytest.mark.parametrize("impl", ["triton", "tpu"])

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
 from ref.blocks.quantize import (
     CONVENTIONS,
@@ -78,7 +79,8 @@ def dequantize(q, scale, zero, *, axis=None):
 def fake_quantize(x, scale, zero, *, qmin, qmax, axis=None):
     """dequantize(quantize(x)) in x's dtype; the gradient is passed straight through on the grid."""
     check_quantize(x, scale, zero, qmin, qmax, axis)
-    return _fake(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(zero), qmin, qmax, axis)
+    arrays = tuple(map(jnp.asarray, (x, scale, zero)))
+    return _fake(*alike(arrays, arrays), qmin, qmax, axis)
 
 
 def fake_quantize_vjp(x, scale, zero, grad_out, *, qmin, qmax, axis=None):
@@ -90,7 +92,8 @@ def fake_quantize_vjp(x, scale, zero, grad_out, *, qmin, qmax, axis=None):
 def lsq_quantize(x, scale, *, qmin, qmax, grad_factor=None):
     """scale clip(rint(x / scale), qmin, qmax) in x's dtype, the scale learned."""
     check_quantize(x, scale, 0, qmin, qmax, None)
-    return _lsq(jnp.asarray(x), jnp.asarray(scale), qmin, qmax, grad_factor)
+    arrays = jnp.asarray(x), jnp.asarray(scale)
+    return _lsq(*alike(arrays, arrays), qmin, qmax, grad_factor)
 
 
 def lsq_quantize_vjp(x, scale, grad_out, *, qmin, qmax, grad_factor=None):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
+
 
 def _gelu_kernel(x_ref, least_ref, scale_ref, *rest, levels):
     """x_ref [block, C']; least_ref, scale_ref [1, C']; u_ref [block, C'] if there is noise -> y, q."""
@@ -41,7 +43,7 @@ def gelu_quantize(x, least, scale, uniform=None, *, levels, dtype, block=128, in
     if uniform is not None:
         inputs.append(pad(uniform.astype(jnp.float32)))
         specs.append(strip)
-    y, q = pl.pallas_call(
+    y, q = pallas_call(
         partial(_gelu_kernel, levels=levels),
         out_shape=(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, dtype)),
         grid=(shape[0] // block,),
@@ -92,7 +94,7 @@ def norm_backward(g, q, step, least, mean, rstd, weight, *, block=128, interpret
     strip, line = pl.BlockSpec((block, wide), lambda i: (i, 0)), pl.BlockSpec((1, wide), lambda i: (0, 0))
     column = pl.BlockSpec((block, 1), lambda i: (i, 0))
     part = jax.ShapeDtypeStruct((1, wide), jnp.float32)
-    dx, dw, db = pl.pallas_call(
+    dx, dw, db = pallas_call(
         partial(_norm_kernel, C=C),
         out_shape=(jax.ShapeDtypeStruct((T + tall, wide), g.dtype), part, part),
         grid=((T + tall) // block,),

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
+
 
 def rint(v):
     """To the nearest integer, ties to even, of v >= 0: the compiler has floor alone."""
@@ -57,7 +59,7 @@ def gelu_quantize(x, least, scale, uniform=None, *, levels, dtype, block=32, int
         inputs.append(pad(uniform.astype(jnp.float32)))
         specs.append(tile)
     shape = (T + tall, C + broad)
-    y, q = pl.pallas_call(
+    y, q = pallas_call(
         partial(_gelu_kernel, levels=levels),
         out_shape=(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, dtype)),
         grid=(shape[0] // block, shape[1] // c),
@@ -114,7 +116,7 @@ def norm_backward(g, q, step, least, mean, rstd, weight, *, block=16, interpret=
     column, share = pl.BlockSpec((block, 1), lambda i: (i, 0)), pl.BlockSpec((1, wide), lambda i: (i, 0))
     n = (T + tall) // block
     part = jax.ShapeDtypeStruct((n, wide), jnp.float32)
-    dx, dw, db = pl.pallas_call(
+    dx, dw, db = pallas_call(
         partial(_norm_kernel, c=c, C=C),
         out_shape=(jax.ShapeDtypeStruct((T + tall, wide), g.dtype), part, part),
         grid=(n,),

@@ -16,6 +16,7 @@ from accel.blocks.backend import choose_impl
 from accel.blocks.mlp import gelu, linear
 from accel.blocks.norms import layer_norm
 from accel.blocks.quantize import init_range, update_range
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import softmax, wide
 from accel.blocks.stored import (
     dequantize_groups,
@@ -522,7 +523,9 @@ def _options(x, groups, group_axis, levels, momentum, update, uniform):
 
 
 def _arrays(*trees):
-    return jax.tree.map(jnp.asarray, trees)
+    """The trees as JAX arrays, as different on each device as one is: gradients of weights are summed."""
+    arrays = jax.tree.map(jnp.asarray, trees)
+    return alike(arrays, arrays)
 
 
 def _norm_backward_kernel(grad_y, saved, levels, impl, interpret):
