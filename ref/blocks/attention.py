@@ -90,6 +90,7 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
     heads = q.ndim > 2
     spec = ("... H L D", "... Hkv S D", "... Hkv S Dv") if heads else ("L D", "S D", "S Dv")
     n = {"H": 1, "Hkv": 1, "...": (), **dims(q=(q, spec[0]), k=(k, spec[1]), v=(v, spec[2]))}
+    check_width(n["D"], n["Dv"])
     if n["Hkv"] == 0 or n["H"] % n["Hkv"]:
         raise ValueError(f"q has H={n['H']} heads, not a multiple of the Hkv={n['Hkv']} heads of k and v")
     lead = q.shape[:-2]
@@ -104,6 +105,12 @@ def check_attention(q, k, v, mask=None, key_lengths=None, dropout_mask=None, dro
     if dropout_mask is not None:
         check_mask("dropout_mask", dropout_mask, (*lead, n["L"], n["S"]))
     return n
+
+
+def check_width(D, Dv):
+    """Raise ValueError for heads of width 0, which have no scores to scale or nothing to return."""
+    if D < 1 or Dv < 1:
+        raise ValueError(f"heads must be at least 1 wide, got q and k with D={D}, v with Dv={Dv}")
 
 
 def check_lengths(name, lengths, lead, S, *, least=0):

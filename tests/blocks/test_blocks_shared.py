@@ -217,6 +217,14 @@ def test_attention_block_lengths_that_are_wrong_say_so(lengths, says):
         attention.check_lengths("k", lengths, (2,), 3)
 
 
+@pytest.mark.parametrize("layer", [attention, a_attention], ids=["ref", "accel"])
+@pytest.mark.parametrize(("D", "Dv"), [(0, 4), (4, 0)])
+def test_attention_block_needs_heads_of_some_width(layer, D, Dv):
+    q, k, v = (np.zeros((2, 3, n), np.float32) for n in (D, D, Dv))
+    with pytest.raises(ValueError, match=f"at least 1 wide, got q and k with D={D}, v with Dv={Dv}"):
+        layer.attention_dense(q, k, v)
+
+
 @pytest.mark.parametrize(("norm", "activation"), [("pre", "gelu"), ("post", "relu")])
 def test_transformer_block_agrees_with_its_definition_and_gradients(norm, activation):
     rng = np.random.default_rng(0)
