@@ -1,0 +1,140 @@
+"""What chapters show of records that a GPU made: `load`, `where`, `missing`; flash's table and figures."""
+
+import json
+from pathlib import Path
+
+import charts
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def load(name, folder=DATA):
+    """The record docs/data/<name>.json, or None."""
+    path = Path(folder) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def where(record):
+    """On what and when a record was made, with JAX's version: "1 x NVIDIA H200, 2026-11-26, jax 0.11.2"."""
+    return f"{record['device'].split(';')[0]}, {record['date']}, jax {record['versions']['jax']}"
+
+
+def missing(command, what="No figures of a GPU are stored"):
+    """A line for where a record would be."""
+    return f"*{what} for this page yet; `{command}` measures them.*"
+
+
+def attention_table(record):
+    """Markdown lines: TFLOP/s of attention alone, and the times of others over ours."""
+    rows, dense = {}, []
+    for r in record["results"]["op"]:
+        rows.setdefault((r["width"], r["tokens"], r["causal"]), {})[r["backward"]] = r
+    head = "TFLOP/s | cuDNN | Triton"
+    yield f"| d | N | | forward: {head} | with gradients: {head} |"
+    yield "|--:|--:|---|" + "--:|" * 6
+    for (width, tokens, causal), passes in sorted(rows.items()):
+        cells = []
+        for backward in (False, True):
+            r = passes[backward]
+            s = r["seconds"]
+            ours = s.get("hopper")
+            cells.append(f"{r['flops'] / ours / 1e12:.0f}" if ours else "")
+            cells += [f"{s[n] / ours:.2f}" if ours and s.get(n) else "" for n in ("cudnn", "triton")]
+            dense += [s["dense"] / ours] if ours and s.get("dense") else []
+        yield f"| {width} | {tokens:,} | {'causal' if causal else 'full'} | " + " | ".join(cells) + " |"
+    if dense:
+        yield ""
+        yield f"Where its scores fit, the dense form takes {min(dense):.1f} to {max(dense):.1f} times ours."
+
+
+FITS = {
+    "bytes over N": ("peak memory", "GB", 1e-9, 1),
+    "seconds over N^2": ("forward and backward", "ms", 1e3, 2),
+    "decode seconds over N": ("decoding", "ms", 1e3, 1),
+}
+
+
+def growth(record):
+    """Figures of memory and time over the number of tokens, and of how far the fits are off."""
+    r = record["results"]
+    sizes = {
+        "bytes over N": [x["tokens"] for x in r["growth"]],
+        "decode seconds over N": [x["keys"] for x in r["decoding"]],
+    }
+    sizes["seconds over N^2"] = sizes["bytes over N"]
+    peak = [(x["peak_bytes"] or x["operands"] + x["temporary_bytes"]) / 1e9 for x in r["growth"]]
+    took = [(x["tokens"], 1e3 * x["seconds"]) for x in r["growth"]]
+    ticks = {2**e: name for e, name in ((13, "8k"), (15, "32k"), (17, "128k"), (20, "1M"))}
+    wide = {t: n for t, n in ticks.items() if t >= sizes["bytes over N"][0]}
+    yield charts.lines(
+        "Peak memory of forward and backward over the number of tokens",
+        f"What the device's allocator held at most, {r['heads']} heads of {r['width']}, causal, bfloat16. "
+        f"On {where(record)}.",
+        {"peak": list(zip(sizes["bytes over N"], peak, strict=True))},
+        x="tokens", y="GB", log="xy", ticks=wide, yticks=_decades(peak), height=220,
+    )  # fmt: skip
+    steps = [(x["keys"], 1e3 * x["seconds"]) for x in r["decoding"]]
+    yield charts.lines(
+        "Time over the number of tokens",
+        "One call, both axes logarithmic: attention grows with the square, the decoding of a token with "
+        f"the length. The longest call reaches {r['growth'][-1]['tflops']:.0f} TFLOP/s, the longest cache is "
+        f"read at {r['decoding'][-1]['gbps']:,.0f} GB/s. On {where(record)}.",
+        {"forward and backward": took, "decoding, 32 on 8 heads": steps},
+        x="tokens", y="ms", log="xy", ticks=ticks, yticks=_decades([t for _, t in took + steps]), height=250,
+    )  # fmt: skip
+    words = []
+    for name, (what, unit, scale, power) in FITS.items():
+        f, n = r["fits"][name], {1: "n", 2: "n²"}[power]
+        b = f["b"] * scale * 2.0 ** (20 * power)
+        start = f"{f['a'] * scale:.3g} + " if f["a"] * scale > 1e-6 else ""
+        words.append(f"{what} = {start}{b:.4g} {n} {unit}, within {f['worst']:.1%}")
+    off = {
+        what: list(zip(sizes[name], [100 * e for e in r["fits"][name]["residuals"]], strict=True))
+        for name, (what, *_) in FITS.items()
+    }
+    yield charts.lines(
+        "How far the fits are off, in per cent of what was measured",
+        f"With n = N / 2²⁰: {'; '.join(words)}.",
+        off, x="tokens", y="fit off by, %", log="x", ticks=ticks, height=220,
+    )  # fmt: skip
+
+
+def _decades(values):
+    from math import ceil, floor, log10
+
+    span = range(floor(log10(min(values))), ceil(log10(max(values))) + 1)
+    return {10.0**e: f"{10.0**e:g}" for e in span}
+
+
+def speed_up(record):
+    """A Figure: how many times as fast all devices are as one, over the number of tokens."""
+    f = record["results"]
+    curve = lambda b: [(x["tokens"], x["one"] / x["all"]) for x in f["scaling"] if x["backward"] is b]
+    return charts.lines(
+        f"Attention in a ring of {f['devices']} devices over the number of tokens",
+        f"Time of one device over that of {f['devices']}, causal, zigzag, 16 heads of 128 in bfloat16; "
+        f"{f['devices']} would be perfect. On {where(record)}.",
+        {"forward": curve(False), "with gradients": curve(True)},
+        x="tokens", y="times as fast", log="x", height=240,
+        ticks={x["tokens"]: f"{x['tokens'] // 1024}k" for x in f["scaling"]},
+        yticks={t / 4: f"{t / 4:g}" for t in range(4, 4 * f["devices"] + 1, 1 if f["devices"] < 4 else 4)},
+    )  # fmt: skip
+
+
+def learning(record, task, model_names, *, floor=None):
+    """A Figure of the training loss of a task of RUM's record, the mean over the seeds, by step."""
+    found = record["results"][task]
+    steps, curves = found["options"]["steps"], {}
+    for model, name in model_names.items():
+        runs = found["models"][model]["losses"]
+        mean = [sum(v) / len(v) for v in zip(*runs, strict=True)]
+        curves[name] = [(steps * i / (len(mean) - 1), v) for i, v in enumerate(mean)]
+    words = f"Mean training loss of {len(runs)} seeds, in nats. On {where(record)}."
+    fig = charts.lines(
+        f"Training loss of {task} by step", words, curves, x="steps", y="loss", height=250, dots=False
+    )
+    if floor:
+        left, right = fig.px(0), fig.px(steps)
+        fig.line(left, fig.py(floor), right, fig.py(floor), stroke_opacity=0.5)
+        fig.text(right, fig.py(floor) - 5, "remembers nothing", "end", font_size=12)
+    return fig

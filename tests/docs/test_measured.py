@@ -1,0 +1,152 @@
+"""docs/measured.py and docs/pipeline.py: what pages show of records, and a block's cycles played through."""
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+
+from tests.claims.flash_memory_gpu import fits
+from tests.claims.record import ROOT
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The modules of docs."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import measured
+    import pipeline
+
+    return measured, pipeline
+
+
+def record(**results):
+    return {
+        "device": "2 x NVIDIA H200; host some CPU, 16 cores", "date": "2026-11-26",
+        "versions": {"jax": "0.11.2"}, "results": results,
+    }  # fmt: skip
+
+
+def test_measured_loads_what_there_is_and_says_what_is_missing(pages, tmp_path):
+    measured, _ = pages
+    assert measured.load("absent", tmp_path) is None
+    assert "`python -m it`" in measured.missing("python -m it")
+    (tmp_path / "there.json").write_text(json.dumps(record()))
+    assert measured.where(measured.load("there", tmp_path)) == "2 x NVIDIA H200, 2026-11-26, jax 0.11.2"
+
+
+def test_measured_table_of_attention_has_both_passes_in_a_row(pages):
+    """TFLOP/s of ours and times of the others over ours; what did not run is left empty."""
+    measured, _ = pages
+    rows = [
+        {"tokens": n, "width": 64, "causal": False, "backward": b, "flops": 1e12,
+         "seconds": {"hopper": 2e-3, "cudnn": 3e-3, "triton": None} | ({"dense": 9e-3} if n < 4096 else {})}
+        for n in (512, 8192) for b in (False, True)
+    ]  # fmt: skip
+    lines = list(measured.attention_table(record(op=rows)))
+    assert lines[2] == "| 64 | 512 | full | 500 | 1.50 |  | 500 | 1.50 |  |"
+    assert lines[3].startswith("| 64 | 8,192 |")
+    assert "4.5 to 4.5" in lines[-1]
+
+
+def test_measured_growth_is_drawn_with_its_fits(pages):
+    measured, _ = pages
+    grown = [
+        {"tokens": 2**e, "seconds": 1e-5 + 3e-13 * 4**e, "peak_bytes": None, "operands": 10 * 2**e,
+         "temporary_bytes": 5 * 2**e, "tflops": 500.0}
+        for e in (14, 15, 16)
+    ]  # fmt: skip
+    decoded = [{"keys": 2**e, "seconds": 1e-5 + 1e-10 * 2**e, "gbps": 4000.0} for e in (13, 14, 15)]
+    found = {"heads": 2, "width": 128, "growth": grown, "decoding": decoded, "fits": fits(grown, decoded)}
+    figures = [ET.fromstring(str(f)) for f in measured.growth(record(**found))]
+    assert len(figures) == 3
+    words = figures[2].find("figcaption").text
+    assert "peak memory = 0.01573 n GB, within 0.0%" in words  # 15 bytes a token, 2^20 tokens
+    assert "forward and backward = 0.01 + 329.9 n² ms" in words
+
+
+def test_measured_speed_up_of_a_ring(pages):
+    measured, _ = pages
+    rows = [
+        {"tokens": n, "backward": b, "one": 2.0, "all": 1.25} for n in (16384, 32768) for b in (False, True)
+    ]
+    figure = measured.speed_up(record(devices=2, scaling=rows))
+    assert "of 2 devices" in str(figure)
+    assert figure.py(2) < figure.py(1.6) < figure.py(1)
+    assert ET.fromstring(str(figure)).tag == "figure"
+
+
+def test_measured_losses_of_a_task_start_and_end_where_training_did(pages):
+    measured, _ = pages
+    task = {"options": {"steps": 100}, "models": {"a": {"losses": [[1.0, 0.5, 0.0], [1.0, 0.7, 0.2]]}}}
+    figure = measured.learning(record(copying=task), "copying", {"a": "A"}, floor=0.6)
+    assert "2 seeds" in str(figure)
+    assert "remembers nothing" in str(figure)
+    points = ET.fromstring(str(figure)).find(".//polyline").get("points").split()
+    assert points[0].startswith(f"{figure.px(0):.1f},{figure.py(1.0):.1f}")
+    assert points[-1].startswith(f"{figure.px(100):.1f},{figure.py(0.1):.1f}")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("width", "groups"), [(128, 2), (64, 2), (64, 3)])
+def test_pipeline_units_do_one_thing_at_a_time(pages, width, groups, overlap):
+    """Nothing runs before what it needs; the time from tile to tile is no less than any unit's work."""
+    _, pipeline = pages
+    spans, tile = pipeline.play(width, groups=groups, overlap=overlap, tiles=8)
+    c, when = pipeline.counts(width), {(s.who, s.what, s.tile): s for s in spans}
+    for names in ("SO", "KV"):
+        unit = sorted((s.start, s.end) for s in spans if s.what in names)
+        assert all(a[1] <= b[0] for a, b in pairwise(unit))
+    for g in range(groups):
+        for t in range(8):
+            s, p, o = (when[g, w, t] for w in "SPO")
+            assert when["load", "K", t].end <= s.start
+            assert when["load", "V", t].end <= o.start
+            assert s.end <= p.start <= p.end <= o.start
+    assert tile >= groups * max(c["S"] + c["O"], c["E"]) - 1e-6
+    assert 0 < pipeline.busy(spans, 3 * tile, 6 * tile) <= 1 + 1e-9
+
+
+def test_pipeline_reaches_the_floor_once_products_overlap(pages):
+    """Two groups at width 128 never leave the tensor cores idle, three at 64 never the exponential units."""
+    _, pipeline = pages
+    tile = lambda width, groups, overlap: pipeline.play(width, groups=groups, overlap=overlap, tiles=12)[1]
+    assert tile(128, 2, True) == 2048 < tile(128, 2, False)
+    assert tile(64, 3, True) == 3 * 512 < tile(64, 3, False)
+
+
+def test_pipeline_is_drawn_to_scale(pages):
+    _, pipeline = pages
+    spans, tile = pipeline.play(128, groups=2, overlap=True)
+    figure = pipeline.drawn("title", "caption", [("one", 2, spans, 4 * tile, 6 * tile)])
+    page = ET.fromstring(str(figure))
+    words = [t.text for t in page.iter("text")]
+    assert {"loads", "group 1", "group 2", "tensor cores", "1,024", "S6"} <= set(words)
+    scale = (400 - 80 - 10) / (2 * tile)
+    assert f"{512 * scale:.1f}" in {r.get("width") for r in page.iter("rect")}
+
+
+def test_races_of_all_techniques_in_one_figure(monkeypatch, tmp_path):
+    """A dot a race; ours slower is left of 1. What has no race is named."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import races
+
+    entry = lambda name, seconds: {"name": name, "seconds": seconds, "roof": 0.5, "bound_by": "memory"}
+    race = lambda theirs: {
+        "title": "a race", "flops": 0, "entries": [entry("accel (auto)", 1.0), entry("them", theirs)]
+    }  # fmt: skip
+    run = {"slug": "lean", "device": "a GPU", "races": [race(0.8), race(1.5)], "versions": {"jax": "1"},
+           "ceilings": {"basis": "data sheet"}}  # fmt: skip
+    assert races.against(tmp_path) == races.folded(tmp_path) == ""
+    stored = {"date": "2026-11-26", "results": {"forward": run}}
+    (tmp_path / "bench_lean_gpu.json").write_text(json.dumps(stored))
+    figure = ET.fromstring(str(races.against(tmp_path)))
+    assert len(figure.findall(".//circle")) == 2
+    assert "1 of 2 races" in figure.find("figcaption").text
+    folded = ET.fromstring(races.folded(tmp_path))
+    assert folded.find("summary").text == "lean: 2 races on a GPU, 2026-11-26"
+    assert len(folded.findall("figure")) == 2
+    assert "lean" not in races.not_run(tmp_path)
+    assert "flash" in races.not_run(tmp_path)
+    sys.modules.pop("races", None)
