@@ -4,8 +4,44 @@ import json
 from pathlib import Path
 
 import charts
+from pipeline import drawn, noted
 
 DATA = Path(__file__).resolve().parent / "data"
+
+
+# (record, what its script measures, command, chapter), of the scripts that need a GPU.
+EXPERIMENTS = (
+    ("flash_op_gpu", "attention alone", "flash_gpu op", "attention/flash"),
+    ("flash_inside_gpu", "the kernels taken apart", "flash_inside", "attention/flash"),
+    ("flash_memory_gpu", "memory and time up to 1,048,576 tokens", "flash_memory_gpu", "attention/flash"),
+    ("flash_gpt2_gpu", "a training step of GPT-2", "flash_gpu gpt2", "attention/flash"),
+    ("flash_reviews_gpu", "reviews, told apart", "flash_gpu reviews --csv FILE", "attention/flash"),
+    ("flash_plays_gpu", "loss against context", "flash_gpu plays", "attention/flash"),
+    ("many_devices_gpu", "a ring of devices", "many_devices --gpu", "attention/flash"),
+    ("block_sparse_flash_gpu", "windows and block masks", "block_sparse_flash --gpu",
+     "attention/block_sparse_flash"),
+    ("block_sparse_flash_paths_gpu", "training on curves", "block_sparse_flash --gpu --paths",
+     "attention/block_sparse_flash"),
+    ("lean_gpu", "decoding", "lean --gpu", "attention/lean"),
+    ("llm_int8_gpu", "int8 against bfloat16", "llm_int8_gpu", "compression/llm_int8"),
+    ("rum_gpu", "copying, recall, stories", "rum --gpu", "memory/rum"),
+    ("pitome_gpu", "images a second, all emoji", "pitome --gpu", "vision/pitome"),
+    ("mesa_gpu", "activations of a training step", "mesa --gpu", "training/mesa"),
+    ("edge_moe_gpu", "ways to run experts", "edge_moe --gpu", "devices/edge_moe"),
+    ("smollm2_h200", "tokens a second", "smollm2 --gpu", "language/smollm2"),
+    ("hw_gpu_h200", "the cost model against the card", "hw_gpu --gpu", "hw/gpu"),
+    ("hw_ir_h200", "op programs against the card", "hw_ir --gpu", "hw/ir"),
+)  # fmt: skip
+
+
+def experiments(folder=DATA):
+    """Markdown lines, for a page of docs/start: every experiment on a GPU, and whether it is stored."""
+    yield "| `python -m tests.claims.` | measures | chapter | stored |"
+    yield "|---|---|---|---|"
+    for name, what, command, chapter in EXPERIMENTS:
+        record = load(name, folder)
+        stored = f"{record['date']}, {record['device'].split(';')[0]}" if record else "not yet"
+        yield f"| `{command}` | {what} | [{chapter.split('/')[1]}](../../{chapter}/) | {stored} |"
 
 
 def load(name, folder=DATA):
@@ -45,6 +81,87 @@ def attention_table(record):
     if dense:
         yield ""
         yield f"Where its scores fit, the dense form takes {min(dense):.1f} to {max(dense):.1f} times ours."
+
+
+def masks_table(record):
+    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, and cuDNN."""
+    words = {"plain": "all visible", "lengths": "lengths of keys", "packed": "texts side by side",
+             "blocks": "tiles of 128, half of them", "random": "single pairs, half of them"}  # fmt: skip
+    rows = {}
+    for r in record["results"]["masks"]:
+        rows.setdefault((r["width"], r["causal"], r["case"]), {})[r["backward"]] = r
+    head = "TFLOP/s | of all visible | cuDNN"
+    yield f"| d | | hidden | forward: {head} | with gradients: {head} |"
+    yield "|--:|---|---|" + "--:|" * 6
+    speed = lambda r: r["flops"] / r["seconds"]["hopper"] if r["seconds"].get("hopper") else None
+    for (width, causal, case), passes in rows.items():
+        cells = []
+        for backward, r in sorted(passes.items()):
+            ours, plain = speed(r), speed(rows[width, causal, "plain"][backward])
+            them = r["seconds"].get("cudnn")
+            cells.append(f"{ours / 1e12:.0f}" if ours else "")
+            cells.append(f"{ours / plain:.2f}" if ours and plain else "")
+            cells.append(f"{them / r['seconds']['hopper']:.2f}" if ours and them else "")
+        shape = "causal" if causal else "full"
+        yield f"| {width} | {shape} | {words.get(case, case)} | " + " | ".join(cells) + " |"
+
+
+def left_out(record):
+    """Markdown lines: time of the forward kernel with something switched or left out, and of the whole."""
+    forward, shape = record["results"]["forward"], record["results"]["shape"]
+    yield "| | " + " | ".join(f"d = {d}: µs | of the whole" for d in forward) + " |"
+    yield "|---|" + "--:|--:|" * len(forward)
+    names = dict.fromkeys(n for ways in forward.values() for n in ways)
+    for name in sorted(names, key="cuDNN".__eq__):
+        cells = [
+            f"{ways[name] * 1e6:,.0f} | {ways[name] / ways['as it is']:.2f}" if name in ways else " | "
+            for ways in forward.values()
+        ]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    B, N, H = shape
+    rate = lambda d: 4 * B * H * N**2 * int(d) / forward[d]["without exponentials"] / 1e12
+    p = record["results"]["product"]
+    yield ""
+    yield (
+        "Without exponentials the two products run at "
+        + " and ".join(f"{rate(d):.0f} TFLOP/s (d = {d})" for d in forward)
+        + f"; XLA's product of two matrices of {p['n']:,} squared, in the same process, at "
+        f"{2 * p['n'] ** 3 / p['seconds'] / 1e12:.0f}."
+    )
+
+
+def backward_kernels(record):
+    """Markdown lines: the kernels of a forward and backward pass, and how fast their products are."""
+    (B, N, H), products = record["results"]["shape"], {"flash_forward": 2, "flash_dkv": 4, "flash_dq": 3}
+    passes = record["results"]["backward"]
+    yield "| kernel | products a tile | " + " | ".join(f"d = {d}: µs | TFLOP/s" for d in passes) + " |"
+    yield "|---|--:|" + "--:|--:|" * len(passes)
+    part = lambda took, name: sum(t for kernel, t in took.items() if kernel.startswith(name))
+    for name, count in products.items():
+        cells = []
+        for d, took in passes.items():
+            t = part(took, name)
+            cells.append(f"{t * 1e6:,.0f} | {count * 2 * B * H * N**2 * int(d) / t / 1e12:.0f}")
+        yield f"| `{name}` | {count} | " + " | ".join(cells) + " |"
+    rest = [(sum(took.values()) - sum(part(took, n) for n in products)) * 1e6 for took in passes.values()]
+    yield "| the rest: $D_i$, padding | | " + " | ".join(f"{t:,.0f} | " for t in rest) + " |"
+
+
+def clocked(record, cycles=6000):
+    """A Figure of what the groups of a block do, by the core's own clock."""
+    panels = []
+    for d, t in record["results"]["timeline"].items():
+        words = f"d = {d}, {t['groups']} groups: {t['bare']:,.0f} cycles a tile"
+        panels.append((words, t["groups"], noted(t), 0, min(t["length"], cycles)))
+    slow = max(t["cycles"]["a tile"] / t["bare"] for t in record["results"]["timeline"].values())
+    return drawn(
+        "What the groups of a block note of themselves on the device",
+        "Noted on the device by the core's clock, to scale. S: from the issue of a tile's scores until they "
+        "are there; the filled bar: its softmax; dotted: waiting for a barrier. What is left are the wait "
+        "for the values and the rescaling. Notes take time: with all of these a tile takes up to "
+        f"{slow:.2f} times as long as with one note a tile, which the headings tell. On {where(record)}.",
+        panels,
+    )  # fmt: skip
 
 
 FITS = {

@@ -69,7 +69,27 @@ def play(width, *, groups, overlap, keys=128, stages=2, port=64, tiles=12, softm
     return spans, (starts[-2] - starts[-2 - half]) / half
 
 
-SHADES = {"K": 0.0, "V": 0.16, "S": 0.0, "O": 0.16, "P": 0.5}
+SHADES = {"K": 0.0, "V": 0.16, "S": 0.0, "O": 0.16, "P": 0.5, "W": 0.0}
+
+
+def noted(timeline):
+    """Spans of what a block noted (tests/claims/flash_inside.py): S from its issue to its scores, P and W, a
+    wait. The tiles are numbered from 1.
+    """
+    groups, spans = timeline["groups"], []
+    for who in range(groups + 1):
+        mine = [s for s in timeline["spans"] if s[0] == who]
+        name, issued, tile = (who if who < groups else "load"), None, 0
+        for _, what, start, end in mine:
+            if what == "issue" and issued is None:
+                issued = start
+            elif what == "scores":
+                tile += 1
+                spans.append(Span(name, "S", tile, start if issued is None else issued, end))
+                issued = None
+            elif what in ("softmax", "wait"):
+                spans.append(Span(name, {"softmax": "P", "wait": "W"}[what], tile, start, end))
+    return spans
 
 
 def busy(spans, begin, end):
@@ -81,8 +101,7 @@ def busy(spans, begin, end):
 def drawn(title, caption, panels, *, width=400, left=80):
     """A Figure: a panel for each (heading, groups, spans, first cycle, last cycle), all at one scale."""
     scale = (width - left - 10) / max(end - begin for *_, begin, end in panels)
-    height = sum(116 + 40 * groups for _, groups, *_ in panels)
-    fig, top = Figure(width, height, title, caption, size=12), 0
+    fig, top = Figure(width, 0, title, caption, size=12), 0
     for heading, groups, spans, begin, end in panels:
         fig.text(0, top + 14, heading, font_size=13)
         y = _rows(fig, top + 24, left, groups, spans, begin, end, scale)
@@ -90,7 +109,8 @@ def drawn(title, caption, panels, *, width=400, left=80):
         for tick in range(0, int(end - begin) + 1, 1024):
             fig.line(left + tick * scale, y + 18, left + tick * scale, y + 22, stroke_width=0.8)
             fig.text(left + tick * scale, y + 34, f"{tick:,}", "middle", font_size=11)
-        top += 116 + 40 * groups
+        top = y + 48
+    fig.head = width, top - 8, *fig.head[2:]
     return fig
 
 
@@ -105,15 +125,20 @@ def _rows(fig, y, left, groups, spans, begin, end, scale):
             if (wide := (b - a) * scale) > 0.4:
                 at = left + (a - begin) * scale
                 style = {"stroke": "none"} if shade else {"stroke_width": 0.8}
+                if s.what == "W":
+                    fig.line(at, y + high / 2, at + wide, y + high / 2, stroke_dasharray="1 3")
+                    continue
                 fig.box(at, y, wide, high, shade or SHADES[s.what], **style)
                 name = f"{'V' if s.what == 'O' else s.what}{s.tile}"
-                if s.what != "P" and not shade and wide > 7.5 * len(name):
+                if s.what in "KVSO" and not shade and wide > 7.5 * len(name):
                     fig.text(at + wide / 2, y + 12, name, "middle", font_size=11)
 
     lane(y, lambda s: s.who == "load", "loads")
     for g in range(groups):
         y += 26 if g == 0 else 40
-        lane(y, lambda s, g=g: s.who == g and s.what in "SO", f"group {g + 1}")
+        lane(y, lambda s, g=g: s.who == g and s.what in "SOW", f"group {g + 1}")
         lane(y + 18, lambda s, g=g: s.who == g and s.what == "P")
-    lane(y + 44, lambda s: s.what in "SO", "tensor cores", 12, 0.8)
-    return y + 44
+    if any(s.what == "O" for s in spans):
+        lane(y + 44, lambda s: s.what in "SO", "tensor cores", 12, 0.8)
+        y += 24
+    return y + 20

@@ -36,6 +36,21 @@ def test_measured_loads_what_there_is_and_says_what_is_missing(pages, tmp_path):
     assert measured.where(measured.load("there", tmp_path)) == "2 x NVIDIA H200, 2026-11-26, jax 0.11.2"
 
 
+def test_measured_experiments_are_those_that_there_are(pages, tmp_path):
+    """Every command is a script that stores a record of that name, for a chapter that exists."""
+    measured, _ = pages
+    for name, _, command, chapter in measured.EXPERIMENTS:
+        script, *rest = command.split()
+        text = (ROOT / "tests" / "claims" / f"{script}.py").read_text()
+        assert name in text or ("flash_{args.experiment}_gpu" in text and name == f"flash_{rest[0]}_gpu")
+        assert all(f'"{word}"' in text for word in rest if word.startswith("--"))
+        assert (ROOT / "docs" / f"{chapter}.md").exists()
+    (tmp_path / "lean_gpu.json").write_text(json.dumps(record()))
+    lines = list(measured.experiments(tmp_path))
+    assert sum("not yet" in line for line in lines) == len(measured.EXPERIMENTS) - 1
+    assert any("2026-11-26, 2 x NVIDIA H200 |" in line for line in lines)
+
+
 def test_measured_table_of_attention_has_both_passes_in_a_row(pages):
     """TFLOP/s of ours and times of the others over ours; what did not run is left empty."""
     measured, _ = pages
@@ -48,6 +63,18 @@ def test_measured_table_of_attention_has_both_passes_in_a_row(pages):
     assert lines[2] == "| 64 | 512 | full | 500 | 1.50 |  | 500 | 1.50 |  |"
     assert lines[3].startswith("| 64 | 8,192 |")
     assert "4.5 to 4.5" in lines[-1]
+
+
+def test_measured_table_of_masks_counts_what_is_visible(pages):
+    measured, _ = pages
+    rows = [
+        {"case": case, "width": 64, "causal": False, "backward": b, "share": 0.5, "flops": flops,
+         "seconds": {"hopper": 1e-3} | ({"cudnn": 2e-3} if case == "plain" else {})}
+        for case, flops in (("plain", 5e11), ("packed", 4e11)) for b in (False, True)
+    ]  # fmt: skip
+    lines = list(measured.masks_table(record(masks=rows)))
+    assert lines[2] == "| 64 | full | all visible | 500 | 1.00 | 2.00 | 500 | 1.00 | 2.00 |"
+    assert lines[3] == "| 64 | full | texts side by side | 400 | 0.80 |  | 400 | 0.80 |  |"
 
 
 def test_measured_growth_is_drawn_with_its_fits(pages):
@@ -125,6 +152,45 @@ def test_pipeline_is_drawn_to_scale(pages):
     assert {"loads", "group 1", "group 2", "tensor cores", "1,024", "S6"} <= set(words)
     scale = (400 - 80 - 10) / (2 * tile)
     assert f"{512 * scale:.1f}" in {r.get("width") for r in page.iter("rect")}
+
+
+TIMELINE = {
+    "groups": 1, "keys": 128, "bare": 2000.0, "length": 4000, "cycles": {"a tile": 3000.0},
+    "spans": [[0, "softmax", -10, 300], [0, "wait", 400, 500], [0, "issue", 500, 520], [0, "issue", 530, 700],
+              [0, "scores", 800, 900], [0, "softmax", 900, 1900], [1, "load", 0, 30], [1, "wait", 40, 2000]],
+}  # fmt: skip
+
+
+def test_pipeline_reads_what_a_block_noted(pages):
+    """S from the first issue to the scores; what was begun earlier and what only waits are kept too."""
+    _, pipeline = pages
+    spans = [tuple(s) for s in pipeline.noted(TIMELINE)]
+    assert spans == [
+        (0, "P", 0, -10, 300), (0, "W", 0, 400, 500), (0, "S", 1, 500, 900), (0, "P", 1, 900, 1900),
+        ("load", "W", 0, 40, 2000),
+    ]  # fmt: skip
+
+
+def test_measured_parts_of_a_kernel(pages):
+    """Times with something left out, of the whole; products of the backward kernels in TFLOP/s."""
+    measured, _ = pages
+    ways = {"as it is": 2e-3, "without exponentials": 1e-3}
+    kernels = {"flash_forward": 1e-3, "flash_dkv_kernel": 2e-3, "flash_dq_kernel": 1e-3, "fusion": 5e-6}
+    r = record(
+        shape=[1, 1000, 10], forward={"100": ways | {"cuDNN": 3e-3}, "50": ways}, backward={"100": kernels},
+        product={"n": 1000, "seconds": 1e-5}, timeline={"100": TIMELINE},
+    )  # fmt: skip
+    lines = list(measured.left_out(r))
+    assert lines[2] == "| as it is | 2,000 | 1.00 | 2,000 | 1.00 |"
+    assert lines[4] == "| cuDNN | 3,000 | 1.50 |  |  |"
+    assert "at 4 TFLOP/s (d = 100) and 2 TFLOP/s (d = 50)" in lines[-1]  # 4 x 10 x 1000^2 x 100 in a ms
+    assert "at 200." in lines[-1]
+    lines = list(measured.backward_kernels(r))
+    assert lines[3] == "| `flash_dkv` | 4 | 2,000 | 4 |"
+    assert lines[5] == "| the rest: $D_i$, padding | | 5 |  |"
+    figure = str(measured.clocked(r))
+    assert "2,000 cycles a tile" in figure
+    assert "1.50 times as long" in figure
 
 
 def test_races_of_all_techniques_in_one_figure(monkeypatch, tmp_path):
