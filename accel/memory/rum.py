@@ -53,6 +53,7 @@ __all__ = [
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "softsign": jax.nn.soft_sign}
 LARGEST = {"triton": 128, "tpu": 512}  # N whose memory a kernel keeps on the chip: in registers, in VMEM
+PAYS = ("triton",)  # measured on an H200: docs/notes/gpu.md
 STATIC = ("lambda_", "eta", "activation", "update_gate")
 
 
@@ -87,7 +88,6 @@ def rum_cell(
     return _cell(x, h, assoc, params, lambda_, eta, activation, update_gate, eps)
 
 
-@partial(jax.jit, static_argnames=(*STATIC, "return_assoc", "impl", "interpret"))
 def rum(
     x,
     params: RumParams,
@@ -105,30 +105,43 @@ def rum(
     """All steps of `rum_cell` over x [..., T, Nx] -> (hidden [..., T, N], h_last [..., N]); see ref.
 
     impl: "triton" and "tpu" run the steps of lambda_ = 1 in one kernel that keeps the memory on the chip, in
-      float32; "auto" is "xla", until a device shows that a kernel pays. interpret: kernels in Pallas's
+      float32; "auto" is "triton" where a GPU can run it, else "xla". interpret: kernels in Pallas's
       interpreter. The backward pass is the same for all.
     Raises: NotImplementedError, saying why, if an impl asked for by name cannot run.
     """
+    kernel = _choose(x, params, h0, assoc0, lambda_, impl, interpret)
+    options = lambda_, eta, activation, update_gate
+    return _rum(x, params, h0, assoc0, options, return_assoc, kernel)
+
+
+def _choose(x, params, h0, assoc0, lambda_, impl="auto", interpret=False):
+    """(impl, interpret) of a call."""
     check_steps(x, params, lambda_)
+    obstacles = _obstacles(lambda_, params.W_e.shape[-1], jnp.result_type(x))
+    arrays = x, params, h0, assoc0
+    return choose_impl(impl, arrays=arrays, interpret=interpret, auto=PAYS, obstacles=obstacles), interpret
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _rum(x, params, h0, assoc0, options, return_assoc, kernel):
+    """`rum` by an implementation that is known."""
+    lambda_ = options[0]
     lead, N, dtype = x.shape[:-2], params.W_e.shape[-1], jnp.result_type(x)
     h = jnp.zeros((*lead, N), dtype) if h0 is None else h0
     assoc = assoc0
     if lambda_ == 1 and assoc0 is None:
         assoc = jnp.broadcast_to(jnp.eye(N, dtype=dtype), (*lead, N, N))
-    check_cell(x[..., 0, :], h, assoc, params, lambda_, eta, activation, update_gate, EPS)
-    impl = choose_impl(impl, interpret=interpret, obstacles=_obstacles(lambda_, N, dtype))
-    options = lambda_, eta, activation, update_gate
+    check_cell(x[..., 0, :], h, assoc, params, *options, EPS)
     h, assoc, params = alike((h, assoc, params), x, h, assoc, params)
     xs = jnp.moveaxis(x, -2, 0)
     if lambda_ == 0:
         hidden, h, assoc = _steps(options, xs, h, assoc, params)
     else:
-        hidden, h, assoc = _steps_recovering(options, (impl, interpret), xs, h, assoc, params)
+        hidden, h, assoc = _steps_recovering(options, kernel, xs, h, assoc, params)
     hidden = jnp.moveaxis(hidden, 0, -2)
     return (hidden, h, assoc) if return_assoc else (hidden, h)
 
 
-@partial(jax.jit, static_argnames=STATIC)
 def rum_vjp(
     x,
     params: RumParams,
@@ -142,8 +155,13 @@ def rum_vjp(
     update_gate=True,
 ):
     """(dx, dparams) for the cotangent [..., T, N] of `hidden`."""
-    options = {"lambda_": lambda_, "eta": eta, "activation": activation, "update_gate": update_gate}
-    run = lambda x, params: rum(x, params, h0=h0, assoc0=assoc0, **options)[0]
+    kernel = _choose(x, params, h0, assoc0, lambda_)
+    return _rum_vjp(x, params, cotangent, h0, assoc0, (lambda_, eta, activation, update_gate), kernel)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _rum_vjp(x, params, cotangent, h0, assoc0, options, kernel):
+    run = lambda x, params: _rum(x, params, h0, assoc0, options, False, kernel)[0]
     hidden, pull = jax.vjp(run, x, params)
     dims(hidden=(hidden, "... T N"), cotangent=(cotangent, "... T N"))
     return pull(cotangent)

@@ -1,5 +1,7 @@
 """RUM: laws on ref, golden vectors, bad inputs; accel's recovered memory, its gradients; costs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import accel
 import ref
+from accel.blocks import backend
 from tests.claims import record
 from tests.golden_runner import golden, run, run_accel
 from tests.hw_record import Cost, size
@@ -125,6 +128,32 @@ def test_rum_impl_asked_for_by_name_says_why_not():
             accel.rum.rum(x, params_, impl=impl, **options)
     with pytest.raises(ValueError, match="impl must be"):
         accel.rum.rum(x, params, impl="cuda")
+
+
+def test_rum_auto_takes_the_kernel_on_a_gpu_that_can(monkeypatch):
+    """The choice alone: no GPU is there. Arrays that were put on a CPU stay with XLA."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    kernel = lambda N, dtype=np.float32, **options: (
+        "pallas_call"
+        in str(
+            jax.make_jaxpr(partial(accel.rum.rum, **options))(
+                np.ones((2, 4, 3), dtype), jax.tree.map(dtype, ref.rum.init_rum(0, 3, N))
+            )
+        )
+    )
+    assert kernel(8, lambda_=1)
+    assert kernel(128, lambda_=1)
+    assert not kernel(129, lambda_=1)
+    assert not kernel(8)
+    assert not kernel(8, lambda_=1, impl="xla")
+    assert not kernel(8, np.float16, lambda_=1)
+    x, params = jax.device_put(
+        (jnp.ones((2, 4, 3)), jax.tree.map(jnp.float32, ref.rum.init_rum(0, 3, 8))), jax.devices("cpu")[0]
+    )
+    found, want = (accel.rum.rum(x, params, lambda_=1, impl=i) for i in ("auto", "xla"))
+    for g, w in zip(found, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    accel.rum.rum_vjp(x, params, jnp.ones((2, 4, 8)), lambda_=1)
 
 
 @pytest.mark.gpu
