@@ -142,3 +142,41 @@ def _rows(fig, y, left, groups, spans, begin, end, scale):
         lane(y + 44, lambda s: s.what in "SO", "tensor cores", 12, 0.8)
         y += 24
     return y + 20
+
+
+def window_tiles(before, after, first, keys=128):
+    """(tiles, cut) of the keys that queries first .. first + 63 see, `before` and `after` their own: the
+    tiles that a group visits, and those of them that it has to mask.
+    """
+    seen = range((first - before) // keys, -(-(first + ROWS + after) // keys))
+    whole = [j for j in seen if first + ROWS - 1 - before <= j * keys and (j + 1) * keys - 1 <= first + after]
+    return list(seen), [j for j in seen if j not in whole]
+
+
+def window_share(before, after, keys=128):
+    """What share of the keys that a group visits a query sees."""
+    return (before + 1 + after) / (keys * len(window_tiles(before, after, 1 << 20, keys)[0]))
+
+
+def window_drawn(before, after, title, caption, *, first=512, keys=128, width=400):
+    """A Figure: the keys that two groups of 64 queries see, and the tiles that each of them visits."""
+    left, rows = 62, 56
+    every = [j for g in (0, 1) for j in window_tiles(before, after, first + ROWS * g, keys)[0]]
+    low, high = min(every) * keys, (max(every) + 1) * keys
+    x = lambda key: left + (key - low) / (high - low) * (width - left - 8)
+    fig = Figure(width, 2 * (rows + 12) + 26, title, caption, size=12)
+    for g in (0, 1):
+        top, start = 4 + g * (rows + 12), first + ROWS * g
+        tiles, cut = window_tiles(before, after, start, keys)
+        fig.text(left - 6, top + rows / 2 + 4, f"group {g + 1}", "end")
+        for j in tiles:
+            fig.box(x(j * keys), top, x(keys) - x(0), rows, 0.16 if j in cut else 0, stroke_width=0.8)
+        corners = [(start - before, top), (start + after, top), (start + after + ROWS - 1, top + rows),
+                   (start - before + ROWS - 1, top + rows)]  # fmt: skip
+        points = " ".join(f"{x(key):.1f},{y}" for key, y in corners)
+        style = {"fill": "currentColor", "fill_opacity": 0.35, "stroke": "none"}
+        fig._add("polygon", {"points": points, **style})
+    bottom = 2 * (rows + 12) + 16
+    for key in range(low, high + 1, 2 * keys):
+        fig.text(x(key), bottom + 4, f"{key - first:+,}" if key != first else "0", "middle", font_size=11)
+    return fig

@@ -154,6 +154,27 @@ def test_pipeline_is_drawn_to_scale(pages):
     assert f"{512 * scale:.1f}" in {r.get("width") for r in page.iter("rect")}
 
 
+@pytest.mark.parametrize(("before", "after"), [(256, 256), (64, 0), (1023, 0), (100, 300)])
+def test_pipeline_tiles_of_a_window_are_the_kernels(pages, before, after):
+    """The tiles that accel visits, and of them those that need a mask: all others are visible whole."""
+    from accel.kernels.flash_hopper import Band
+
+    _, pipeline = pages
+    band = Band(1 << 16, -before, after, 128)
+    for first in (4096, 4096 + 64, 4096 + 128):
+        tiles, cut = pipeline.window_tiles(before, after, first)
+        begin, end = map(int, band.ends(first, 64))
+        see = band.sight(first, begin, end)
+        assert tiles == list(range(begin, end))
+        assert len(cut) <= int(see.hidden) + int(see.n) - int(see.clear)
+        for j in set(tiles) - set(cut):
+            assert j * 128 >= first + 63 - before
+            assert j * 128 + 127 <= first + after
+    assert pipeline.window_share(256, 256) == 513 / 640
+    figure = ET.fromstring(str(pipeline.window_drawn(before, after, "t", "c")))
+    assert len(figure.findall(".//polygon")) == 2
+
+
 TIMELINE = {
     "groups": 1, "keys": 128, "bare": 2000.0, "length": 4000, "cycles": {"a tile": 3000.0},
     "spans": [[0, "softmax", -10, 300], [0, "wait", 400, 500], [0, "issue", 500, 520], [0, "issue", 530, 700],
