@@ -17,6 +17,7 @@ from accel.blocks.backend import choose_impl
 from accel.blocks.gate import GateOut, moe_gate, moe_gate_backward
 from accel.blocks.mlp import gelu, linear, mlp
 from accel.blocks.norms import layer_norm
+from accel.blocks.shapes import alike
 from accel.blocks.softmax import online_softmax, wide
 from accel.blocks.transformer import self_attention
 from accel.models.vit import embed_patches
@@ -68,6 +69,8 @@ __all__ = [
 ]  # fmt: skip
 
 BLOCK_T = 32  # tokens of an expert that run together
+UNIT = 16  # rows of the smallest tile of a kernel for GPUs
+WIDE = 2**20  # from here on XLA's loop multiplies float32 faster, to fewer bits: measured, docs/notes/gpu.md
 
 
 def reordered_attention(q, k, v, *, scale, lanes=4):
@@ -143,14 +146,16 @@ def moe_ffn(
     order "expert" loads an expert's weights once for each tile of block_t of its tokens, in at most
       ceil(N k / block_t) + E - 1 tiles; "token" gathers the weights of every choice.
     impl: "xla" loops over the tiles; "triton" and "tpu" run them side by side, block_n columns and block_k
-      terms at a time; "auto" is "xla". Kernels sum in float32 and multiply float32 in full.
+      terms at a time; "auto" is "triton" on a GPU, unless x is float32 and F x D at least WIDE, else "xla".
+      Kernels sum in float32 and multiply float32 in full.
     """
     n = dims(x=(x, "N D"), indices=(indices, "N k"), scores=(scores, "N k"), w1=(w1, "E F D"),
              b1=(b1, "E F"), w2=(w2, "E D F"), b2=(b2, "E D"))  # fmt: skip
     check_order(order)
     if block_t < 1:
         raise ValueError(f"block_t must be positive, got {block_t}")
-    impl = _choose(impl, interpret, order, x.dtype, n["E"] * n["F"] * n["D"])
+    arrays = x, indices, scores, w1, b1, w2, b2
+    impl = _choose(impl, interpret, order, arrays, x.dtype, block_t, n["F"] * n["D"], n["E"])
     if impl == "xla" and (block_n or block_k):
         raise ValueError(f'block_n and block_k are for impl="triton" and "tpu", got {block_n} and {block_k}')
     if known(indices):
@@ -158,14 +163,17 @@ def moe_ffn(
     if not n["N"]:
         return x
     if impl == "xla":
-        return _ffn(x, indices, scores, w1, b1, w2, b2, order=order, block_t=block_t)
+        return _ffn(*arrays, order=order, block_t=block_t)
     tiles = _Tiling(impl, interpret, block_t, block_n, block_k)
-    return _ffn_kernel(x, indices, scores, w1, b1, w2, b2, tiling=tiles)
+    return _ffn_kernel(*alike(arrays, arrays), tiling=tiles)
 
 
-def _choose(impl, interpret, order, dtype, weights=0):
+def _choose(impl, interpret, order, arrays, dtype, block_t, matrix, experts):
     """The implementation of the experts. Kernels need the queues, and numbers of at most 32 bits."""
-    why = None
+    why, weights = None, experts * matrix
+    pays = (
+        (jnp.dtype(dtype).itemsize < 4 or matrix < WIDE) and block_t >= UNIT and not block_t & (block_t - 1)
+    )
     if order != "expert":
         why = f'runs experts one after another: use order="expert", not {order!r}'
     elif jnp.dtype(dtype).itemsize > 4 or not jnp.issubdtype(dtype, jnp.floating):
@@ -173,7 +181,13 @@ def _choose(impl, interpret, order, dtype, weights=0):
     elif weights >= 2**31:
         why = f'counts a layer\'s weights in 32 bits, and these are {weights:,}; use impl="xla"'
     missing = 'does not exist: queues are shorter than its tiles of 64 rows; use "triton"'
-    return choose_impl(impl, interpret=interpret, obstacles={"hopper": missing, "triton": why, "tpu": why})
+    return choose_impl(
+        impl,
+        arrays=arrays,
+        interpret=interpret,
+        auto=("triton",) if pays else (),
+        obstacles={"hopper": missing, "triton": why, "tpu": why},
+    )
 
 
 @partial(jax.jit, static_argnames=("order", "block_t"))
@@ -266,7 +280,16 @@ def m3vit_forward(
     """
     check_image(img, task, cfg)
     experts = {
-        "impl": _choose(impl, interpret, "expert", img.dtype),
+        "impl": _choose(
+            impl,
+            interpret,
+            "expert",
+            (img, params),
+            img.dtype,
+            block_t,
+            cfg.dim * cfg.expert_hidden,
+            cfg.num_experts,
+        ),
         "interpret": interpret,
         "block_t": block_t,
     }

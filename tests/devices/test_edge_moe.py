@@ -12,6 +12,7 @@ import pytest
 import accel
 import hw
 import ref
+from accel.blocks import backend
 from hw.stream import simulate_attention
 from ref.blocks.norms import layer_norm
 from tests.claims import edge_moe as claims
@@ -246,6 +247,29 @@ def test_edge_moe_kernel_serves_the_network():
         options = {"impl": impl, "interpret": impl != "auto", "block_t": 16}
         jaxpr = jax.make_jaxpr(partial(A.m3vit_forward, **e.kwargs, **options))(*single)
         assert ("pallas_call" in str(jaxpr)) == (impl != "auto")
+
+
+def test_edge_moe_auto_takes_the_kernel_on_a_gpu_that_can(monkeypatch):
+    """The choice alone: no GPU is there. Arrays that were put on a CPU stay with XLA."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    indices, arrays = grouped("two", D=16, F=16)
+
+    def kernel(cast=lambda a: a, **options):
+        run = lambda x, s, *w: A.moe_ffn(x, indices, s, *w, **options)
+        return "pallas_call" in str(jax.make_jaxpr(run)(*map(cast, arrays)))
+
+    assert kernel()
+    assert kernel(jnp.bfloat16)
+    assert not kernel(block_t=24)
+    assert not kernel(order="token")
+    monkeypatch.setattr(A, "WIDE", 16 * 16)
+    assert not kernel()
+    assert kernel(jnp.bfloat16)
+    monkeypatch.undo()
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    x, scores, *w = jax.device_put(arrays, jax.devices("cpu")[0])
+    found, want = (A.moe_ffn(x, indices, scores, *w, impl=impl) for impl in ("auto", "xla"))
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
