@@ -11,14 +11,7 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 
-from accel.attention.flash import (
-    kernel,
-    kernel_module,
-    kernel_obstacle,
-    kernels,
-    no_hopper,
-    once,
-)
+from accel.attention.flash import kernel, kernel_obstacle, kernels, no_hopper, on_hopper
 from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
@@ -54,7 +47,7 @@ def dot_product_attention(
       local_window_size: (left, right), or a number for both: query i sees keys i - left .. i + right.
       implementation: None is the best for the device and the call; "xla" is plain JAX, the only one with
         forward mode and second derivatives; "triton" and "tpu" are kernels, without bias; so is "hopper",
-        for half precision without masks and lengths; "cudnn" is JAX's own, called as it is.
+        for half precision; "cudnn" is JAX's own, called as it is.
       return_residual: also return the log-sum-exp of the logits, [B, T, N], without a gradient, as JAX.
     Returns: [B, T, N, H] in query's dtype, or (that, residual in key's dtype). Sums are float32 (float64).
     Raises: ValueError naming the argument; NotImplementedError for an implementation that cannot run.
@@ -80,12 +73,11 @@ def dot_product_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     obstacle = _obstacle(query, key, value, bias, fixed)
-    hidden = mask, query_seq_lengths, key_value_seq_lengths
     impl = choose_impl(
         implementation or "auto",
         auto=kernels(query.shape[1]),
         obstacles={
-            "hopper": obstacle or no_hopper((query, key, value), hidden),
+            "hopper": obstacle or no_hopper((query, key, value)),
             "triton": obstacle,
             "tpu": obstacle,
         },
@@ -113,20 +105,27 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     lo, hi = (None, None) if window is None else (-window[0], window[1])
     if is_causal:
         hi = 0 if hi is None else min(hi, 0)
-    if impl == "hopper" and q.size and k.size:
-        first = min(max(lo or 0, 0), k.shape[1] - 1)
-        seen = slice(
-            first, None if hi is None else max(q.shape[1] + hi, first + 1)
-        )  # others may hold anything
-        lo, hi = (None if x is None else x - first for x in (lo, hi))
-        o, lse = _rows(Plan(scale, lo, hi, 128, 128, 0.0), *alike((q, k[:, seen], v[:, seen]), q, k, v))
-        return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     end = None if kv_lengths is None else kv_lengths.astype(jnp.int32)[:, None, None]
     if q_lengths is not None:
         real = (
             jnp.arange(q.shape[1], dtype=jnp.int32)[None, None] < q_lengths.astype(jnp.int32)[:, None, None]
         )
         end = jnp.where(real, jnp.int32(k.shape[1]) if end is None else end, 0)
+    if impl == "hopper" and q.size and k.size:
+        S = k.shape[1]
+        first = min(max(lo or 0, 0), S - 1)
+        seen = slice(
+            first, None if hi is None else max(q.shape[1] + hi, first + 1)
+        )  # others may hold anything
+        lo, hi = (None if x is None else x - first for x in (lo, hi))
+        k, v = k[:, seen], v[:, seen]
+        if end is not None:
+            end = end - first
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*mask.shape[:3], S))[..., seen]
+        plan = Plan(scale, lo, hi, 128, 128, 0.0)
+        o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, end, mask), end, mask)
+        return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     queries, keys, values = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     if factor is not None:
         queries = queries.astype(wide(q.dtype)) * factor.astype(wide(q.dtype))
@@ -145,37 +144,6 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
     )
     residual = jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2))
     return jnp.moveaxis(o, 1, 2).astype(q.dtype), residual.astype(q.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(plan, q, k, v):
-    """The kernel for Hopper, which takes JAX's layout as it is: (o [B, T, N, H], lse [B, N, T])."""
-    return once(_hopper, "hopper", False, plan, (q, k, v), None)
-
-
-def _rows_fwd(plan, q, k, v):
-    o, lse = once(_hopper, "hopper", False, plan, (q, k, v), None)
-    return (o, lse), (q, k, v, o, lse)
-
-
-def _rows_rev(plan, saved, cotangents):
-    q, k, v, o, lse = saved
-    do = cotangents[0]
-    delta = jnp.moveaxis(jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1), 1, 2)
-    return once(_hopper_backward, "hopper", False, plan, (do, q, k, v, lse, delta), None)
-
-
-_rows.defvjp(_rows_fwd, _rows_rev)
-
-
-def _hopper(impl, interpret, plan, arrays, sight):
-    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": True}
-    return alike(kernel_module(impl).attend(*arrays, **options), arrays)
-
-
-def _hopper_backward(impl, interpret, plan, arrays, sight):
-    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": True}
-    return alike(kernel_module(impl).attend_backward(*arrays, **options), arrays)
 
 
 def _four_axes(name, x):

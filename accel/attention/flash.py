@@ -3,10 +3,11 @@
 Query tiles outside, key tiles inside (FlashAttention-2's order, Dao 2023), the state of the running softmax
 in float32 (float64 for float64 input). impl="xla" is plain JAX (accel/blocks/tiled_attention.py): it takes
 every option, and may be differentiated in both modes and any number of times. "hopper", "triton" and "tpu"
-are Pallas kernels: no dropout, no float64, reverse mode once; "hopper" has neither masks nor lengths and
-takes half precision only. Definitions: ref/attention/flash.py.
+are Pallas kernels: no dropout, no float64, reverse mode once; "hopper" takes half precision only.
+Definitions: ref/attention/flash.py.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -71,9 +72,7 @@ def flash_attention(
         mask,
         key_lengths,
         dropout_mask,
-        **_static(
-            (q, k, v), (mask, key_lengths), causal, scale, block_q, block_k, dropout_p, impl, interpret
-        ),
+        **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
     )
     return (o, lse) if return_lse else o
 
@@ -110,13 +109,11 @@ def flash_attention_bwd(
         mask,
         key_lengths,
         dropout_mask,
-        **_static(
-            (q, k, v), (mask, key_lengths), causal, scale, block_q, block_k, dropout_p, impl, interpret
-        ),
+        **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
     )
 
 
-def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, interpret):
+def _static(arrays, causal, scale, block_q, block_k, dropout_p, impl, interpret):
     q = arrays[0]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(*arrays)
@@ -125,7 +122,7 @@ def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, in
         interpret=interpret,
         auto=[i for i in kernels(q.shape[-2]) if _takes_tiles(i, block_q, block_k)],
         obstacles={
-            "hopper": obstacle or no_hopper(arrays, hidden, interpret),
+            "hopper": obstacle or no_hopper(arrays, interpret),
             "triton": obstacle,
             "tpu": obstacle,
         },
@@ -162,13 +159,11 @@ def kernels(L):
     return ("triton", "tpu") if 16 < L < 128 else ("hopper", "triton", "tpu")
 
 
-def no_hopper(arrays, hidden, interpret=False):
-    """Why the kernel for Hopper cannot take q, k, v with what hides keys (None: nothing), or None."""
+def no_hopper(arrays, interpret=False):
+    """Why the kernel for Hopper cannot take q, k and v, or None."""
     dtypes = {jnp.result_type(x) for x in arrays}
     if interpret:
         return 'has no interpreter; use impl="triton"'
-    if any(x is not None for x in hidden):
-        return 'has no mask or lengths; use impl="triton"'
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
         return f'takes bfloat16 or float16, not {", ".join(sorted(map(str, dtypes)))}; use impl="triton"'
     if max(x.shape[-1] for x in arrays) > 256:
@@ -179,6 +174,10 @@ def no_hopper(arrays, hidden, interpret=False):
 @partial(jax.jit, static_argnames=STATIC)
 def _flash(q, k, v, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret):
     heads = _with_heads(q, k, v)
+    if impl == "hopper" and q.size and k.size:
+        operands, told = _joined(*heads, mask, key_lengths, causal)
+        o, lse = on_hopper(Plan(scale, None, told.pop("hi"), 128, 128, 0.0), False, *operands, *told.values())
+        return o.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
     o, lse = tiled_attention(
         *heads,
         scale=scale,
@@ -196,6 +195,12 @@ def _flash_bwd(
     do, q, k, v, o, lse, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret
 ):
     heads = _with_heads(do, q, k, v, o)
+    if impl == "hopper" and q.size and k.size:
+        (q_, k_, v_), told = _joined(*heads[1:4], mask, key_lengths, causal)
+        do_, o_ = (x.reshape(*q_.shape[:3], x.shape[-1]) for x in (heads[0], heads[4]))
+        plan = Plan(scale, None, told.pop("hi"), 128, 128, 0.0)
+        grads = _back_on_hopper(plan, False, do_, q_, k_, v_, o_, lse.reshape(q_.shape[:3]), *told.values())
+        return tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
     grads = tiled_attention_bwd(
         *heads,
         lse.reshape(heads[1].shape[:-1]),
@@ -267,13 +272,13 @@ def kernel_backward(impl, interpret, plan, do, q, k, v, o, lse, sight, dlse=None
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def once(fn, impl, interpret, plan, arrays, sight):
+def once(fn, impl, how, plan, arrays, sight):
     """fn of the same arguments, which says what is missing when asked for a derivative of its own."""
-    return fn(impl, interpret, plan, arrays, sight)
+    return fn(impl, how, plan, arrays, sight)
 
 
 @once.defjvp
-def _no_derivative(fn, impl, interpret, plan, primals, tangents):
+def _no_derivative(fn, impl, how, plan, primals, tangents):
     raise NotImplementedError(
         f'impl="{impl}" is differentiable once, in reverse mode; use impl="xla" for second derivatives'
     )
@@ -296,6 +301,66 @@ def _backward(impl, interpret, plan, arrays, sight):
         flat(do.astype(q.dtype)), *operands[:3], *rows, *operands[3:], **options, interpret=interpret
     )
     return alike(tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True)), arrays, sight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def on_hopper(plan, rows_first, q, k, v, end, mask):
+    """(o, lse) of the kernels for Hopper, operands as in `flash_hopper.attend`, end and mask or None."""
+    return once(_hopper, "hopper", rows_first, plan, (q, k, v), (end, mask))
+
+
+def _on_hopper_fwd(plan, rows_first, q, k, v, end, mask):
+    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), (end, mask))
+    return (o, lse), (q, k, v, o, lse, end, mask)
+
+
+def _on_hopper_rev(plan, rows_first, saved, cotangents):
+    do, dlse = cotangents
+    return *_back_on_hopper(plan, rows_first, do, *saved, dlse=dlse), None, None
+
+
+on_hopper.defvjp(_on_hopper_fwd, _on_hopper_rev)
+
+
+def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, end, mask, dlse=None):
+    """(dq, dk, dv) by the kernels for Hopper, once differentiable."""
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+    delta = jnp.moveaxis(delta, 1, 2) if rows_first else delta
+    if dlse is not None:
+        delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    arrays = do.astype(q.dtype), q, k, v, lse, delta
+    return once(_hopper_backward, "hopper", rows_first, plan, arrays, (end, mask))
+
+
+def _hopper(impl, rows_first, plan, arrays, sight):
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
+    return alike(kernel_module(impl).attend(*arrays, *sight, **options), arrays, sight)
+
+
+def _hopper_backward(impl, rows_first, plan, arrays, sight):
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
+    return alike(kernel_module(impl).attend_backward(*arrays, *sight, **options), arrays, sight)
+
+
+def _joined(q, k, v, mask, key_lengths, causal):
+    """((q, k, v), {hi, end, mask}) as `flash_hopper.attend` takes them: one leading axis, axes of 1 kept."""
+    told = _options(q, k, mask, key_lengths, None, causal)
+    lead, (L, S) = q.shape[:-3], (q.shape[-2], k.shape[-2])
+
+    def joined(x, axes):
+        own = lead if math.prod(x.shape[:-axes]) > 1 else x.shape[:-axes]
+        return jnp.broadcast_to(x, (*own, *x.shape[-axes:])).reshape(math.prod(own), *x.shape[-axes:])
+
+    end, mask = told.get("row_end"), told["mask"]
+    if end is not None:
+        end = joined(end, 2)
+    elif causal and L > S:  # rows that see nothing, whatever they hold
+        end = jnp.full((1, 1, 1), S, jnp.int32)
+    if mask is not None:
+        mask = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
+    q, k, v = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
+    return alike((q, k, v), q, k, v, end, mask), {"hi": told["hi"], "end": end, "mask": mask}
 
 
 def kernel_module(impl):

@@ -5,11 +5,11 @@ what it meets, tiles that causal order or the end of the keys cuts in front, so 
 Of a mask known at trace time they are constants.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 from accel.kernels import flash_hopper, flash_hopper_backward
 from accel.kernels.flash_hopper import ROWS, Tiles
+from accel.kernels.flash_hopper_lists import listing
 from ref.attention.block_sparse_flash import tiles_in_sight
 
 __all__ = ["backward", "forward"]
@@ -26,7 +26,7 @@ def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
     high, keys = _tall(block_q), 128 if block_k % 128 == 0 else 64
     cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
     tiles = Tiles(high // ROWS, keys, 256 // keys, turns=high > ROWS, late=hi is None)
-    return flash_hopper.attend(q, k, v, cut.lists(high, keys), scale=scale, hi=hi, tiles=tiles)
+    return flash_hopper.attend(q, k, v, lists=cut.lists(high, keys), scale=scale, hi=hi, tiles=tiles)
 
 
 def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, interpret=False):
@@ -56,19 +56,16 @@ class Cut:
         )
 
     def lists(self, rows, keys, by_key=False):
-        """int32 [H or 1, tiles, 2 + n]: how many tiles of rows x keys are seen, how many of them are cut, and
-        which they are, the cut ones first; for every tile of queries, or of keys.
+        """int32 [1, H or 1, tiles, 2 + n]: how many tiles of rows x keys are seen, how many of them are cut,
+        and where they begin, the cut ones first; for every tile of queries, or of keys.
         """
         fine = self.visited
         for axis, size, block, n in zip((1, 2), (rows, keys), self.blocks, self.sizes, strict=True):
             fine = fine.repeat(block // size, axis=axis)
             fine = fine[:, : -(-n // size)] if axis == 1 else fine[..., : -(-n // size)]
         reach, whole = tiles_in_sight(rows, keys, *self.sizes, self.causal)
-        seen, cut = fine & reach[None], np.broadcast_to(~whole[None], fine.shape)
+        seen, whole = (fine & reach[None])[None], whole[None, None]
         if by_key:
-            seen, cut = seen.swapaxes(1, 2), cut.swapaxes(1, 2)
-        xp, n = (np if isinstance(seen, np.ndarray) else jnp), seen.shape[-1]
-        place = xp.where(seen, xp.where(cut, 0, 1), 2) * n + np.arange(n)[None, None]
-        count = lambda x: x.sum(-1, keepdims=True)
-        found = count(seen), count(seen & cut), xp.argsort(place, axis=-1)
-        return jnp.asarray(xp.concatenate(found, axis=-1), jnp.int32)
+            seen, whole = seen.swapaxes(2, 3), whole.swapaxes(2, 3)
+        step = rows if by_key else keys
+        return listing(seen, whole, step * np.arange(seen.shape[-1], dtype=np.int32)[None, None, None])

@@ -5,10 +5,13 @@ warpgroup only loads (TMA, a ring of key and value tiles); the others compute, 6
 the scores of the next key tile and the values of this one together (wgmma, asynchronous) and takes the
 exponentials of the former, to base 2, while the latter run. Key tiles go from the last to the first, so that
 those on the edge of what is visible, the only ones masked, come first (and last, in a window); or in the
-order of a list. Causal calls take query tiles in pairs, a long one and a short one, so that all pairs cost
-the same. Sums are float32; nothing is atomic: the same call gives the same bits.
+order of a list, if lengths or a mask hide keys (flash_hopper_lists.py): of a tile that these cut, the rows'
+bounds and the mask's tile come with the queries and the keys. Causal calls take query tiles in pairs, a long
+one and a short one, so that all pairs cost the same. Sums are float32; nothing is atomic: the same call gives
+the same bits.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +19,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from accel.kernels import flash_triton
+from accel.kernels.flash_hopper_lists import SHARED, Hidden, Seen
 
-__all__ = ["attend", "attend_backward", "backward", "forward"]
+__all__ = ["attend", "attend_backward"]
 
 LOG2E = 1.4426950408889634
 LOWEST = -(2.0**127)  # where a running maximum starts: finite, so that a row that sees nothing makes no NaN
 ROWS = 64  # queries a warpgroup: the height of a wgmma
 CORES = 132  # of an H100 or H200 SXM
+SPARE = {"reduction_scratch_bytes": 0}  # shared memory for sums across warps, which these kernels do not take
+ROUND = 6  # items of work that a block has at least, where a call has that many for every core
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Tiles:
     turns: bool = True  # the groups issue their products in turn
     late: bool = True  # wait for the values only once the exponentials are taken
     own_o: bool = True  # results leave through shared memory of their own, not through that of the queries
+    ahead: bool = False  # the queries of the next tile load while this one is computed
 
     @staticmethod
     def fit(D, Dv, L, causal):
@@ -54,32 +62,19 @@ class Tiles:
             groups, keys, stages, turns=groups > 1, late=not causal and wide <= 192, own_o=wide <= 192
         )
 
+    def spot(self, group, turn):
+        """Where the queries of a group lie in its turn."""
+        return group + lax.rem(turn, jnp.int32(2)) * self.groups if self.ahead else group
+
 
 def up(n, size):
     """n, rounded up to a multiple of size."""
     return n + -n % size
 
 
-def forward(
-    q, k, v, end=None, mask=None, *, scale, lo=None, hi=None, block_q=128, block_k=128, interpret=False
-):
-    """(o, lse) as the other kernels of the technique: q [B, G, L, D], k [B, S, D], v [B, S, Dv].
-
-    end, mask and interpret are for other kernels: left out here. Tiles are the kernel's own.
-    """
-    return attend(q, k[:, None], v[:, None], scale=scale, lo=lo, hi=hi)
-
-
-def backward(
-    do, q, k, v, lse, delta, end=None, mask=None, *, scale, lo=None, hi=None, block_q=128, block_k=128,
-    interpret=False,
+def attend_backward(
+    do, q, k, v, lse, delta, end=None, mask=None, *, scale, lo=None, hi=None, rows_first=False
 ):  # fmt: skip
-    """(dq, dk, dv) as the other kernels of the technique; what `forward` leaves out is left out here."""
-    dq, dk, dv = attend_backward(do, q, k[:, None], v[:, None], lse, delta, scale=scale, lo=lo, hi=hi)
-    return dq, dk[:, 0], dv[:, 0]
-
-
-def attend_backward(do, q, k, v, lse, delta, *, scale, lo=None, hi=None, rows_first=False):
     """(dq, dk, dv) like q, k, v, operands as in `attend`; lse, delta [B, H, L] as in `flash_triton.backward`.
 
     Heads wider than 128 and a few queries are Triton's, which is faster there.
@@ -89,45 +84,134 @@ def attend_backward(do, q, k, v, lse, delta, *, scale, lo=None, hi=None, rows_fi
     few = q.shape[1 if rows_first else 2] <= 16
     if not few and max(q.shape[3], v.shape[3]) <= flash_hopper_backward.WIDEST:
         options = {"scale": scale, "lo": lo, "hi": hi, "rows_first": rows_first}
-        return flash_hopper_backward.attend_backward(do, q, k, v, lse, delta, **options)
+        return flash_hopper_backward.attend_backward(do, q, k, v, lse, delta, end=end, mask=mask, **options)
     turned = (lambda x: jnp.moveaxis(x, 1, 2)) if rows_first else (lambda x: x)
-    B, (H, Hkv) = q.shape[0], (x.shape[2 if rows_first else 1] for x in (q, k))
+    do, q, k, v = (turned(x) for x in (do, q, k, v))
+    (B, H, L), (Hkv, S) = q.shape[:3], k.shape[1:3]
+    if end is not None or mask is not None:
+        seen = Seen.make(L, S, H // Hkv, lo, hi, end, mask)
+        q, do, delta, k, v = *of_seen_rows(lse, q, do, delta), *of_seen_keys(seen, k, v)
     group = lambda x: x.reshape(B * Hkv, H // Hkv, *x.shape[2:])
     flat = lambda x: x.reshape(B * Hkv, *x.shape[2:])
-    do, q, k, v = (turned(x) for x in (do, q, k, v))
+    if end is not None:
+        end = group(jnp.broadcast_to(end, (B, H, L)))
+    if mask is not None:
+        b, h, rows = mask.shape[:3]
+        own = (B, Hkv if h == 1 else H) if b * h > 1 else (1, 1)
+        mask = jnp.broadcast_to(mask, (*own, rows, S)).astype(jnp.int8)
+        mask = mask.reshape(-1, 1, rows, S) if h == 1 else group(mask)
     grads = flash_triton.backward(
-        group(do), group(q), flat(k), flat(v), group(lse), group(delta), scale=scale, lo=lo, hi=hi
+        group(do), group(q), flat(k), flat(v), group(lse), group(delta), end, mask, scale=scale, lo=lo, hi=hi
     )
     return tuple(turned(g.reshape(x.shape)) for g, x in zip(grads, (q, k, v), strict=True))
 
 
 @partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
-def attend(q, k, v, lists=None, *, scale, lo=None, hi=None, rows_first=False, tiles=None, cores=None):
+def attend(
+    q, k, v, end=None, mask=None, lists=None, *, scale, lo=None, hi=None, rows_first=False, tiles=None,
+    cores=None,
+):  # fmt: skip
     """softmax(scale q k^T) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
 
     Args: q [B, H, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], bfloat16 or float16, D and Dv up to 256;
         query head h uses key head h // (H / Hkv). rows_first: q [B, L, H, D] and k, v, o likewise.
       lo, hi: query i sees keys i + lo <= j <= i + hi; None: no such bound. A row that sees no key: o = 0,
         lse = -inf.
-      lists: int32 [1 or H, tiles of queries, 2 + tiles of keys], or None for all: for each tile of queries
-        how many tiles of keys it sees, how many of these something cuts, and which they are, those first.
+      end: int32 [B or 1, H or 1, L or 1]: a row sees keys below it; mask: bool [B or 1, H or 1, L or 1, S].
+        Keys that no row of any query head of their key head sees may hold NaN.
+      lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of end and mask, which make
+        their own: for each tile of queries how many tiles of keys it sees, how many of these lo, hi or S cut,
+        and where they begin, those first.
       tiles, cores: None is what suits the call and the device.
     """
     if scale <= 0:  # then the largest product is not the largest score
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, Dv = q.shape[rows], k.shape[rows], v.shape[3]
+    seen = Seen.make(L, S, q.shape[heads] // k.shape[heads], lo, hi, end, mask)
     D, wide = (up(x.shape[3], 32) for x in (q, v))
     if max(D, wide) > 192:
         D = wide = 256  # the results leave through the room of the queries
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
     tiles = tiles or Tiles.fit(D, wide, L, hi is not None)
     B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
-    tasks = Tasks.make(B * H, -(-L // size), hi is not None and lo is None, cores or cores_of())
+    hidden, causal = Hidden(lists), hi is not None and lo is None
+    if end is not None or mask is not None:
+        copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
+        hidden = seen.by_query(size, tiles.keys, copies, dirty)
+        lo = hi = None  # the bounds hold these
+    tasks = Tasks.make(B * H, -(-L // size), causal and hidden.order is None, cores or cores_of())
     plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks)
-    o, lse = _run(plan, tiles, scale * LOG2E, lists, q, k, v)
+    o, lse = _run(plan, tiles, scale * LOG2E, hidden, q, k, v)
     o = lax.slice_in_dim(o, 0, L, axis=rows)
     return o[..., :Dv], lse[:, :, :L]
+
+
+def of_seen_keys(seen, *arrays, rows=2):
+    """The arrays, [B, Hkv, S, D] or with rows=1 [B, S, Hkv, D], with zeros for keys that nothing sees."""
+    keep = seen.keys()[..., None]
+    return tuple(jnp.where(jnp.moveaxis(keep, 2, rows), x, 0) for x in arrays)
+
+
+def of_seen_rows(lse, *arrays, rows=2):
+    """The arrays, [B, H, L] or with D as above, with zeros for rows that see nothing: lse [B, H, L] = inf."""
+    some = lse < jnp.inf
+    keep = jnp.moveaxis(some[..., None], 2, rows)
+    return tuple(jnp.where(some if x.ndim == 3 else keep, x, 0) for x in arrays)
+
+
+def cleaned(arrays, keep, size, rows, block=1):
+    """(copies, dirty): the arrays with zeros in rows where keep is False, in those tiles of `size` rows that
+    dirty, bool [B or 1, H or 1, tiles], names: that hold such rows and belong to the first, or to a block
+    of so many tiles with a row to keep. The rest of the copies is not written.
+
+    arrays [B, H, N, D] or with rows=1 [B, N, H, D]; keep bool [B or 1, H or 1, N].
+    """
+    B, heads, (b, h, n) = arrays[0].shape[0], arrays[0].shape[3 - rows], keep.shape
+    tiles, per = up(-(-n // size), block), size // ROWS
+    fill = lambda value: jnp.pad(keep, [(0, 0), (0, 0), (0, tiles * size - n)], constant_values=value)
+    some = jnp.repeat(fill(False).reshape(b, h, -1, block * size).any(-1), block, axis=2)
+    some = some | (np.arange(tiles) == 0)[None, None]  # where rows that see nothing look
+    dirty = some & ~fill(True).reshape(b, h, tiles, size).all(-1)
+    count = len(arrays)
+
+    def kernel(*refs):
+        sources, (keep_ref, dirty_ref), (*targets, rooms, keep_room, full) = (
+            refs[:count], refs[count : count + 2], refs[count + 2 :]
+        )  # fmt: skip
+        batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+        own, at = pick(keep_ref, batch, head), pl.ds(tile * ROWS, ROWS)
+        part = lambda ref: ref.at[batch, at, head] if rows == 1 else ref.at[batch, head, at]
+
+        @pl.when(dirty_ref[*own, lax.div(tile, jnp.int32(per))] != 0)
+        def _():
+            for source, room in zip(sources, rooms, strict=True):
+                plgpu.copy_gmem_to_smem(part(source), room, full)
+            plgpu.copy_gmem_to_smem(keep_ref.at[*own, at], keep_room, full)
+            plgpu.barrier_wait(full)
+            kept = spread(keep_room, plgpu.Layout.WGMMA.reduce(1)) != 0
+            for room, target in zip(rooms, targets, strict=True):
+                value = spread(room, plgpu.Layout.WGMMA)
+                wide = lax.broadcast_in_dim(kept, value.shape, [0])
+                room[...] = jnp.where(wide, value, jnp.zeros((), value.dtype))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(room, part(target))
+            plgpu.wait_smem_to_gmem(0)
+
+    copies = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+        scratch_types=(
+            tuple(room(0, ROWS, x.shape[3], x.dtype) for x in arrays),
+            plgpu.SMEM((ROWS,), jnp.int32),
+            plgpu.Barrier(num_barriers=1, num_arrivals=count + 1),
+        ),
+        grid=(B, heads, tiles * per),
+        grid_names=("batch", "head", "tile"),
+        kernel_name="flash_clean",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(*arrays, fill(False).astype(jnp.int32), dirty.astype(jnp.int32))
+    return tuple(copies), dirty[..., : -(-n // size)]
 
 
 def pad(x, rows, d):
@@ -158,11 +242,21 @@ class Tasks:
         couples = heads * (-(-tall // 2))  # equal costs, unless they leave blocks without work in the end
         pairs = causal and couples >= 0.95 * up(couples, cores)
         items = couples if pairs else heads * tall
-        blocks = min(cores, items)
+        # Long lists come in several rounds of blocks, at no cost: what another kernel takes of a core for a
+        # while, as the one that sends keys between devices does, then delays a round and not the call.
+        blocks = min(cores * max(1, items // (ROUND * cores)), items)
         return Tasks(heads, tall, causal, pairs, blocks, -(-items // blocks) * (2 if pairs else 1))
 
-    def at(self, block, turn):
-        """What a block does in its turn: (whether anything, head of all, tile)."""
+    def at(self, block, turn, order=None):
+        """What a block does in its turn: (whether anything, head of all, tile); order: see `by_cost`."""
+        if order is not None:
+            entries = order.shape[0]
+            heads = jnp.int32(self.heads * self.tall // entries)  # of a batch
+            back = lax.rem(turn, jnp.int32(2)) == 1
+            item = turn * self.blocks + jnp.where(back, self.blocks - 1 - block, block)
+            entry = order[jnp.minimum(lax.div(item, heads), entries - 1)]
+            b, t = lax.div(entry, jnp.int32(self.tall)), lax.rem(entry, jnp.int32(self.tall))
+            return item < self.heads * self.tall, b * heads + lax.rem(item, heads), t
         per_head = jnp.int32(-(-self.tall // 2) if self.pairs else self.tall)
         items = self.heads * per_head
         if self.pairs:  # tile p from the end, then tile p from the start; heads one after the other
@@ -179,15 +273,15 @@ class Tasks:
         heads = jnp.int32(self.heads)
         return item < items, lax.rem(item, heads), self.tall - 1 - lax.div(item, heads)
 
-    def each(self, block, body):
-        """body(loaded, again, head, tile) -> loaded for the tiles of a block.
+    def each(self, block, body, order=None):
+        """body(loaded, turn, head, tile) -> loaded for the tiles of a block.
 
-        loaded: what has gone through the ring so far; again: the block had a tile before.
+        loaded: what has gone through the ring so far; turn: how many tiles the block had before, nearly.
         """
 
         def turn(i, loaded):
-            some, head, tile = self.at(block, i)
-            return lax.cond(some, lambda n: body(n, i > 0, head, tile), lambda n: n, loaded)
+            some, head, tile = self.at(block, i, order)
+            return lax.cond(some, lambda n: body(n, i, head, tile), lambda n: n, loaded)
 
         lax.fori_loop(jnp.int32(0), jnp.int32(self.turns), turn, jnp.int32(0))
 
@@ -195,7 +289,8 @@ class Tasks:
 class Sight(NamedTuple):
     """Which key tiles some queries see, from the last to the first: `key(x)` for 0 <= x < n.
 
-    The first `hidden` of them and all from `clear` on may be cut by a bound; none: everything is hidden.
+    `key` gives a tile's first key. The first `hidden` tiles and all from `clear` on may be cut by a bound;
+    none: everything is hidden; spare: whether the tile is to be taken from the spare array.
     """
 
     n: jax.Array
@@ -203,6 +298,7 @@ class Sight(NamedTuple):
     clear: jax.Array
     key: Callable
     none: jax.Array | None = None
+    spare: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -243,14 +339,14 @@ class Band:
         if self.hi is not None:
             whole = lax.div(jnp.clip(first + self.hi + 1, 0, self.S), jnp.int32(self.keys))
             hidden = jnp.clip(end - whole, hidden, end - begin)
-        return Sight(end - begin, hidden, jnp.maximum(clear, hidden), lambda x: end - 1 - x)
+        return Sight(end - begin, hidden, jnp.maximum(clear, hidden), lambda x: (end - 1 - x) * self.keys)
 
     def tiles_until(self, end):
         """Key tiles that begin before key `end`."""
         return lax.div(jnp.maximum(end, 0) + (self.keys - 1), jnp.int32(self.keys))
 
-    def hide(self, s, first, j, layout, none=None):
-        """The scores of 64 queries from `first` and key tile j, -inf where invisible."""
+    def hide(self, s, first, at, layout, none=None):
+        """The scores of 64 queries from `first` and the tile of keys from `at`, -inf where invisible."""
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
         wide = lambda x: lax.broadcast_in_dim(x, (ROWS, self.keys), [0])
         col = plgpu.broadcasted_iota(jnp.int32, (ROWS, self.keys), 1, layout=layout)
@@ -259,18 +355,28 @@ class Band:
             last = jnp.minimum(row + (first + self.hi), last)
         if none is not None:
             last = last - jnp.where(none, jnp.int32(2**30), jnp.int32(0))
-        seen = col <= wide(last - j * self.keys)
+        seen = col <= wide(last - at)
         if self.lo is not None:
-            seen = seen & (col >= wide(row + (first + self.lo) - j * self.keys))
+            seen = seen & (col >= wide(row + (first + self.lo) - at))
         return jnp.where(seen, s, -jnp.inf)
 
 
-def listed(lists, head, tile):
-    """The Sight that `lists` give a tile of queries: see `attend`."""
-    at = head if lists.shape[0] > 1 else jnp.int32(0)
-    n, cut = lists[at, tile, 0], lists[at, tile, 1]
+def pick(x, *at):
+    """x[at], 0 on axes of length 1."""
+    return tuple(i if n > 1 else jnp.int32(0) for i, n in zip(at, x.shape, strict=False))
+
+
+def listed(lists, *at):
+    """The Sight that `lists` give a tile of queries (batch, head, tile): see `attend`."""
+    at = pick(lists, *at)
+    n, cut, entry = lists[*at, 0], lists[*at, 1], lambda x: lists[*at, 2 + x]
     some, one = jnp.maximum(n, 1), jnp.where(n == 0, 1, cut)
-    return Sight(some, jnp.maximum(one, 1), some, lambda x: lists[at, tile, 2 + x], n == 0)
+    return Sight(some, jnp.maximum(one, 1), some, lambda x: begins(entry(x)), n == 0, lambda x: entry(x) < 0)
+
+
+def begins(entry):
+    """Where the tile of a list's entry begins: that of a spare one is negative."""
+    return jnp.maximum(entry, -1 - entry)
 
 
 @dataclass(frozen=True)
@@ -302,23 +408,111 @@ class _Plan:
 
 
 def room(n, size, d, dtype):
-    """Shared memory for n tiles of size x d, in the order that TMA writes and wgmma reads."""
+    """Shared memory for n tiles of size x d, 0: for one, in the order that TMA writes and wgmma reads."""
     span = 128 if d % 64 == 0 else 64
     layout = plgpu.TilingTransform((8, span // 2)), plgpu.SwizzleTransform(span)
-    return plgpu.SMEM((n, size, d), dtype, transforms=layout)
+    return plgpu.SMEM((n, size, d) if n else (size, d), dtype, transforms=layout)
 
 
-def _run(plan, tiles, factor, lists, q, k, v):
+def rooms_for(hidden, bounds, mask):
+    """Shared memory for the bounds and the mask of so many times (n, rows)."""
+    return (
+        None if hidden.bounds is None else plgpu.SMEM((bounds[0], 2, bounds[1]), jnp.int32),
+        None if hidden.mask is None else plgpu.SMEM((*mask, 128 // 8), jnp.uint8),
+    )
+
+
+def with_refs(hidden, refs):
+    """(hidden with references in place of its arrays, the other references)."""
+    leaves, tree = jax.tree.flatten(hidden)
+    return tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :]
+
+
+def bounds_at(bounds, b, h, first, rows):
+    """Both bounds of some rows, in device memory."""
+    b, h = pick(bounds, b, h)
+    return bounds.at[b, h, :, pl.ds(first if bounds.shape[3] != SHARED else 0, rows)]
+
+
+def spread(ref, layout):
+    """A vector in shared memory as a layout wants it, or a matrix."""
+    index = inspect.signature(plgpu.load).parameters.get("idx")  # JAX 0.10 asks for one
+    index = ((),) if index is not None and index.default is index.empty else ()
+    return plgpu.load(ref, *index, layout=layout)
+
+
+def veil(s, at, bounds, mask, layout):
+    """The scores of 64 rows and the keys from `at`, -inf where bounds [2, 64] or a mask's bits hide them."""
+    seen = None
+    if bounds is not None:
+        start, end = (spread(bounds.at[i], layout.reduce(1)) - at for i in (0, 1))
+        wide = lambda x: lax.broadcast_in_dim(x, s.shape, [0])
+        col = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
+        seen = (col >= wide(start)) & (col < wide(end))
+    if mask is not None:
+        some = shown(mask, at, s.shape[1])
+        seen = some if seen is None else seen & some
+    return jnp.where(seen, s, -jnp.inf)
+
+
+def shown(mask, at, n):
+    """bool [64, n]: the columns from `at` on of 64 rows of a mask, of which shared memory holds 128."""
+    if n < 128:
+        mask = mask.at[:, pl.ds(lax.rem(lax.div(at, jnp.int32(n)), jnp.int32(128 // n)) * (n // 8), n // 8)]
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct((ROWS, n), jnp.int32, layout=layout)
+    )
+    def bits(_, bytes_):
+        """Every register of the result is one of the bytes' with one bit left."""
+        part = lambda i: bytes_[:, i // 8 * 8 : i // 8 * 8 + 8] & (1 << i % 8)
+        registers = np.concatenate([part(i).registers for i in range(n // 8)], axis=1)
+        return type(bytes_)(_registers=registers, _layout=bytes_.layout, _is_signed=True)
+
+    return bits(spread(mask, layout).astype(jnp.int32)) != 0
+
+
+def load_tile(cut, x, spare, room, full):
+    """cut(x) into shared memory, or cut of `spare`, (another array, whether to take it), if given."""
+    copy = lambda x: plgpu.copy_gmem_to_smem(cut(x), room, full)
+    if spare is None:
+        return copy(x)
+    other, take = spare
+    pl.when(take)(lambda: copy(other))
+    return pl.when(jnp.logical_not(take))(lambda: copy(x))
+
+
+def load_mask(mask, room, full, b, h, first, at, cut):
+    """128 columns of a mask's bits into shared memory if something cuts the tile from column `at` on; an
+    arrival in their place if not.
+    """
+    b, h = pick(mask, b, h)
+    rows = pl.ds(first if mask.shape[2] != SHARED else 0, room.shape[0])
+
+    @pl.when(cut)
+    def _():
+        column = lax.div(at, jnp.int32(128)) * (128 // 8) if mask.shape[3] > 128 // 8 else 0
+        plgpu.copy_gmem_to_smem(mask.at[b, h, rows, pl.ds(column, 128 // 8)], room, full)
+
+    @pl.when(jnp.logical_not(cut))
+    def _():
+        plgpu.barrier_arrive(full)
+
+
+def _run(plan, tiles, factor, hidden, q, k, v):
     """The kernel on padded operands: (o, lse), padded."""
     groups, stages, D, Dv = tiles.groups, tiles.stages, q.shape[3], v.shape[3]
 
+    spots = groups * (2 if tiles.ahead else 1)
     ring = lambda d: room(stages, tiles.keys, d, q.dtype)
     signal = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
-    given = () if lists is None else (lists,)
+    given = jax.tree.leaves(hidden)
+    tall = None if hidden.mask is None else min(groups * ROWS, hidden.mask.shape[2])
 
     def kernel(*refs):
-        lists, refs = (refs[0], refs[1:]) if given else (None, refs)
-        _kernel(*refs, lists=lists, plan=plan, tiles=tiles, factor=factor)
+        told, refs = with_refs(hidden, refs)
+        _kernel(*refs, hidden=told, plan=plan, tiles=tiles, factor=factor)
 
     return plgpu.kernel(
         kernel,
@@ -327,13 +521,14 @@ def _run(plan, tiles, factor, lists, q, k, v):
             jax.ShapeDtypeStruct((q.shape[0], plan.H, plan.tasks.tall * plan.rows), jnp.float32),
         ],
         scratch_types=(
-            room(groups, ROWS, D, q.dtype),
+            room(spots, ROWS, D, q.dtype),
             ring(D),
             ring(Dv),
             room(groups, ROWS, Dv, q.dtype) if tiles.own_o else None,
             plgpu.SMEM((groups, ROWS), jnp.float32),
-            (signal(groups), signal(groups)),
-            (signal(stages), signal(stages, groups)),
+            rooms_for(hidden, (spots, ROWS), (stages, tall)),
+            (signal(spots, 1 + (hidden.bounds is not None)), signal(spots)),
+            (signal(stages, 1 + (hidden.mask is not None)), signal(stages, groups)),
             (signal(stages), signal(stages, groups)),
             signal(groups),
         ),
@@ -343,13 +538,17 @@ def _run(plan, tiles, factor, lists, q, k, v):
         thread_name="group",
         kernel_name="flash_forward",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            **(SPARE if tiles.ahead else {}),
         ),
     )(*given, q, k, v)
 
 
-def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, vs, turn, **options):
-    """Rooms are shared memory; qs, ks, vs are its (full, free) barriers; turn[g]: group g may issue."""
+def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, **options):
+    """Rooms are shared memory, hides that of bounds and mask; qs, ks, vs are its (full, free) barriers;
+    turn[g]: group g may issue. A tile's bounds come with its queries, a mask with the keys.
+    """
     tiles = options["tiles"]
     group = lax.axis_index("group")
 
@@ -358,20 +557,20 @@ def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, v
         if tiles.groups > 1:
             plgpu.set_max_registers({2: 240, 3: 160}[tiles.groups], action="increase")
         rooms = q_room, k_room, v_room, q_room if o_room is None else o_room, lse_room
-        _compute(group, o, lse, *rooms, qs, ks, vs, turn, **options)
+        _compute(group, o, lse, *rooms, hides, qs, ks, vs, turn, **options)
 
     @pl.when(group == tiles.groups)
     def _():
         if tiles.groups > 1:
             plgpu.set_max_registers(24, action="decrease")
-        _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, **options)
+        _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, **options)
 
 
-def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, lists, plan, tiles, factor):
+def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, *, hidden, plan, tiles, factor):
     """The loading warpgroup: fills what the others have set free."""
-    stages = jnp.int32(tiles.stages)
+    stages, (bounds_room, mask_room) = jnp.int32(tiles.stages), hides
 
-    def put(x, ring, signals, loaded, b, h, j):
+    def put(x, ring, signals, loaded, b, h, at, spare=None):
         full, free = signals
         slot = lax.rem(loaded, stages)
 
@@ -379,50 +578,67 @@ def _load(q, k, v, q_room, k_room, v_room, qs, ks, vs, *, lists, plan, tiles, fa
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        plgpu.copy_gmem_to_smem(plan.cut(x, b, h, j * plan.keys, plan.keys), ring.at[slot], full.at[slot])
+        load_tile(lambda x: plan.cut(x, b, h, at, plan.keys), x, spare, ring.at[slot], full.at[slot])
 
-    def tile(loaded, again, head, t):
+    def tile(loaded, turn, head, t):
         b, h, first = plan.place(head, t)
-        if lists is None:
+        if hidden.lists is None:
             see = plan.band.sight(first, *plan.band.of_block(first, plan.rows))
         else:
-            see = listed(lists, h, t)
+            see = listed(hidden.lists, b, h, t)
         n, key_head, newest = see.n, lax.div(h, jnp.int32(plan.G)), see.key(jnp.int32(0))
-        key = lambda x, j: put(k, k_room, ks, loaded + x, b, key_head, j)
-        value = lambda x, j: put(v, v_room, vs, loaded + x, b, key_head, j)
+
+        def value(x, at):
+            spare = (hidden.spare[0], see.spare(x)) if hidden.spare else None
+            put(v, v_room, vs, loaded + x, b, key_head, at, spare)
+
+        def key(x, at):
+            put(k, k_room, ks, loaded + x, b, key_head, at)
+            if hidden.mask is not None:
+                slot = lax.rem(loaded + x, stages)
+                load_mask(hidden.mask, mask_room.at[slot], ks[0].at[slot], b, h, first, at, x < see.hidden)
+
         key(jnp.int32(0), newest)
         for g in range(tiles.groups):
+            spot = tiles.spot(g, turn)
 
-            @pl.when(again)
-            def _(g=g):
-                plgpu.barrier_wait(qs[1].at[g])
+            @pl.when(turn > (1 if tiles.ahead else 0))
+            def _(spot=spot):
+                plgpu.barrier_wait(qs[1].at[spot])
 
-            plgpu.copy_gmem_to_smem(plan.cut(q, b, h, first + g * ROWS, ROWS), q_room.at[g], qs[0].at[g])
+            own = plan.cut(q, b, h, first + g * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(own, q_room.at[spot], qs[0].at[spot])
+            if hidden.bounds is not None:
+                own = bounds_at(hidden.bounds, b, h, first + g * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(own, bounds_room.at[spot], qs[0].at[spot])
         value(jnp.int32(0), newest)
 
         @pl.loop(jnp.int32(1), n)
         def _(x):
-            j = see.key(x)
-            key(x, j)
-            value(x, j)
+            at = see.key(x)
+            key(x, at)
+            value(x, at)
 
         return loaded + n
 
-    plan.tasks.each(lax.axis_index("block"), tile)
+    plan.tasks.each(lax.axis_index("block"), tile, hidden.order)
 
 
 def _compute(
-    group, o, lse, q_room, k_room, v_room, o_room, lse_room, qs, ks, vs, turn, *, lists, plan, tiles, factor
-):
+    group, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, *, hidden, plan, tiles,
+    factor,
+):  # fmt: skip
     """A computing warpgroup: 64 rows of every query tile of its block."""
     keys, Dv, dtype = tiles.keys, v_room.shape[2], v_room.dtype
     by_row, whole = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-    q, o_tile, lse_tile = q_room.at[group], o_room.at[group], lse_room.at[group]
+    o_tile, lse_tile = o_room.at[group], lse_room.at[group]
     slot = lambda loaded: lax.rem(loaded, jnp.int32(tiles.stages))
     wide = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])
     fill = lambda shape, x, layout: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
     scores = plgpu.ACC((ROWS, keys), jnp.float32)
+    lists = hidden.lists
     banded = plan.band.edge or plan.lo is not None or lists is not None  # the first tile may be cut
+    veiled = hidden.bounds is not None or hidden.mask is not None
 
     def wait_turn():
         if tiles.turns:
@@ -444,7 +660,12 @@ def _compute(
             part = part + p[:, i : i + 8]
         return m_new, wide(fix, 8) * l + part, p, fix
 
-    def first_scores(at):
+    def own_mask(at):
+        if hidden.mask is None:
+            return None
+        return hides[1].at[slot(at), pl.ds(0 if hides[1].shape[1] == ROWS else group * ROWS, ROWS)]
+
+    def first_scores(q, at, hide=lambda s: s):
         plgpu.barrier_wait(ks[0].at[slot(at)])
         wait_turn()
 
@@ -454,8 +675,10 @@ def _compute(
             return s[...]
 
         s = pl.run_scoped(product, scores)
+        if hidden.mask is not None:  # it is let go with the keys
+            s = hide(s)
         plgpu.barrier_arrive(ks[1].at[slot(at)])
-        return s
+        return s if hidden.mask is not None else hide(s)
 
     def values(at, acc, p):
         plgpu.barrier_wait(vs[0].at[slot(at)])
@@ -469,7 +692,7 @@ def _compute(
         plgpu.barrier_arrive(vs[1].at[slot(at)])
         return acc
 
-    def both(at, acc, m, l, p, hide):
+    def both(q, at, acc, m, l, p, hide):
         """values of tile at - 1 and scores of tile `at`, and the softmax of these."""
         plgpu.barrier_wait(ks[0].at[slot(at)])
         plgpu.barrier_wait(vs[0].at[slot(at - 1)])
@@ -485,8 +708,10 @@ def _compute(
                 return plgpu.wgmma_accumulator_load(s, wait_n=1)
 
             s = pl.run_scoped(issue, scores)
+            if hidden.mask is not None:
+                s = hide(lax.optimization_barrier(s))
             plgpu.barrier_arrive(ks[1].at[slot(at)])
-            new = softmax(hide(lax.optimization_barrier(s)), m, l)
+            new = softmax(s if hidden.mask is not None else hide(lax.optimization_barrier(s)), m, l)
             new = lax.optimization_barrier(new) if tiles.late else new
             for ref, x in zip(found, new, strict=True):
                 ref[...] = x
@@ -497,18 +722,20 @@ def _compute(
         # p must not be narrowed earlier: the products still read the registers of the last one
         return acc * wide(fix, Dv), m, l, new.astype(dtype)
 
-    def tile(loaded, again, head, t):
+    def tile(loaded, turn, head, t):
         b, h, first = plan.place(head, t)
+        spot = tiles.spot(group, turn)
+        q, bounds = q_room.at[spot], None if hidden.bounds is None else hides[0].at[spot]
         if lists is None:
             begin, end = plan.band.of_block(first, plan.rows)
             own_begin, own_end = plan.band.ends(first + group * ROWS, ROWS)
             before, after, n = end - own_end, own_begin - begin, end - begin
             see = plan.band.sight(first + group * ROWS, own_begin, own_end)
         else:
-            see = listed(lists, h, t)
+            see = listed(lists, b, h, t)
             before, after, n = jnp.int32(0), jnp.int32(0), see.n
         first = first + group * ROWS
-        plgpu.barrier_wait(qs[0].at[group])
+        plgpu.barrier_wait(qs[0].at[spot])
         m, l = fill((ROWS,), LOWEST, by_row), fill((ROWS, 8), 0.0, whole)
         acc = fill((ROWS, Dv), 0.0, whole)
 
@@ -520,19 +747,23 @@ def _compute(
             pass_turn()
 
         pl.loop(jnp.int32(0), before)(skip)
-        hide = lambda s, x: plan.band.hide(s, first, see.key(x), whole, see.none)
+
+        def hide(s, x):
+            if veiled:
+                return veil(s, see.key(x), bounds, own_mask(loaded + before + x), whole)
+            return plan.band.hide(s, first, see.key(x), whole, see.none)
 
         def step(x, carry, masked):
-            hidden = (lambda s: hide(s, x)) if masked else (lambda s: s)
+            cut = (lambda s: hide(s, x)) if masked else (lambda s: s)
             if tiles.overlap:
-                return both(loaded + before + x, *carry, hidden)
+                return both(q, loaded + before + x, *carry, cut)
             acc, m, l, _ = carry
-            m, l, p, fix = softmax(hidden(first_scores(loaded + before + x)), m, l)
+            m, l, p, fix = softmax(first_scores(q, loaded + before + x, cut), m, l)
             return values(loaded + before + x, acc * wide(fix, Dv), p.astype(dtype)), m, l, carry[3]
 
         zero = jnp.int32(0)
-        s = first_scores(loaded + before)
-        m, l, p, _ = softmax(hide(s, zero) if banded else s, m, l)
+        s = first_scores(q, loaded + before, *([lambda s: hide(s, zero)] if banded else []))
+        m, l, p, _ = softmax(s, m, l)
         p = p.astype(dtype)
         if not tiles.overlap:
             acc, p = values(loaded + before, acc, p), zero
@@ -546,7 +777,7 @@ def _compute(
             carry = lax.fori_loop(stop, see.n, lambda x, c: step(x, c, True), carry)
         acc, m, l, p = carry
         if tiles.own_o:
-            plgpu.barrier_arrive(qs[1].at[group])
+            plgpu.barrier_arrive(qs[1].at[spot])
         if tiles.overlap:
             acc = values(loaded + before + see.n - 1, acc, p)
         if plan.lo is not None:
@@ -563,10 +794,10 @@ def _compute(
         plgpu.copy_smem_to_gmem(lse_tile, lse.at[b, h, pl.ds(first, ROWS)])
         if not tiles.own_o:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(qs[1].at[group])
+            plgpu.barrier_arrive(qs[1].at[spot])
         return loaded + n
 
-    plan.tasks.each(lax.axis_index("block"), tile)
+    plan.tasks.each(lax.axis_index("block"), tile, hidden.order)
     plgpu.wait_smem_to_gmem(0)
 
 

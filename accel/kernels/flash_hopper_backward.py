@@ -6,7 +6,6 @@ are computed anew in both: 7 matrix products for the 5 of one kernel, which woul
 atomically; here the same call gives the same bits. Loading, lists of tiles and order are the forward pass's.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from accel.kernels.flash_hopper import LOG2E, ROWS, Band, Tasks, cores_of, listed, pad, room, transposed, up
+from accel.kernels.flash_hopper import (
+    LOG2E,
+    ROWS,
+    SPARE,
+    Band,
+    Tasks,
+    begins,
+    bounds_at,
+    cleaned,
+    cores_of,
+    listed,
+    load_mask,
+    load_tile,
+    of_seen_rows,
+    pad,
+    pick,
+    room,
+    rooms_for,
+    shown,
+    spread,
+    transposed,
+    up,
+    veil,
+    with_refs,
+)
+from accel.kernels.flash_hopper_lists import Hidden, Seen
 
 WIDEST = 128  # two sums of 64 x 128 in float32 fill the registers
 
@@ -33,9 +57,35 @@ class Sizes:
     hi: int | None
     scale: float
     rows_first: bool
+    causal: bool  # the later a tile of queries, the more keys it meets
     groups: int = 2
     step: int = 64  # queries or keys that pass at a time
     stages: int = 4
+    ahead: bool = False  # what the next tile holds loads, and the results of the last leave, beside this one
+
+    @property
+    def spots(self):
+        """Tiles that are held at a time."""
+        return self.groups * (2 if self.ahead else 1)
+
+    def spot(self, group, turn):
+        """Where what a group holds lies in its turn."""
+        return group + lax.rem(turn, jnp.int32(2)) * self.groups if self.ahead else group
+
+    def settle(self, let_go, group, turn, first=True):
+        """Once in a turn, with `ahead`: wait until the last results have left, and let their room go."""
+        if self.ahead:
+
+            @pl.when((turn > 0) & first)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(let_go.at[self.spot(group, turn + 1)])
+
+    def leave(self, let_go, spot):
+        """The room of results that are under way: let it go, with `ahead` later on."""
+        if not self.ahead:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(let_go.at[spot])
 
     def cut(self, ref, b, h, first, size):
         """Rows of a head of an operand in device memory."""
@@ -57,6 +107,8 @@ def attend_backward(
     by_key=None,
     by_query=None,
     *,
+    end=None,
+    mask=None,
     scale,
     lo=None,
     hi=None,
@@ -68,13 +120,19 @@ def attend_backward(
     """(dq, dk, dv) like q, k, v for the cotangent do of o, operands as in `flash_hopper.attend`.
 
     Args: lse [B, H, L] float32, inf for rows that saw nothing; delta [B, H, L] float32, rowsum(do * o) less
-        the cotangent of lse.
-      by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, or None for
-        all: see `attend`.
+        the cotangent of lse; do, and delta, of rows that saw nothing may hold NaN.
+      by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, in place of
+        end and mask, which make their own: see `attend`.
       key_sizes, query_sizes: (groups, step, stages) of the two kernels; None is what suits.
     """
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, D, Dv = q.shape[rows], k.shape[rows], q.shape[3], v.shape[3]
+    H, Hkv = q.shape[heads], k.shape[heads]
+    seen = None
+    if end is not None or mask is not None:
+        seen = Seen.make(L, S, H // Hkv, lo, hi, end, mask)
+        alive = lse < jnp.inf
+        (delta,) = of_seen_rows(lse, delta)
     q, k = (pad(x, rows, up(D, 32)) for x in (q, k))
     do, v = (pad(x, rows, up(Dv, 32)) for x in (do, v))
     tall = up(L, 6 * ROWS)  # whole tiles of two or three groups
@@ -82,13 +140,23 @@ def attend_backward(
         jnp.pad(x, [(0, 0), (0, 0), (0, tall - L)], constant_values=fill)
         for x, fill in ((lse * LOG2E, jnp.inf), (delta, 0))
     )
-    H, Hkv = q.shape[heads], k.shape[heads]
-    sizes = partial(Sizes, H, H // Hkv, L, S, lo, hi, scale, rows_first)
+    causal = hi is not None and lo is None
+    if seen is not None:  # its bounds hold these
+        lo = hi = None
+    sizes = partial(Sizes, H, H // Hkv, L, S, lo, hi, scale, rows_first, causal)
     cores = cores or cores_of()
     operands = do, q, k, v, lse, delta
     fit = lambda n: (_groups(n, max(q.shape[3], v.shape[3])), 64, 4)
-    dk, dv = _run_keys(sizes(*(key_sizes or fit(S))), cores, by_key, *operands)
-    dq = _run_queries(sizes(*(query_sizes or fit(L))), cores, by_query, *operands)
+    key_sizes, query_sizes = sizes(*(key_sizes or fit(S))), sizes(*(query_sizes or fit(L)))
+    by_key, by_query = Hidden(by_key), Hidden(by_query)
+    if seen is not None:
+        copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
+        by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty)
+        stay = dirty.astype(jnp.int32), *copies
+        copies, dirty = cleaned((q, do), alive, ROWS, rows) if seen.uneven else ((), None)
+        by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, not causal)
+    dk, dv = _run_keys(key_sizes, cores, by_key, *operands)
+    dq = _run_queries(query_sizes, cores, by_query, *operands)
     trim = lambda x, n, d: lax.slice_in_dim(lax.slice_in_dim(x, 0, n, axis=rows), 0, d, axis=3)
     return trim(dq, L, D), trim(dk, S, D), trim(dv, S, Dv)
 
@@ -98,14 +166,15 @@ def _groups(n, wide):
     return 3 if wide <= 64 and up(n, 3 * ROWS) <= 1.15 * up(n, 2 * ROWS) else 2
 
 
-def _call(kernel, name, lists, operands, outputs, scratch, groups, blocks):
-    given = () if lists is None else (lists,)
+def _call(kernel, name, hidden, operands, outputs, scratch, groups, blocks, ahead):
+    given = jax.tree.leaves(hidden)
 
-    def with_lists(*refs):
-        kernel(*refs) if given else kernel(None, *refs)
+    def told(*refs):
+        mine, refs = with_refs(hidden, refs)
+        kernel(mine, *refs)
 
     return plgpu.kernel(
-        with_lists,
+        told,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         scratch_types=scratch,
         grid=(blocks,),
@@ -114,7 +183,7 @@ def _call(kernel, name, lists, operands, outputs, scratch, groups, blocks):
         thread_name="group",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **(SPARE if ahead else {})
         ),
     )(*given, *operands)
 
@@ -140,22 +209,15 @@ def _roles(groups, compute, load):
         load()
 
 
-def _row(ref, layout):
-    """A vector in shared memory, spread as a layout wants it."""
-    index = inspect.signature(plgpu.load).parameters.get("idx")  # JAX 0.10 asks for one
-    index = ((),) if index is not None and index.default is index.empty else ()
-    return plgpu.load(ref, *index, layout=layout)
-
-
 def _zeros(shape, layout=None):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout or plgpu.Layout.WGMMA)
 
 
-def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
+def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
     """(dk, dv): blocks of keys stay, queries pass."""
     high = ROWS * z.groups
     B, Hkv = k.shape[0], z.H // z.G
-    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.hi is not None and z.lo is None, cores)
+    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.causal and hidden.order is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     count = -(-z.L // z.step)  # tiles of queries a head
     tiles = lambda n: lax.div(jnp.maximum(n, 0), jnp.int32(z.step))  # that end by query n
@@ -169,8 +231,11 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
             stop = jnp.clip(tiles(first + keys - z.lo + z.step - 1), start, count)
         return start, stop
 
-    def kernel(lists_ref, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch):
-        q_room, do_room, lse_room, delta_room, k_room, v_room, seen_q, seen_do, free, held, let_go = scratch
+    def kernel(hidden, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch):
+        q_room, do_room, lse_room, delta_room, k_room, v_room, hides, *signals = scratch
+        seen_q, seen_do, free, held, let_go = signals
+        bounds_room, mask_room = hides
+        veiled = hidden.bounds is not None or hidden.mask is not None
         slot = lambda at: lax.rem(at, jnp.int32(z.stages))
         by_column = plgpu.Layout.WGMMA.reduce(0)
         across = lambda x: lax.broadcast_in_dim(x, (ROWS, z.step), [1])
@@ -178,13 +243,23 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
         unit = z.scale * LOG2E
 
         def compute(group):
-            key, value = k_room.at[group], v_room.at[group]
+            def veil(x, s_at, query, first):
+                """Scores of the keys from `first` and the queries from `query`, -inf where hidden."""
+                seen = None
+                if hidden.bounds is not None:
+                    row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+                    start, end = (spread(bounds_room.at[s_at, i], by_column) - first for i in (0, 1))
+                    seen = (row >= across(start)) & (row < across(end))
+                if hidden.mask is not None:
+                    some = shown(mask_room.at[s_at, pl.ds(group * ROWS, ROWS)], query, z.step)
+                    seen = some if seen is None else seen & some
+                return jnp.where(seen, x, -jnp.inf)
 
-            def step(at, query, first, dk, dv, masked):
-                s_at = slot(at)
+            def step(mine, at, query, first, dk, dv, masked):
+                s_at, (key, value) = slot(at), mine
                 plgpu.barrier_wait(seen_q.at[s_at])
                 plgpu.barrier_wait(seen_do.at[s_at])
-                lse = _row(lse_room.at[s_at], by_column)
+                lse = spread(lse_room.at[s_at], by_column)
 
                 def products(refs):
                     dk_ref, dv_ref = refs
@@ -194,7 +269,9 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                         plgpu.wgmma(dp, value, transposed(do_room.at[s_at]))
                         x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
                         x = x * unit - across(lse)
-                        if masked:
+                        if masked and veiled:
+                            x = veil(x, s_at, query, first)
+                        elif masked:
                             row = plgpu.broadcasted_iota(
                                 jnp.int32, (ROWS, z.step), 0, layout=plgpu.Layout.WGMMA
                             )
@@ -208,7 +285,7 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                         p = jnp.exp2(x)
                         plgpu.wgmma(dv_ref, p.astype(dtype), do_room.at[s_at])
                         y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
-                        ds = p * (y - across(_row(delta_room.at[s_at], by_column)))
+                        ds = p * (y - across(spread(delta_room.at[s_at], by_column)))
                         plgpu.wgmma(dk_ref, ds.astype(dtype), q_room.at[s_at])
 
                     pl.run_scoped(issue, scores, scores)
@@ -217,7 +294,7 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                 plgpu.barrier_arrive(free.at[s_at])
                 return dk, dv
 
-            def banded(loaded, first):
+            def banded(kv, turn, loaded, first):
                 """over(g, (at, dk, dv)): the queries of head g of the group past the keys of a block."""
                 start, stop = meets(first, high)
                 mine = first + group * ROWS
@@ -237,11 +314,12 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                         plgpu.barrier_wait(seen_do.at[to])
                         plgpu.barrier_arrive(free.at[to])
 
-                    move = lambda masked: lambda i, c: step(at + i - start, i * z.step, mine, *c, masked)
+                    move = lambda masked: lambda i, c: step(kv, at + i - start, i * z.step, mine, *c, masked)
                     pl.loop(start, own)(skip)
                     sums = tuple(sums)
                     if z.hi is not None:
                         sums = lax.fori_loop(own, clear, move(True), sums)
+                    z.settle(let_go, group, turn, g == 0)
                     sums = lax.fori_loop(clear, back, move(False), sums)
                     if z.lo is not None:
                         sums = lax.fori_loop(back, end, move(True), sums)
@@ -250,27 +328,32 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
 
                 return over
 
-            def by_list(first, h, tile):
+            def by_list(kv, turn, first, b, h, tile):
                 """As `banded`, the queries that the lists name."""
                 mine = first + group * ROWS
 
                 def over(g, carry):
                     at, *sums = carry
-                    entry = lists_ref.at[h * z.G + g if lists.shape[0] > 1 else 0, tile]
+                    entry = hidden.lists.at[pick(hidden.lists, b, h * z.G + g, tile)]
                     n, cut = entry[0], entry[1]
-                    masked = lambda x, c: step(at + x, entry[2 + x] * z.step, mine, *c, True)
-                    clear = lambda x, c: step(at + x, 0, mine, *c, False)
+                    masked = lambda x, c: step(kv, at + x, begins(entry[2 + x]), mine, *c, True)
+                    clear = lambda x, c: step(kv, at + x, 0, mine, *c, False)
                     sums = lax.fori_loop(jnp.int32(0), cut, masked, tuple(sums))
+                    z.settle(let_go, group, turn, g == 0)
                     return at + n, *lax.fori_loop(cut, n, clear, sums)
 
                 return over
 
-            def task(loaded, again, head, t):
-                tile = tasks.tall - 1 - t
+            def task(loaded, turn, head, t):
+                tile, spot = tasks.tall - 1 - t, z.spot(group, turn)
                 first = tile * high
                 b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
-                plgpu.barrier_wait(held.at[group])
-                over = banded(loaded, first) if lists is None else by_list(first, h, tile)
+                key, value = k_room.at[spot], v_room.at[spot]
+                plgpu.barrier_wait(held.at[spot])
+                if hidden.lists is None:
+                    over = banded((key, value), turn, loaded, first)
+                else:
+                    over = by_list((key, value), turn, first, b, h, tile)
                 zeros = loaded, _zeros((ROWS, D)), _zeros((ROWS, Dv))
                 loaded, dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(z.G), over, zeros)
                 first = first + group * ROWS
@@ -279,34 +362,40 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(key, z.cut(dk_ref, b, h, first, ROWS))
                 plgpu.copy_smem_to_gmem(value, z.cut(dv_ref, b, h, first, ROWS))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(let_go.at[group])
+                z.leave(let_go, spot)
                 return loaded
 
-            tasks.each(lax.axis_index("block"), task)
+            tasks.each(lax.axis_index("block"), task, hidden.order)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            def task(loaded, again, head, t):
+            def task(loaded, turn, head, t):
                 tile = tasks.tall - 1 - t
                 first = tile * high
                 b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
                 for g in range(z.groups):
+                    spot = z.spot(g, turn)
 
-                    @pl.when(again)
-                    def _(g=g):
-                        plgpu.barrier_wait(let_go.at[g])
+                    @pl.when(turn > (1 if z.ahead else 0))
+                    def _(spot=spot):
+                        plgpu.barrier_wait(let_go.at[spot])
 
-                    for x, to in ((k_ref, k_room), (v_ref, v_room)):
-                        plgpu.copy_gmem_to_smem(z.cut(x, b, h, first + g * ROWS, ROWS), to.at[g], held.at[g])
+                    own = lambda ref, at=first + g * ROWS: z.cut(ref, b, h, at, ROWS)
+                    other = [None, None]
+                    if hidden.stay:
+                        dirty, *copies = hidden.stay
+                        mine = jnp.minimum(tile * z.groups + g, dirty.shape[2] - 1)  # there may be no more
+                        other = [(x, dirty[*pick(dirty, b, h), mine] != 0) for x in copies]
+                    load_tile(own, k_ref, other[0], k_room.at[spot], held.at[spot])
+                    load_tile(own, v_ref, other[1], v_room.at[spot], held.at[spot])
 
                 def over(g, at):
                     head = h * z.G + g
-                    if lists is None:
+                    if hidden.lists is None:
                         start, stop = meets(first, high)
-                        n, query = stop - start, lambda x: start + x
+                        n, query = stop - start, lambda x: (start + x) * z.step
                     else:
-                        entry = lists_ref.at[head if lists.shape[0] > 1 else 0, tile]
+                        entry = hidden.lists.at[pick(hidden.lists, b, head, tile)]
                         n, query = entry[0], lambda x: entry[2 + x]
 
                     @pl.loop(jnp.int32(0), n)
@@ -317,15 +406,20 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
                         def _():
                             plgpu.barrier_wait(free.at[to])
 
-                        i = query(x) * z.step
+                        i = query(x)
+                        spare = [(copy, i < 0) for copy in hidden.spare] or [None, None]
+                        i = i if hidden.lists is None else begins(i)
                         rows = pl.ds(i, z.step)
-                        plgpu.copy_gmem_to_smem(
-                            z.cut(q_ref, b, head, i, z.step), q_room.at[to], seen_q.at[to]
-                        )
+                        cut = lambda ref: z.cut(ref, b, head, i, z.step)
+                        load_tile(cut, q_ref, spare[0], q_room.at[to], seen_q.at[to])
                         plgpu.copy_gmem_to_smem(lse_ref.at[b, head, rows], lse_room.at[to], seen_q.at[to])
-                        plgpu.copy_gmem_to_smem(
-                            z.cut(do_ref, b, head, i, z.step), do_room.at[to], seen_do.at[to]
-                        )
+                        if hidden.bounds is not None:
+                            own = bounds_at(hidden.bounds, b, head, i, z.step)
+                            plgpu.copy_gmem_to_smem(own, bounds_room.at[to], seen_q.at[to])
+                        if hidden.mask is not None:
+                            part = hidden.mask, mask_room.at[to], seen_q.at[to]
+                            load_mask(*part, b, head, first, i, x < entry[1])
+                        load_tile(cut, do_ref, spare[1], do_room.at[to], seen_do.at[to])
                         plgpu.copy_gmem_to_smem(
                             delta_ref.at[b, head, rows], delta_room.at[to], seen_do.at[to]
                         )
@@ -334,43 +428,52 @@ def _run_keys(z, cores, lists, do, q, k, v, lse, delta):
 
                 return lax.fori_loop(jnp.int32(0), jnp.int32(z.G), over, loaded)
 
-            tasks.each(lax.axis_index("block"), task)
+            tasks.each(lax.axis_index("block"), task, hidden.order)
 
         _roles(z.groups, compute, load)
 
     row = plgpu.SMEM((z.stages, z.step), jnp.float32)
     scratch = (
         room(z.stages, z.step, D, dtype), room(z.stages, z.step, Dv, dtype), row, row,
-        room(z.groups, ROWS, D, dtype), room(z.groups, ROWS, Dv, dtype),
-        _signal(z.stages, 2), _signal(z.stages, 2), _signal(z.stages, z.groups),
-        _signal(z.groups, 2), _signal(z.groups),
+        room(z.spots, ROWS, D, dtype), room(z.spots, ROWS, Dv, dtype),
+        rooms_for(hidden, (z.stages, z.step), (z.stages, high)),
+        _signal(z.stages, 2 + (hidden.bounds is not None) + (hidden.mask is not None)), _signal(z.stages, 2),
+        _signal(z.stages, z.groups), _signal(z.spots, 2), _signal(z.spots),
     )  # fmt: skip
     operands = do, q, k, v, lse, delta
-    return _call(kernel, "flash_dkv", lists, operands, (k, v), scratch, z.groups, tasks.blocks)
+    return _call(kernel, "flash_dkv", hidden, operands, (k, v), scratch, z.groups, tasks.blocks, z.ahead)
 
 
-def _run_queries(z, cores, lists, do, q, k, v, lse, delta):
+def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
     """dq: blocks of queries stay, keys pass, from the last to the first."""
     high = ROWS * z.groups
     B = q.shape[0]
-    tasks = Tasks.make(B * z.H, -(-z.L // high), z.hi is not None and z.lo is None, cores)
+    tasks = Tasks.make(B * z.H, -(-z.L // high), z.causal and hidden.order is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     band = Band(z.S, z.lo, z.hi, z.step)
 
-    def kernel(lists_ref, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
-        k_room, v_room, q_room, do_room, lse_room, delta_room, ks, vs, k_free, v_free, held, let_go = scratch
+    def kernel(hidden, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
+        k_room, v_room, q_room, do_room, lse_room, delta_room, hides, *signals = scratch
+        ks, vs, k_free, v_free, held, let_go = signals
+        lists, (bounds_room, mask_room) = hidden.lists, hides
+        veiled = hidden.bounds is not None or hidden.mask is not None
         slot = lambda at: lax.rem(at, jnp.int32(z.stages))
         by_row, whole = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
         wide = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])
         scores = plgpu.ACC((ROWS, z.step), jnp.float32)
         unit = z.scale * LOG2E
-        banded = band.edge or z.lo is not None or lists is not None  # the first tile may be cut
+        banded = band.edge or z.lo is not None or hidden.lists is not None  # the first tile may be cut
 
         def compute(group):
-            query, cotangent = q_room.at[group], do_room.at[group]
+            def own_mask(at):
+                if hidden.mask is None:
+                    return None
+                return mask_room.at[at, pl.ds(0 if mask_room.shape[1] == ROWS else group * ROWS, ROWS)]
 
-            def task(loaded, again, head, t):
-                first = t * high
+            def task(loaded, turn, head, t):
+                first, spot = t * high, z.spot(group, turn)
+                query, cotangent = q_room.at[spot], do_room.at[spot]
+                bounds = None if hidden.bounds is None else bounds_room.at[spot]
                 b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
                 if lists is None:
                     begin, end = band.of_block(first, high)
@@ -378,12 +481,16 @@ def _run_queries(z, cores, lists, do, q, k, v, lse, delta):
                     before, after, n = end - own_end, own_begin - begin, end - begin
                     see = band.sight(first + group * ROWS, own_begin, own_end)
                 else:
-                    see = listed(lists_ref, h, t)
+                    see = listed(lists, b, h, t)
                     before, after, n = jnp.int32(0), jnp.int32(0), see.n
                 first = first + group * ROWS
-                plgpu.barrier_wait(held.at[group])
-                lse, delta = _row(lse_room.at[group], by_row), _row(delta_room.at[group], by_row)
-                hide = lambda y, x: band.hide(y, first, see.key(x), whole, see.none)
+                plgpu.barrier_wait(held.at[spot])
+                lse, delta = spread(lse_room.at[spot], by_row), spread(delta_room.at[spot], by_row)
+
+                def hide(y, x):
+                    if veiled:
+                        return veil(y, see.key(x), bounds, own_mask(slot(loaded + before + x)), whole)
+                    return band.hide(y, first, see.key(x), whole, see.none)
 
                 def both(x, acc, ds, masked):
                     """dq of tile x - 1, ds of tile x."""
@@ -434,6 +541,7 @@ def _run_queries(z, cores, lists, do, q, k, v, lse, delta):
                 p = jnp.exp2(hide(y, jnp.int32(0)) if banded else y)
                 carry = _zeros((ROWS, D)), (p * (dp - wide(delta, z.step))).astype(dtype)
                 start = jnp.int32(1)
+                z.settle(let_go, group, turn)
                 if z.hi is not None or lists is not None:
                     carry = lax.fori_loop(start, see.hidden, lambda x, c: both(x, *c, True), carry)
                     start = jnp.maximum(see.hidden, 1)
@@ -448,65 +556,77 @@ def _run_queries(z, cores, lists, do, q, k, v, lse, delta):
                 plgpu.barrier_arrive(k_free.at[at])
                 if z.lo is not None:
                     pl.loop(n - after, n)(skip)
+                if veiled:  # queries of rows that see nothing may hold NaN
+                    acc = jnp.where(wide(lse, D) < jnp.inf, acc, 0.0)
                 query[...] = (acc * z.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query, z.cut(dq_ref, b, h, first, ROWS))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(let_go.at[group])
+                z.leave(let_go, spot)
                 return loaded + n
 
-            tasks.each(lax.axis_index("block"), task)
+            tasks.each(lax.axis_index("block"), task, hidden.order)
             plgpu.wait_smem_to_gmem(0)
 
         def load():
-            def task(loaded, again, head, t):
+            def task(loaded, turn, head, t):
                 first = t * high
                 b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
                 key_head = lax.div(h, jnp.int32(z.G))
                 if lists is None:
                     see = band.sight(first, *band.of_block(first, high))
                 else:
-                    see = listed(lists_ref, h, t)
+                    see = listed(lists, b, h, t)
                 for g in range(z.groups):
+                    at, spot = first + g * ROWS, z.spot(g, turn)
 
-                    @pl.when(again)
-                    def _(g=g):
-                        plgpu.barrier_wait(let_go.at[g])
+                    @pl.when(turn > (1 if z.ahead else 0))
+                    def _(spot=spot):
+                        plgpu.barrier_wait(let_go.at[spot])
 
-                    at = first + g * ROWS
-                    plgpu.copy_gmem_to_smem(z.cut(q_ref, b, h, at, ROWS), q_room.at[g], held.at[g])
-                    plgpu.copy_gmem_to_smem(z.cut(do_ref, b, h, at, ROWS), do_room.at[g], held.at[g])
-                    plgpu.copy_gmem_to_smem(lse_ref.at[b, h, pl.ds(at, ROWS)], lse_room.at[g], held.at[g])
-                    plgpu.copy_gmem_to_smem(delta_ref.at[b, h, pl.ds(at, ROWS)], delta_room.at[g], held.at[g])
+                    rows = pl.ds(at, ROWS)
+                    to = lambda source, room, spot=spot: plgpu.copy_gmem_to_smem(
+                        source, room.at[spot], held.at[spot]
+                    )
+                    to(z.cut(q_ref, b, h, at, ROWS), q_room)
+                    to(z.cut(do_ref, b, h, at, ROWS), do_room)
+                    to(lse_ref.at[b, h, rows], lse_room)
+                    to(delta_ref.at[b, h, rows], delta_room)
+                    if hidden.bounds is not None:
+                        to(bounds_at(hidden.bounds, b, h, at, ROWS), bounds_room)
 
                 @pl.loop(jnp.int32(0), see.n)
                 def _(x):
-                    to, key = slot(loaded + x), see.key(x) * z.step
-                    for ref, to_room, full, free in (
-                        (k_ref, k_room, ks, k_free),
-                        (v_ref, v_room, vs, v_free),
+                    to, key = slot(loaded + x), see.key(x)
+                    spare = [(copy, see.spare(x)) for copy in hidden.spare] or [None, None]
+                    for ref, other, to_room, full, free in (
+                        (k_ref, spare[0], k_room, ks, k_free),
+                        (v_ref, spare[1], v_room, vs, v_free),
                     ):
 
                         @pl.when(loaded + x >= z.stages)
                         def _(free=free):
                             plgpu.barrier_wait(free.at[to])
 
-                        plgpu.copy_gmem_to_smem(
-                            z.cut(ref, b, key_head, key, z.step), to_room.at[to], full.at[to]
-                        )
+                        cut = lambda ref: z.cut(ref, b, key_head, key, z.step)
+                        load_tile(cut, ref, other, to_room.at[to], full.at[to])
+                    if hidden.mask is not None:
+                        load_mask(hidden.mask, mask_room.at[to], ks.at[to], b, h, first, key, x < see.hidden)
 
                 return loaded + see.n
 
-            tasks.each(lax.axis_index("block"), task)
+            tasks.each(lax.axis_index("block"), task, hidden.order)
 
         _roles(z.groups, compute, load)
 
-    row = plgpu.SMEM((z.groups, ROWS), jnp.float32)
+    tall = None if hidden.mask is None else min(high, hidden.mask.shape[2])
+    row = plgpu.SMEM((z.spots, ROWS), jnp.float32)
     scratch = (
         room(z.stages, z.step, D, dtype), room(z.stages, z.step, Dv, dtype),
-        room(z.groups, ROWS, D, dtype), room(z.groups, ROWS, Dv, dtype), row, row,
-        _signal(z.stages), _signal(z.stages), _signal(z.stages, z.groups), _signal(z.stages, z.groups),
-        _signal(z.groups, 4), _signal(z.groups),
+        room(z.spots, ROWS, D, dtype), room(z.spots, ROWS, Dv, dtype), row, row,
+        rooms_for(hidden, (z.spots, ROWS), (z.stages, tall)),
+        _signal(z.stages, 1 + (hidden.mask is not None)), _signal(z.stages),
+        _signal(z.stages, z.groups), _signal(z.stages, z.groups),
+        _signal(z.spots, 4 + (hidden.bounds is not None)), _signal(z.spots),
     )  # fmt: skip
     operands = do, q, k, v, lse, delta
-    return _call(kernel, "flash_dq", lists, operands, (q,), scratch, z.groups, tasks.blocks)[0]
+    return _call(kernel, "flash_dq", hidden, operands, (q,), scratch, z.groups, tasks.blocks, z.ahead)[0]

@@ -324,8 +324,12 @@ def test_block_sparse_flash_lists_name_every_visible_tile_once():
             at = at.reshape(heads, tall, rows, wide, keys).swapaxes(2, 3)
             some, whole = at.any((3, 4)), at.all((3, 4))
             some, whole = (x.swapaxes(1, 2) if by_key else x for x in (some, whole))
-            assert lists.shape == (*some.shape[:2], 2 + some.shape[2])
-            n, cut, order = lists[..., :1], lists[..., 1:2], lists[..., 2:]
+            assert lists.shape == (1, *some.shape[:2], 2 + some.shape[2])
+            n, cut, order = (
+                lists[0, ..., :1],
+                lists[0, ..., 1:2],
+                lists[0, ..., 2:] // (rows if by_key else keys),
+            )
             np.testing.assert_array_equal(np.sort(order, axis=-1), np.indices(order.shape)[-1])
             listed = np.arange(order.shape[-1])[None, None]
             for tiles, upto in ((some, n), (some & ~whole, cut)):

@@ -195,23 +195,87 @@ def test_flash_hopper_matches_ref_on_a_gpu(name):
     back = jax.jit(lambda *x: accel.flash.flash_attention_bwd(*x, impl="hopper", **options))
     got, again = (back(do, q, k, v, o, lse) for _ in range(2))
     want = ref.flash.flash_attention_bwd(wide[3], *wide[:3], want_o, want_lse, **options)
-    most = gradient_sizes(*wide, want_o, want_lse, causal, scale)
+    seen = np.arange(S) - np.arange(L)[:, None] <= (S - L if causal else S)
+    most = gradient_sizes(*wide, want_o, want_lse, seen, scale)
     for g, other, w, whole in zip(got, again, want, most, strict=True):
         np.testing.assert_array_equal(g, other)
         assert g.dtype == q.dtype
         assert np.abs(np.asarray(g, np.float64) - w).max() <= 2 * eps * whole
 
 
-def gradient_sizes(q, k, v, do, o, lse, causal, scale):
+def gradient_sizes(q, k, v, do, o, lse, seen, scale):
     """What dq, dk and dv are at most if every term counts by its size: an error of one part is so much."""
-    (H, L), (Hkv, S) = q.shape[1:3], k.shape[1:3]
+    H, (Hkv, S) = q.shape[1], k.shape[1:3]
     each = lambda x: np.repeat(x, H // Hkv, axis=1)
     summed = lambda x: x.sum(-2).reshape(len(x), Hkv, -1, S).sum(2).max()
-    seen = np.arange(S) - np.arange(L)[:, None] <= (S - L if causal else S)
     p = np.exp(scale * q @ each(k).swapaxes(-1, -2) - np.where(np.isinf(lse), np.inf, lse)[..., None]) * seen
     slopes = p * (np.abs(do @ each(v).swapaxes(-1, -2)) + np.abs(do * o).sum(-1)[..., None])
     dq, dk = slopes.sum(-1).max() * np.abs(k).max(), summed(slopes) * np.abs(q).max()
     return abs(scale) * dq, abs(scale) * dk, summed(p) * np.abs(do).max()
+
+
+HIDDEN = {  # [B, H, L, D], key heads, keys, causal, key_lengths, axes of the mask
+    "lengths": ((3, 4, 300, 128), 2, 420, False, [420, 133, 0], None),
+    "lengths_causal": ((2, 4, 420, 64), 2, 420, True, [400, 97], None),
+    "lengths_of_heads": ((2, 3, 100, 32), 3, 200, True, [[200, 64, 31], [128, 0, 199]], None),
+    "mask_of_heads": ((2, 4, 300, 128), 2, 420, False, None, (1, 4, 300, 420)),
+    "mask_of_batches": ((2, 3, 270, 64), 1, 333, True, [300, 301], (2, 1, 270, 333)),
+    "mask_of_keys": ((2, 4, 420, 128), 2, 420, True, None, (2, 1, 1, 420)),
+    "mask_wide": ((1, 2, 200, 192), 1, 300, True, None, (1, 1, 200, 300)),
+    "mask_of_one_query": ((2, 8, 1, 64), 2, 500, False, [500, 77], (2, 1, 1, 500)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HIDDEN, ids=lambda n: f"flash_{n}")
+def test_flash_hopper_with_hidden_keys_matches_ref_on_a_gpu(name):
+    """Values and gradients, bounds as above; rows that see nothing, and NaN in what nothing sees, count 0."""
+    (B, H, L, D), Hkv, S, causal, lengths, mask = HIDDEN[name]
+    rng = np.random.default_rng()
+    shapes = (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, D), (B, H, L, D)
+    q, k, v, do = (jnp.asarray(2 * rng.standard_normal(s), jnp.bfloat16) for s in shapes)
+    options = {"causal": causal}
+    if lengths is not None:
+        options["key_lengths"] = np.array(lengths).reshape(B, -1)
+    if mask is not None:
+        options["mask"] = rng.random(mask) < 0.5
+        options["mask"][..., 20:40], options["mask"][..., 60:200, 64:200] = False, True
+    seen = visible(L, S, (B, H), **options)
+    used = seen.reshape(B, Hkv, -1, L, S).any((2, 3))[..., None]
+    rows = seen.any(-1)[..., None]
+    bad = [jnp.where(keep, x, jnp.nan) for keep, x in ((rows, q), (used, k), (used, v), (rows, do))]
+
+    def call(q, k, v, do):
+        f = lambda *x: accel.flash.flash_attention(*x, return_lse=True, impl="hopper", **options)
+        (o, lse), pull = jax.vjp(f, q, k, v)
+        return o, lse, *pull((do, jnp.zeros_like(lse)))
+
+    (o, lse, *got), again = jax.jit(call)(*bad), jax.jit(call)(*bad)
+    for one, other in zip((o, lse, *got), again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    wide = [np.asarray(x, np.float64) for x in (q, k, v, do)]
+    want_o, want_lse = ref.flash.flash_attention(*wide[:3], return_lse=True, **options)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert np.abs(np.asarray(o, np.float64) - want_o).max() <= 2 * eps * np.abs(wide[2]).max()
+    np.testing.assert_array_equal(np.isneginf(lse), ~rows[..., 0])
+    some = np.isfinite(want_lse)
+    np.testing.assert_allclose(
+        np.asarray(lse)[some], want_lse[some], rtol=0, atol=bound(*wide[:3]) + 2.0**-20
+    )
+    want = ref.flash.flash_attention_bwd(wide[3], *wide[:3], want_o, want_lse, **options)
+    most = gradient_sizes(*wide, want_o, want_lse, seen, D**-0.5)
+    for g, w, whole in zip(got, want, most, strict=True):
+        assert np.abs(np.asarray(g, np.float64) - w).max() <= 2 * eps * whole
+
+
+def visible(L, S, lead, *, causal, key_lengths=None, mask=True):
+    """bool [*lead, L, S]: the definition, written out."""
+    n = np.full((*lead, 1, 1), S)
+    if key_lengths is not None:
+        n = np.broadcast_to(key_lengths, lead)[..., None, None]
+    i, j = np.indices((L, S))
+    seen = j < n
+    return np.broadcast_to((seen & (j <= i + n - L) if causal else seen) & mask, (*lead, L, S))
 
 
 @pytest.mark.gpu
@@ -222,8 +286,6 @@ def test_flash_hopper_is_what_auto_takes_and_maps_on_a_gpu():
     assert "mosaic_gpu" in jax.jit(call).lower(q, k, v).as_text()
     assert "mosaic_gpu" not in jax.jit(call).lower(*(x.astype(jnp.float32) for x in (q, k, v))).as_text()
     np.testing.assert_array_equal(jax.vmap(call)(q, k, v), call(q, k, v))
-    with pytest.raises(NotImplementedError, match="no mask or lengths"):
-        call(q, k, v, mask=np.ones((200, 200), bool), impl="hopper")
     with pytest.raises(NotImplementedError, match="differentiable once"):
         jax.eval_shape(jax.hessian(lambda q: call(q, k, v, impl="hopper").astype(jnp.float32).sum()), q)
 
@@ -265,6 +327,27 @@ def test_flash_hopper_takes_every_tile_once_and_evenly(name):
         assert np.ptp(work.sum(-1)) <= 0.05 * work.sum(-1).mean()
 
 
+def test_flash_hopper_takes_long_tiles_first_where_batches_differ():
+    """The order by cost: every tile of every head once, the longest first, no block with much more to do."""
+    from accel.kernels.flash_hopper_lists import by_cost
+
+    B, H, tall = 3, 4, 10
+    rng = np.random.default_rng(0)
+    cost = rng.integers(0, 9, (B, 1, tall))
+    lists = jnp.asarray(np.concatenate([cost[..., None], 0 * cost[..., None]], axis=3), jnp.int32)
+    order = by_cost(lists)
+    assert by_cost(lists[:1]) is None
+    met = cost.reshape(-1)[np.asarray(order)]
+    assert (np.diff(met) <= 0).all()
+    tasks = accel.flash.kernel_module("hopper").Tasks.make(B * H, tall, False, 7)
+    each = jax.vmap(jax.vmap(lambda b, i: tasks.at(b, i, order), (None, 0)), (0, None))
+    count = lambda n: jnp.arange(n, dtype=jnp.int32)
+    some, head, tile = map(np.asarray, each(count(tasks.blocks), count(tasks.turns)))
+    assert sorted(zip(head[some], tile[some], strict=True)) == list(np.ndindex(B * H, tall))
+    work = (cost[head // H, 0, tile] * some).sum(1)
+    assert work.max() <= work.mean() + cost.max() / 2
+
+
 BANDS = {  # L, S, lo, hi, keys a tile
     "flash_window": (300, 300, -40, 40, 64),
     "flash_causal": (300, 400, None, 100, 128),
@@ -295,11 +378,74 @@ def test_flash_hopper_bands_hold_what_is_seen_and_know_what_is_cut(name):
             assert not some[:own_begin].any()
             assert not some[own_end:].any()
             see = band.sight(first, jnp.int32(own_begin), jnp.int32(own_end))
-            taken = [int(see.key(x)) for x in range(int(see.n))]
+            taken = [int(see.key(x)) // keys for x in range(int(see.n))]
             assert sorted(taken) == list(range(own_begin, own_end))
             assert whole[taken[int(see.hidden) : int(see.clear)]].all()
             if not (band.edge or lo is not None):
                 assert whole.all()
+
+
+BOUNDED = {  # what hides keys of two batches of two heads, 140 queries and 300 keys
+    "flash_lengths": ("lengths",),
+    "flash_ends": ("ends", "causal"),
+    "flash_window": ("lengths", "window"),
+    "flash_padding": ("padding", "causal"),
+    "flash_mask": ("mask",),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("by_key", [False, True], ids=["flash_by_query", "flash_by_key"])
+def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
+    """What the kernels make of lists, bounds and mask, pair by pair; no tile is visited that nobody sees."""
+    from accel.kernels.flash_hopper_lists import Seen, unpacked
+
+    (B, H, L, S), (size, keys) = (2, 2, 140, 300), (64, 128) if by_key else (128, 64)
+    rng = np.random.default_rng(0)
+    options = {}
+    for part in BOUNDED[name]:
+        options |= {
+            "lengths": {"end": np.array([[[0]], [[167]]], np.int32)},
+            "ends": {"end": rng.integers(-1, S - 50, (B, H, L)).astype(np.int32)},
+            "causal": {"hi": S - L},
+            "window": {"lo": -20, "hi": 30},
+            "padding": {"mask": rng.random((B, 1, 1, S)) < np.linspace(1.5, 0, S)},
+            "mask": {"mask": rng.random((1, H, L, S)) < np.where(np.arange(S) < 150, 1, 1e-4)},
+        }[part]
+    i, j = np.indices((L, S))
+    seen = options.get("mask", True) & (j < options.get("end", np.full((1, 1, 1), S))[..., None])
+    seen = seen & (j - i >= options.get("lo", -L)) & (j - i <= options.get("hi", S))
+    seen = np.broadcast_to(seen, (B, H, L, S))
+    made = Seen.make(
+        L, S, 1, **{n: jnp.asarray(x) if n in ("end", "mask") else x for n, x in options.items()}
+    )
+    told = (made.by_key if by_key else made.by_query)(size, keys)
+    lists, bounds, mask = (None if x is None else np.asarray(x) for x in told[:3])
+    full = lambda x: None if x is None else np.broadcast_to(x, (B, H, *x.shape[2:]))
+    lists, bounds, mask = (
+        full(lists),
+        full(bounds),
+        full(None if mask is None else np.asarray(unpacked(mask))),
+    )
+    if by_key and mask is not None:
+        mask = mask.swapaxes(2, 3)
+    met = np.zeros((B, H, L + size, S + keys), int)
+    for b, h, tile in np.ndindex(B, H, -(-S // keys) if by_key else -(-L // size)):
+        n, cut, *places = lists[b, h, min(tile, lists.shape[2] - 1)]
+        for x, at in enumerate(places[:n]):
+            top, left = (at, tile * keys) if by_key else (tile * size, at)
+            i, j = top + np.arange(size)[:, None], left + np.arange(keys)
+            shown = (i < L) & (j < S)
+            if x < cut and bounds is not None:
+                start, end = bounds[b, h][:, np.minimum(i, bounds.shape[3] - 1)]
+                shown &= (j >= start) & (j < end)
+            if x < cut and mask is not None:
+                at = (np.minimum(x, n - 1) for x, n in zip((i, j), mask.shape[2:], strict=True))
+                shown &= mask[b, h, *at]
+            met[b, h, top : top + size, left : left + keys] += shown
+            assert shown.any() or (bounds is not None and mask is not None)  # each alone is exact
+    np.testing.assert_array_equal(met[:, :, :L, :S], seen)
+    assert not met[:, :, L:].any()
 
 
 def test_flash_kernels_lower_for_their_devices():
@@ -316,9 +462,15 @@ def test_flash_kernels_lower_for_their_devices():
         for fn, args in ((forward, (q, k, k, end)), (backward, (q, q, k, k, row, row, end))):
             lowered(fn, args, platform)
     module = accel.flash.kernel_module("hopper")
-    lowered(lambda q, k, v: module.forward(q, k, v, scale=0.1, hi=0), (q, k, k), "hopper")
-    backward = lambda *x: module.backward(*x, scale=0.1, lo=-20, hi=0)
+    k = shape(jnp.bfloat16, 2, 1, 300, 64)
+    lowered(lambda q, k, v: module.attend(q, k, v, scale=0.1, hi=0), (q, k, k), "hopper")
+    backward = lambda *x: module.attend_backward(*x, scale=0.1, lo=-20, hi=0)
     lowered(backward, (q, q, k, k, row, row), "hopper")
+    end, mask = shape(jnp.int32, 2, 1, 1), shape(bool, 1, 2, 300, 300)
+    hidden = lambda *x: module.attend_backward(*x, scale=0.1)
+    lowered(lambda *x: module.attend(*x, scale=0.1, hi=0), (q, k, k, end, mask), "hopper")
+    lowered(hidden, (q, q, k, k, row, row, end), "hopper")
+    lowered(hidden, (q, q, k, k, row, row, None, mask), "hopper")
     q, k = shape(jnp.float16, 1, 65, 4, 256), shape(jnp.float16, 1, 33, 2, 256)
     window = {"scale": -0.1, "lo": -20, "hi": 30, "rows_first": True}
     lowered(lambda q, k, v: module.attend(q, k, v, **window), (q, k, k), "hopper")
@@ -384,7 +536,9 @@ ON_HOPPER = {  # options, dtypes of q, k and v, and what "auto" takes on a Hoppe
     "float32": ({}, "fff", "triton"),
     "a scale of zero": ({"scale": 0.0}, "bbb", "hopper"),
     "a negative scale": ({"scale": -1}, "bbb", "hopper"),
-    "a mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "triton"),
+    "a mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "hopper"),
+    "a mask in float32": ({"mask": np.ones((256, 256), bool)}, "fff", "triton"),
+    "lengths": ({"key_lengths": np.array(200)}, "bbb", "hopper"),
     "values of another dtype": ({}, "bbf", "triton"),
     "keys of another dtype": ({}, "fbb", "xla"),
     "tiles of its own": ({"block_q": 100}, "bbb", "hopper"),

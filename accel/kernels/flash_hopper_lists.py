@@ -1,0 +1,218 @@
+"""What the kernels for Hopper are told about hidden keys: lists of tiles, bounds of rows, and a mask.
+
+A row sees the keys start <= j < end, and of these those of a boolean mask. From that follow, by comparisons
+in plain JAX, for every tile of queries (or of keys) the tiles that it meets, those that something cuts in
+front: only these are masked, and tiles that nobody sees are not visited. Axes of length 1 are shared.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+__all__ = ["Hidden", "Seen", "listing", "packed"]
+
+SHARED = 64  # rows of a table or a mask that all rows share: what a group of the kernels takes
+
+
+class Hidden(NamedTuple):
+    """Operands of a kernel, None where not needed.
+
+    lists: int32 [B or 1, H or 1, tiles or 1, 2 + n], see `listing`.
+    bounds: int32 [B or 1, H or 1, 2, L or SHARED], start and end of every row.
+    mask: `packed` of [B or 1, H or 1, L or SHARED, S], in kernels that hold keys of [.., S, L or 128].
+    spare: like the arrays that pass, with zeros for what nothing sees, or what sees nothing, in the tiles
+      where that is; only these are written there, and the lists name their beginning x as -1 - x.
+    stay: (int32 [B or 1, Hkv or 1, S / 64], whether 64 keys are to be taken from them; arrays like the keys
+      and values that are held, likewise), or nothing.
+    order: int32 [B tiles], see `by_cost`.
+    """
+
+    lists: jax.Array | None = None
+    bounds: jax.Array | None = None
+    mask: jax.Array | None = None
+    spare: tuple[jax.Array, ...] = ()
+    stay: tuple[jax.Array, ...] = ()
+    order: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which of S keys L rows see: start <= j < end, int32 [B or 1, H or 1, L or 1], and mask, bool [B or 1, H
+    or 1, L or 1, S]; None: no such bound. G query heads share a key head.
+    """
+
+    L: int
+    S: int
+    G: int
+    start: jax.Array | None = None
+    end: jax.Array | None = None
+    mask: jax.Array | None = None
+
+    @staticmethod
+    def make(L, S, G, lo=None, hi=None, end=None, mask=None):
+        """As above, and i + lo <= j <= i + hi."""
+        i = np.arange(L, dtype=np.int32)[None, None]
+        start = None if lo is None or lo <= 1 - L else np.clip(i + lo, 0, S).astype(np.int32)
+        last = None if hi is None or hi >= S - 1 else np.clip(i + hi + 1, 0, S).astype(np.int32)
+        if end is None:
+            end = last
+        else:
+            end = jnp.minimum(end, S if last is None else last).astype(jnp.int32)
+        return Seen(L, S, G, start, end, mask)
+
+    @property
+    def uneven(self):
+        """Whether some row of a head may see nothing where others see something."""
+        return self.mask is not None or max(x.shape[2] for x in self.rows) > 1
+
+    @property
+    def _unbroken(self):
+        """Whether the ranges of the rows that see something leave no gap between them."""
+        return self.start is None or isinstance(self.start, np.ndarray)  # one key further from row to row
+
+    @property
+    def rows(self):
+        """(start, end) of every row, alike in shape."""
+        start = np.zeros((1, 1, 1), np.int32) if self.start is None else self.start
+        end = np.full((1, 1, 1), self.S, np.int32) if self.end is None else self.end
+        xp = jnp if isinstance(end, jax.Array) or isinstance(start, jax.Array) else np
+        return xp.broadcast_arrays(start, end)
+
+    def tiles(self, size, keys):
+        """(seen, whole), bool [B or 1, H or 1, tiles or 1, tiles of keys]: which tiles of `size` queries and
+        `keys` keys may hold a key that a row sees, and of which every row sees every key.
+        """
+        start, end = self.rows
+        xp = np if isinstance(end, np.ndarray) else jnp
+        if start.shape[2] > 1:
+            long = [(0, 0), (0, 0), (0, -self.L % size)]
+            cut = lambda x, fill: xp.pad(x, long, constant_values=fill).reshape(*x.shape[:2], -1, size, 1)
+            low, high, least, most = cut(start, self.S), cut(end, 0), cut(start, 0), cut(end, 2**30)
+        else:
+            low, high = (x[..., None, None] for x in (start, end))
+            least, most = low, high
+        first = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None, None]
+        seen = ((low < high) & (low < first + keys) & (high > first)).any(3)
+        whole = ((least <= first) & (most >= first + keys)).all(3)
+        if self.mask is None:
+            return seen, whole
+        bits, n = packed(self.mask), first.shape[4]
+        bits = jnp.pad(bits, [(0, 0), (0, 0), (0, 0), (0, keys // 8)])[..., : n * keys // 8]
+        tall = size if bits.shape[2] > 1 else 1
+        cut = lambda fill: _rows_of(bits, tall, fill).reshape(*bits.shape[:2], -1, tall, n, keys // 8)
+        return seen & (cut(0) > 0).any((3, 5)), whole & (cut(255) == 255).all((3, 5))
+
+    def by_query(self, size, keys, spare=(), dirty=None):
+        """The Hidden of a kernel that holds `size` queries while tiles of `keys` keys pass; `spare` for those
+        that are `dirty`, bool [B or 1, Hkv or 1, tiles].
+        """
+        at = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None]
+        if dirty is not None:
+            each = self.G if dirty.shape[1] > 1 else 1
+            at = jnp.where(jnp.repeat(dirty, each, axis=1)[:, :, None], -1 - at, at)
+        return Hidden(listing(*self.tiles(size, keys), at), self._bounds(), self._padded(), spare)
+
+    def by_key(self, size, keys, spare=(), dirty=None, stay=(), ordered=True):
+        """The Hidden of a kernel that holds `keys` keys while tiles of `size` queries pass; `spare` for those
+        that are `dirty`, bool [B or 1, H or 1, tiles]; ordered: with the order by cost.
+        """
+        seen, whole = self.tiles(size, keys)
+        if seen.shape[2] == 1:
+            tall = -(-self.L // size)
+            seen, whole = (jnp.broadcast_to(x, (*x.shape[:2], tall, x.shape[3])) for x in (seen, whole))
+        at = np.arange(0, self.L, size, dtype=np.int32)[None, None, None]
+        if dirty is not None:
+            at = jnp.where(dirty[:, :, None], -1 - at, at)
+        lists = listing(seen.swapaxes(2, 3), whole.swapaxes(2, 3), at)
+        order = by_cost(lists[:, :, ::-1]) if ordered else None  # the kernel counts its tiles from the last
+        return Hidden(lists, self._bounds(), self._padded(turned=True), spare, stay, order)
+
+    def _bounds(self):
+        if self.start is None and self.end is None:
+            return None
+        both = jnp.stack(self.rows, axis=2)
+        if both.shape[3] == 1:
+            return jnp.broadcast_to(both, (*both.shape[:3], SHARED))
+        return jnp.pad(both, [(0, 0), (0, 0), (0, 0), (0, -self.L % 4)])
+
+    def _padded(self, turned=False):
+        if self.mask is None:
+            return None
+        x = self.mask
+        if x.shape[2] == 1:
+            x = jnp.broadcast_to(x, (*x.shape[:2], 128 if turned else SHARED, self.S))
+        return packed(x.swapaxes(2, 3) if turned else x)
+
+    def keys(self):
+        """bool [B or 1, Hkv or 1, S]: the keys that some row of a key head's query heads sees."""
+        j = np.arange(self.S, dtype=np.int32)[None, None, None]
+        if self.start is None and self.end is None:
+            seen = unpacked(lax.reduce(packed(self.mask), np.uint8(0), lax.bitwise_or, (2,)))[..., : self.S]
+        elif self.mask is None and self._unbroken:
+            start, end = self.rows
+            none = start >= end
+            first, last = jnp.where(none, self.S, start).min(2), jnp.where(none, 0, end).max(2)
+            seen = (j[0] >= first[..., None]) & (j[0] < last[..., None])
+        else:
+            start, end = (x[..., None] for x in self.rows)
+            seen = (j >= start) & (j < end)
+            seen = (seen if self.mask is None else seen & self.mask).any(2)
+        B, H = seen.shape[:2]
+        return seen.reshape(B, -1, self.G if H > 1 else 1, self.S).any(2)
+
+
+def by_cost(lists):
+    """int32 [B T]: b T + t for the T tiles of all batches b, those that meet most others first; None where
+    all batches have one list, and the usual order does as well.
+    """
+    if lists.shape[0] == 1:
+        return None
+    cost = lists[..., 0].sum(1).reshape(-1)
+    number = np.arange(len(cost), dtype=np.int32)
+    ahead = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (number[None] < number[:, None]))
+    rank = ahead.sum(-1, dtype=jnp.int32)
+    return jnp.where(rank[None] == number[:, None], number[None], 0).sum(-1, dtype=jnp.int32)
+
+
+def packed(mask):
+    """bool [.., R, C] -> uint8 [.., R, C / 8], C in whole 128s; bit i of byte 8 t + c: column 64 t + 8 i + c,
+    so that a thread of a warpgroup finds the columns it holds in as few bytes as possible.
+    """
+    x = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 128)]).astype(jnp.uint8)
+    x = x.reshape(*x.shape[:-1], -1, 8, 8)
+    return reduce(or_, (x[..., i, :] << np.uint8(i) for i in range(8))).reshape(*x.shape[:-3], -1)
+
+
+def unpacked(bits):
+    """The inverse of `packed`: bool [.., 8 n] of uint8 [.., n]."""
+    x = bits.reshape(*bits.shape[:-1], -1, 8)
+    return jnp.stack([x & np.uint8(1 << i) for i in range(8)], axis=-2).reshape(*bits.shape[:-1], -1) > 0
+
+
+def _rows_of(x, tall, fill):
+    """[B, H, L, ..] in tiles of so many rows, those beyond the last filled."""
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % tall), (0, 0)], constant_values=np.uint8(fill))
+
+
+def listing(seen, whole, at):
+    """int32 [.., tiles, 2 + n]: for every tile how many of n others it sees, how many of these are cut, and
+    where they begin, the cut ones first. seen, whole: bool [.., tiles, n]; at: int32, broadcastable to these.
+    """
+    xp = np if all(isinstance(x, np.ndarray) for x in (seen, whole, at)) else jnp
+    seen, whole, at = xp.broadcast_arrays(seen, whole, at)
+    n = seen.shape[-1]
+    number = np.broadcast_to(np.arange(n, dtype=np.int32), seen.shape)
+    place = xp.where(seen, xp.where(whole, 1, 0), 2) * n + number
+    count = lambda x: x.sum(-1, keepdims=True)
+    if xp is np:
+        found = np.take_along_axis(at, np.argsort(place, axis=-1), axis=-1)
+    else:  # all against all in one small kernel, where sorting takes many
+        rank = (place[..., None, :] < place[..., :, None]).sum(-1)
+        found = jnp.where(rank[..., None, :] == number[..., :, None], at[..., None, :], 0).sum(-1)
+    return jnp.asarray(xp.concatenate([count(seen), count(seen & ~whole), found], axis=-1), jnp.int32)
