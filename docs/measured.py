@@ -12,6 +12,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # (record, what its script measures, command, chapter), of the scripts that need a GPU.
 EXPERIMENTS = (
     ("flash_op_gpu", "attention alone", "flash_gpu op", "attention/flash"),
+    ("flash_masks_gpu", "attention with hidden keys", "flash_gpu masks", "attention/flash"),
     ("flash_inside_gpu", "the kernels taken apart", "flash_inside", "attention/flash"),
     ("flash_memory_gpu", "memory and time up to 1,048,576 tokens", "flash_memory_gpu", "attention/flash"),
     ("flash_gpt2_gpu", "a training step of GPT-2", "flash_gpu gpt2", "attention/flash"),
@@ -57,7 +58,7 @@ def where(record):
 
 def missing(command, what="No figures of a GPU are stored"):
     """A line for where a record would be."""
-    return f"*{what} for this page yet; `{command}` measures them.*"
+    return f"*{what} for this page yet; `{command}` makes them, on a GPU.*"
 
 
 def attention_table(record):

@@ -1,6 +1,6 @@
 """What bounds attention for Hopper, by taking the kernels apart: `python -m tests.claims.flash_inside`.
 
-On one Hopper GPU, in two minutes, bfloat16, full attention, 16 heads, 4 texts of 4,096 tokens. Writes
+On one Hopper GPU, in a minute, bfloat16, full attention, 16 heads, 4 texts of 4,096 tokens. Writes
 docs/data/flash_inside_gpu.json: device times by the profiler of the forward kernel as it is, with its
 switches set otherwise, and with one kind of work left out; of each kernel of a backward pass; and when what
 happens in a block, in cycles of its core's clock, from the profiler of Mosaic GPU.
@@ -29,6 +29,7 @@ from tests.claims.record import store
 FILES = (
     "accel/kernels/flash_hopper.py",
     "accel/kernels/flash_hopper_backward.py",
+    "accel/kernels/flash_hopper_lists.py",
     "tests/claims/device_time.py",
     "tests/claims/flash_inside.py",
 )
