@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
+from accel.blocks.tiles import LEAST, attention_tiles
 from ref.attention.block_sparse_flash import tiles_in_sight
 
 LOG2E = 1.4426950408889634
@@ -154,12 +155,14 @@ def _dkv_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def _tile_size(name, block, most):
-    """The largest power of two that divides the block, at most `most`."""
-    size = min(block & -block, most)
-    if size < 16:
-        raise ValueError(f"{name} must be a multiple of 16, got {block}")
-    return size
+def _tile_sizes(block_q, block_k, q, v, *, backward=False):
+    """The largest powers of two that divide the blocks, at most 128 (backward 64), and fit."""
+    sizes = []
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        sizes.append(min(block & -block, 64 if backward else 128))
+        if sizes[-1] < LEAST:
+            raise ValueError(f"{name} must be a multiple of {LEAST}, got {block}")
+    return attention_tiles(*sizes, q.shape[-1], v.shape[-1], q.dtype, backward=backward)
 
 
 def _lists(visited, L, S, hi, block_q, block_k, tile_q, tile_k):
@@ -218,7 +221,7 @@ def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
     Args: q [N, H, L, D], k [N, Hkv, S, D], v [N, Hkv, S, Dv], bfloat16, float16 or float32; visited bool
       [1 or H, Tr, Tc]; hi: key j may be seen by query i if j - i <= hi, or None. Blocks: multiples of 16.
     """
-    tile_q, tile_k = _tile_size("block_q", block_q, 128), _tile_size("block_k", block_k, 128)
+    tile_q, tile_k = _tile_sizes(block_q, block_k, q, v)
     (N, H, L, D), (S, Dv) = q.shape, v.shape[2:]
     up = lambda n: max(16, pl.next_power_of_2(n)) - n
     lists, _ = _lists(visited, L, S, hi, block_q, block_k, tile_q, tile_k)
@@ -243,7 +246,7 @@ def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, i
     Args: do [N, H, L, Dv], lse and delta [N, H, L] float32, delta = rowsum(do * o) less the cotangent of lse;
       the rest as `forward`. Tiles are at most 64 x 64: two sums and five operands share the registers.
     """
-    tile_q, tile_k = _tile_size("block_q", block_q, 64), _tile_size("block_k", block_k, 64)
+    tile_q, tile_k = _tile_sizes(block_q, block_k, q, v, backward=True)
     (N, H, L, D), (S, Dv), group = q.shape, v.shape[2:], q.shape[1] // k.shape[1]
     up = lambda n: max(16, pl.next_power_of_2(n)) - n
     by_row, by_col = _lists(visited, L, S, hi, block_q, block_k, tile_q, tile_k)

@@ -11,6 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from accel.blocks.kernel import pallas_call
+from accel.blocks.tiles import shared_memory
+
+HELD = 3  # tiles of float32 in shared memory: the rows, and columns of two steps
 
 
 def _kernel(rows_ref, all_ref, energy_ref, *, block, tokens, margin, alpha, paper_form):
@@ -41,11 +44,17 @@ def _unit(x):
 
 @partial(jax.jit, static_argnames=("margin", "alpha", "paper_form", "block", "interpret"))
 def energy(metric, *, margin, alpha, paper_form, block=32, interpret=False):
-    """Energies [T] of metric [T, D], float32. block: tokens a tile, a power of two, at least 16."""
+    """Energies [T] of metric [T, D], float32. block: tokens a tile, a power of two, at least 16; fewer where
+    that many do not fit.
+    """
     T, D = metric.shape
     if block < 16 or block & (block - 1):
         raise ValueError(f"block must be a power of two, at least 16, got {block}")
     width = max(16, pl.next_power_of_2(D))
+    most = shared_memory() // (HELD * width * 4)
+    if most < 16:
+        raise NotImplementedError(f'impl="triton" has no tiles that fit metrics of D={D}; use impl="xla"')
+    block = min(block, 1 << (most.bit_length() - 1))
     metric = jnp.pad(metric, ((0, -T % block), (0, width - D)))
     padded = metric.shape[0]
     kernel = partial(_kernel, block=block, tokens=T, margin=margin, alpha=alpha, paper_form=paper_form)
