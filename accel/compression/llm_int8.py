@@ -3,7 +3,8 @@
 Which columns hold outliers is known only when x is: under jit their number is not. Without `max_outliers` the
 float product runs over all columns, with those that hold none masked out: exact, and no cheaper than float.
 With it at most that many columns are gathered, and the masked product is the fallback when more qualify; the
-kernels for Hopper always do so, with the fallback on the device.
+kernels for Hopper always do so, with the fallback on the device. For a few tokens they do the float product
+of those tiles of 128 columns that hold an outlier, while they have their weights at hand.
 Scales are float32 as in ref, which makes the integers of both layers equal.
 """
 
@@ -90,7 +91,7 @@ def llm_int8_linear(
 
     max_outliers: None multiplies all columns, masked, in float; a number gathers that many columns, and falls
       back to the masked product when more hold an outlier (no column is ever dropped). "hopper" gathers
-      always: 32 columns for None, 64 at most.
+      always, 32 columns for None, 64 at most; up to 64 tokens it needs no bound, and gathers nothing.
     impl: "xla"; "triton" and "tpu" fuse scales, bias and outlier columns into the int8 product's last step,
       by tiles of block_t x block_n, block_k terms at a time; so does "hopper", for half precision without
       float_weight, by tiles of its own; "auto" is "hopper" on a GPU that can run the call, else "xla".
@@ -204,20 +205,29 @@ def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
 
 
 def _hopper(rows, layer, threshold, max_outliers, interpret=False):
-    """The layer on rows [T, K] of half precision by the kernels for Hopper."""
+    """The layer on rows [T, K] of half precision by the kernels for Hopper: few, two kernels; many, more."""
+    from accel.kernels import llm_int8_few_hopper as kernel_of_few
     from accel.kernels import llm_int8_hopper as kernel
     from accel.kernels import llm_int8_outliers_triton as outliers
 
     options = {"interpret": interpret}
+    T, dtype = len(rows), rows.dtype
+    if T <= kernel_of_few.FEW:
+        x_q, absmax, marked = outliers.quantize_few(
+            rows, threshold=threshold or float("inf"), unit=kernel.DEEP, **options
+        )
+        return kernel_of_few.few_product(
+            x_q, absmax, layer.w_q, layer.w_absmax, layer.bias, marked, T=T, dtype=dtype
+        )
     x_q, absmax, marks = outliers.quantize_rows(
         rows, threshold=threshold or float("inf"), unit=kernel.DEEP, **options
     )
     weights = layer.w_q, layer.w_absmax, layer.bias
     if threshold in (0, float("inf")):
-        return kernel.int8_product(x_q, absmax, *weights, dtype=rows.dtype)
+        return kernel.int8_product(x_q, absmax, *weights, dtype=dtype)
     R = min(rows.shape[1], STRIP if max_outliers is None else min(max_outliers, 2 * STRIP))
     x_q, x_o, w_o, more = outliers.gather(rows, layer.w_q, x_q, marks, R=R, **options)
-    y = kernel.int8_product(x_q, absmax, *weights, (x_o, w_o), dtype=rows.dtype)
+    y = kernel.int8_product(x_q, absmax, *weights, (x_o, w_o), dtype=dtype)
     return outliers.overrule(y, more, marks, rows, x_q, absmax, *weights, **options)
 
 

@@ -1,11 +1,10 @@
 """The int8 product of LLM.int8() in Pallas for Hopper GPUs (Mosaic GPU), scales and outlier columns fused.
 
 One warpgroup of a block only loads (TMA, a ring of tiles); the others multiply, 64 rows each (wgmma, int32
-sums in registers). Many tokens: two neighbouring blocks share a tile of weights, loaded once for both
-(multicast). Few tokens: the weights are the rows of the product, each read once, and every block gets equally
-many of them; the time is that of reading the weights. In the end the sums become float32, times the first
-scale, plus the product of the outlier columns (wgmma in x's dtype: int8 weights are exact in it), times the
-scale of the weights, plus bias; they leave in x's dtype.
+sums in registers). Two neighbouring blocks share a tile of weights, loaded once for both (multicast). In the
+end the sums become float32, times the first scale, plus the product of the outlier columns (wgmma in x's
+dtype: int8 weights are exact in it), times the scale of the weights, plus bias; they leave in x's dtype.
+Few tokens have a kernel of their own, in llm_int8_few_hopper.py.
 """
 
 import inspect
@@ -24,7 +23,6 @@ from ref.compression.llm_int8 import LEVELS
 __all__ = ["DEEP", "int8_product"]
 
 DEEP = 128  # terms at a time: what a row of swizzled shared memory holds
-FEW = 64  # tokens up to which the weights are the rows
 OUT = 32  # columns of the result that leave at a time
 MEMORY = 224 * 1024  # bytes of shared memory for tiles
 
@@ -40,25 +38,19 @@ class Tiles:
 
     @property
     def groups(self):
-        return -(-self.high // ROWS)
+        return self.high // ROWS
 
-    def reach(self, rows, columns):
-        """How far the tiles of a product of that size read what belongs to its rows and to its columns."""
-        high = self.high * self.pair
-        return up(rows, high) + self.groups * ROWS - self.high, up(columns, self.wide)
+    def reach(self, T, N):
+        """How far the tiles read what belongs to the tokens and to the neurons."""
+        return up(T, self.high * self.pair), up(N, self.wide)
 
     @staticmethod
     def fit(T, N, R, cores):
         """What was fastest on an H200, with R outlier columns."""
-        if T <= FEW:  # every block gets as many weights as any other
-            turns = -(-N // (cores * 128))
-            high, wide, pair = min(128, up(-(-N // (cores * turns)), 8)), up(T, 16), 1
-        else:
-            high, pair = 128, 2 if T > 128 else 1
-            wide = next(w for w in (256, 128, 64) if w == 64 or -(-T // 128) * -(-N // w) >= cores)
-        tall = up(high, ROWS)
-        rest = MEMORY - (tall + wide) * up(R, 16) * 2 - tall * 2 * min(OUT, wide) * 2
-        return Tiles(high, wide, min(10, rest // ((tall + wide) * DEEP)), pair)
+        high, pair = 2 * ROWS, 2 if T > 2 * ROWS else 1
+        wide = next(w for w in (256, 128, 64) if w == 64 or -(-T // high) * -(-N // w) >= cores)
+        rest = MEMORY - (high + wide) * up(R, 16) * 2 - high * 2 * OUT * 2
+        return Tiles(high, wide, min(10, rest // ((high + wide) * DEEP)), pair)
 
 
 @partial(jax.jit, static_argnames=("dtype", "tiles", "cores"))
@@ -71,22 +63,17 @@ def int8_product(x_q, x_absmax, w_q, w_absmax, bias=None, strip=None, *, dtype, 
     """
     T, N = len(x_q), len(w_q)
     cores = cores or cores_of()
-    few = T <= FEW
     tiles = tiles or Tiles.fit(T, N, 0 if strip is None else strip[0].shape[1], cores)
-    x_q, w_q = (_pad(a, x_q.shape[1]) for a in (x_q, w_q))
-    strip = None if strip is None else tuple(_pad(a, a.shape[1]) for a in strip)
-    rows, columns = tiles.reach(*((N, T) if few else (T, N)))
-    per_x, per_w = (columns, rows) if few else (rows, columns)
+    x_q, w_q = (pad_to(a, x_q.shape[1]) for a in (x_q, w_q))
+    strip = None if strip is None else tuple(pad_to(a, a.shape[1]) for a in strip)
+    rows, columns = tiles.reach(T, N)
     long = lambda a, n: jnp.pad(a.astype(jnp.float32), (0, n - len(a)))
-    scales = long(x_absmax, per_x), long(w_absmax, per_w)
-    bias = None if bias is None else long(bias, per_w)
-    sides = (w_q, x_q) if few else (x_q, w_q)
-    strips = None if strip is None else strip[::-1] if few else strip
-    y = _run(tiles, few, cores, dtype, sides, scales, bias, strips)
-    return (y.T if few else y)[:T, :N]
+    scales = long(x_absmax, rows), long(w_absmax, columns)
+    bias = None if bias is None else long(bias, columns)
+    return _run(tiles, cores, dtype, (x_q, w_q), scales, bias, strip)[:T, :N]
 
 
-def _pad(a, columns):
+def pad_to(a, columns):
     """a with so many columns, and rows in eights, as TMA takes them."""
     more = -len(a) % 8, columns - a.shape[1]
     return jnp.pad(a, [(0, n) for n in more]) if any(more) else a
@@ -97,7 +84,6 @@ class _Plan:
     """Which block takes which tile: the rows first, so that what is beside them stays in the cache."""
 
     tiles: Tiles
-    few: bool
     down: int  # tiles of rows, of all the blocks of a pair
     across: int
     deep: int  # steps along K
@@ -127,13 +113,12 @@ def room(*shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, *swizzle))
 
 
-def _run(tiles, few, cores, dtype, sides, scales, bias, strips):
+def _run(tiles, cores, dtype, sides, scales, bias, strips):
     rows, columns = len(sides[0]), len(sides[1])
     down, across = -(-rows // (tiles.high * tiles.pair)), -(-columns // tiles.wide)
     pairs = min(cores // tiles.pair, down * across)
-    plan = _Plan(tiles, few, down, across, sides[0].shape[1] // DEEP, pairs)
+    plan = _Plan(tiles, down, across, sides[0].shape[1] // DEEP, pairs)
     ring = lambda high: room(tiles.stages, high, DEEP, dtype=jnp.int8)
-    tall, wide = tiles.groups * ROWS, min(OUT, tiles.wide)
     free = (
         plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=tiles.groups)
         if tiles.pair == 1
@@ -148,15 +133,15 @@ def _run(tiles, few, cores, dtype, sides, scales, bias, strips):
     if strips is not None:
         operands |= {"left_strip": strips[0], "right_strip": strips[1]}
     scratch = {
-        "left_room": ring(tall),
+        "left_room": ring(tiles.high),
         "right_room": ring(tiles.wide),
-        "out_room": room(tiles.groups, 2, ROWS, wide, dtype=dtype),
+        "out_room": room(tiles.groups, 2, ROWS, OUT, dtype=dtype),
         "full": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=2),
         "free": free,
     }
     if strips is not None:
         scratch |= {
-            "left_edge": room(tall, width, dtype=dtype),
+            "left_edge": room(tiles.high, width, dtype=dtype),
             "right_edge": room(tiles.wide, width, dtype=dtype),
             "edge_full": plgpu.Barrier(num_arrivals=2),
             "edge_free": plgpu.Barrier(num_arrivals=tiles.groups),
@@ -170,7 +155,7 @@ def _run(tiles, few, cores, dtype, sides, scales, bias, strips):
     cluster = {"cluster": (tiles.pair,), "cluster_names": ("half",)} if tiles.pair > 1 else {}
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((rows, up(columns, wide)), dtype),
+        out_type=jax.ShapeDtypeStruct((rows, up(columns, OUT)), dtype),
         scratch_types=tuple(scratch.values()),
         grid=(pairs,),
         grid_names=("block",),
@@ -206,8 +191,7 @@ def _load(plan, refs):
         if "left_edge" in refs:
             pl.when(loaded > 0)(lambda: plgpu.barrier_wait(refs["edge_free"]))
             at = pl.ds(row, tiles.high)
-            edge = refs["left_edge"].at[pl.ds(0, tiles.high)]
-            plgpu.copy_gmem_to_smem(refs["left_strip"].at[at], edge, refs["edge_full"])
+            plgpu.copy_gmem_to_smem(refs["left_strip"].at[at], refs["left_edge"], refs["edge_full"])
             at = pl.ds(column, tiles.wide)
             plgpu.copy_gmem_to_smem(refs["right_strip"].at[at], refs["right_edge"], refs["edge_full"])
 
@@ -216,8 +200,8 @@ def _load(plan, refs):
             slot = lax.rem(loaded + j, stages)
             pl.when(loaded + j >= stages)(lambda: plgpu.barrier_wait(refs["free"].at[slot]))
             full, k = refs["full"].at[slot], pl.ds(j * DEEP, DEEP)
-            left = refs["left_room"].at[slot, pl.ds(0, tiles.high)]
-            plgpu.copy_gmem_to_smem(refs["left"].at[pl.ds(row, tiles.high), k], left, full)
+            left = refs["left"].at[pl.ds(row, tiles.high), k]
+            plgpu.copy_gmem_to_smem(left, refs["left_room"].at[slot], full)
             right = refs["right"].at[pl.ds(column, tiles.wide), k]
             plgpu.copy_gmem_to_smem(right, refs["right_room"].at[slot], full, **shared)
 
@@ -235,7 +219,6 @@ def _multiply(plan, group, y, refs):
     whole = plgpu.Layout.WGMMA
     by_row, by_column = whole.reduce(1), whole.reduce(0)
     mine = pl.ds(group * ROWS, ROWS)
-    wide = min(OUT, tiles.wide)
 
     def tile(loaded, row, column):
         def product(acc):
@@ -256,41 +239,34 @@ def _multiply(plan, group, y, refs):
         rows, columns = pl.ds(row + group * ROWS, ROWS), pl.ds(column, tiles.wide)
         down = lambda name: _spread(refs[name].at[rows], by_row, 0, (ROWS, tiles.wide))
         across = lambda name: _spread(refs[name].at[columns], by_column, 1, (ROWS, tiles.wide))
-        by_x, by_w = (across, down) if plan.few else (down, across)
-        out = sums.astype(jnp.float32) * (by_x("x_absmax") / LEVELS)
+        out = sums.astype(jnp.float32) * (down("x_absmax") / LEVELS)
         if "left_edge" in refs:
             plgpu.barrier_wait(refs["edge_full"])
             more = lambda acc: plgpu.wgmma(acc, refs["left_edge"].at[mine], transposed(refs["right_edge"]))
             out = pl.run_state(more)(plgpu.ACC.init(out))
             plgpu.barrier_arrive(refs["edge_free"])
-        out = out * (by_w("w_absmax") / LEVELS)
+        out = out * (across("w_absmax") / LEVELS)
         if "bias" in refs:
-            out = out + by_w("bias")
+            out = out + across("bias")
         out = out.astype(y.dtype)
-        for i, at in enumerate(range(0, tiles.wide, wide)):
+        for i, at in enumerate(range(0, tiles.wide, OUT)):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             slot = refs["out_room"].at[group, i % 2]
-            slot[...] = out[:, at : at + wide]
+            slot[...] = out[:, at : at + OUT]
             plgpu.commit_smem()
-            _store(tiles, group, slot, y, row, column + at, wide)
+            plgpu.copy_smem_to_gmem(slot, y.at[rows, pl.ds(column + at, OUT)])
         return loaded + plan.deep
 
     plan.each(tile)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(tiles, group, slot, y, row, column, wide):
-    """A group's rows of the result; the last group may have fewer than 64."""
-    for g in range(tiles.groups):
-        high = min(ROWS, tiles.high - g * ROWS)
-
-        @pl.when(group == g)
-        def _(g=g, high=high):
-            to = y.at[pl.ds(row + g * ROWS, high), pl.ds(column, wide)]
-            plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, high)], to)
-
-
 def _spread(ref, layout, axis, shape):
+    return lax.broadcast_in_dim(load_as(ref, layout), shape, [axis])
+
+
+def load_as(ref, layout):
+    """All of ref in registers of that layout."""
     index = inspect.signature(plgpu.load).parameters.get("idx")  # JAX 0.10 asks for one
     index = ((),) if index is not None and index.default is index.empty else ()
-    return lax.broadcast_in_dim(plgpu.load(ref, *index, layout=layout, optimized=False), shape, [axis])
+    return plgpu.load(ref, *index, layout=layout, optimized=False)

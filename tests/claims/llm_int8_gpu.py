@@ -21,6 +21,7 @@ from tests.claims.record import store
 
 FILES = (
     "accel/compression/llm_int8.py",
+    "accel/kernels/llm_int8_few_hopper.py",
     "accel/kernels/llm_int8_hopper.py",
     "accel/kernels/llm_int8_outliers_triton.py",
     "tests/claims/device_time.py",

@@ -141,19 +141,9 @@ def test_llm_int8_kernel_takes_tiles_and_leading_axes(impl):
     np.testing.assert_allclose(got, call(), rtol=0, atol=8 * EPS32 * np.abs(call()).max())
 
 
-@pytest.mark.parametrize("most", [None, 2], ids=lambda n: f"llm_int8_{n}_columns")
-def test_llm_int8_around_the_product_for_hopper(most, monkeypatch):
-    """Three outlier columns gathered, or too many: the kernels around the product, in the interpreter."""
-    from accel.kernels import llm_int8_hopper
-
-    def product(x_q, x_absmax, w_q, w_absmax, bias=None, strip=None, *, dtype):
-        wide = lambda a: a.astype(jnp.float32)
-        y = wide(x_q[:, : w_q.shape[1]]) @ wide(w_q).T * x_absmax[:, None] / 127
-        y = (y + wide(strip[0]) @ wide(strip[1]).T) * w_absmax[None] / 127
-        return (y + bias[None]).astype(dtype)
-
-    monkeypatch.setattr(llm_int8_hopper, "int8_product", product)
-    x, w, b, _ = problem(T=5, K=300, N=130, columns=(0, 70, 299))
+def hopper_matches_ref(T, most):
+    """The kernels around the product, in the interpreter: three outlier columns and a row of zeros."""
+    x, w, b, _ = problem(T=T, K=300, N=130, columns=(0, 70, 299))
     x = jnp.asarray(x, jnp.bfloat16).at[2].set(0)
     layer = ref.llm_int8.convert_linear(w, b)
     got = module._hopper(x, jax.tree.map(jnp.asarray, layer), 6.0, most, interpret=True)
@@ -163,18 +153,104 @@ def test_llm_int8_around_the_product_for_hopper(most, monkeypatch):
     assert (np.abs(np.asarray(got, np.float64) - want) <= size).all()
 
 
-def test_llm_int8_rows_with_nan_stay_nan_on_hopper():
-    from accel.kernels.llm_int8_outliers_triton import quantize_rows
+@pytest.mark.parametrize("most", [None, 2], ids=lambda n: f"llm_int8_{n}_columns")
+def test_llm_int8_around_the_product_for_hopper(most, monkeypatch):
+    """Outlier columns gathered, or more than were asked for."""
+    from accel.kernels import llm_int8_hopper
+
+    def product(x_q, x_absmax, w_q, w_absmax, bias=None, strip=None, *, dtype):
+        wide = lambda a: a.astype(jnp.float32)
+        y = wide(x_q[:, : w_q.shape[1]]) @ wide(w_q).T * x_absmax[:, None] / 127
+        y = (y + wide(strip[0]) @ wide(strip[1]).T) * w_absmax[None] / 127
+        return (y + bias[None]).astype(dtype)
+
+    monkeypatch.setattr(llm_int8_hopper, "int8_product", product)
+    hopper_matches_ref(70, most)
+
+
+def test_llm_int8_before_the_product_of_a_few_for_hopper(monkeypatch):
+    """What the product may not read is NaN here: other units of x_o, and rows that are not there."""
+    from accel.kernels import llm_int8_few_hopper
+
+    def product(x_q, x_absmax, w_q, w_absmax, bias=None, marked=None, *, T, dtype):
+        K, wide = w_q.shape[1], lambda a: a.astype(jnp.float32)
+        x_o, flags = marked
+        assert x_q.shape == x_o.shape == (16, 384)
+        x_o = jnp.where(flagged(flags, 128, 384), wide(x_o), 0)[:T, :K]
+        y = wide(x_q[:T, :K]) @ wide(w_q).T * x_absmax[:T, None] / 127
+        return ((y + x_o @ wide(w_q).T) * w_absmax[None] / 127 + bias[None]).astype(dtype)
+
+    monkeypatch.setattr(llm_int8_few_hopper, "few_product", product)
+    hopper_matches_ref(5, None)
+
+
+def flagged(flags, unit, K):
+    """Which of K columns the flags of `quantize_few` allow to be read."""
+    from accel.kernels.llm_int8_outliers_triton import UNITS
+
+    return np.repeat((np.asarray(flags)[:, None] >> np.arange(UNITS) & 1) > 0, unit)[:K]
+
+
+def tied(T, K):
+    """bfloat16 [T, K] of whole and half steps of 127ths: every second value sits on a tie."""
+    x = np.random.default_rng(1).integers(-254, 255, (T, K)) / 2
+    x[:, 0] = 127
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def few_rows(name, T, K):
+    """(x, threshold) of one of the cases of FEW_ROWS."""
+    if name == "ties":
+        return tied(T, K), 200.0
+    columns = {"none": (), "some": (0, 70, K - 1), "most": range(0, K, 3)}[name]
+    return jnp.asarray(problem(T=T, K=K, columns=columns)[0], jnp.bfloat16), 6.0
+
+
+FEW_ROWS = (("none", 1, 128), ("some", 20, 700), ("most", 5, 300), ("ties", 3, 300), ("some", 40, 1100))
+
+
+def rows_of_few_match(x, threshold, **options):
+    """Integers, scales, flags and columns of `quantize_few` are those of ref, bit for bit."""
+    from accel.kernels.llm_int8_outliers_triton import quantize_few
+
+    (T, K), f32 = x.shape, lambda a: np.asarray(a, np.float32)
+    unit = 128
+    x_q, absmax, (x_o, flags) = quantize_few(x, threshold=threshold, unit=unit, **options)
+    assert x_q.shape == x_o.shape == (T + -T % 16, K + -K % 128)
+    want, most, mask = ref.llm_int8.quantize_rowwise(f32(x), threshold=threshold)
+    np.testing.assert_array_equal(x_q[:T, :K], want)
+    assert not np.asarray(x_q)[:T, K:].any()
+    np.testing.assert_array_equal(absmax[:T], most)
+    read = flagged(flags, unit, K)
+    np.testing.assert_array_equal(
+        read, np.repeat(np.pad(mask, (0, -K % unit)).reshape(-1, unit).any(1), unit)[:K]
+    )
+    np.testing.assert_array_equal(f32(x_o)[:T, :K][:, read], np.where(mask, f32(x), 0)[:, read])
+    none, _, apart = quantize_few(x, threshold=float("inf"), unit=unit, **options)
+    assert apart is None
+    np.testing.assert_array_equal(none[:T, :K], ref.llm_int8.quantize_rowwise(f32(x))[0])
+
+
+@pytest.mark.parametrize(("name", "T", "K"), FEW_ROWS, ids=[f"llm_int8_{n}_of_{T}" for n, T, _ in FEW_ROWS])
+def test_llm_int8_rows_of_few_for_hopper(name, T, K):
+    rows_of_few_match(*few_rows(name, T, K), interpret=True)
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["llm_int8_many", "llm_int8_few"])
+def test_llm_int8_rows_with_nan_stay_nan_on_hopper(few):
+    from accel.kernels import llm_int8_outliers_triton as kernels
 
     x = jnp.asarray(problem(T=3, K=40, N=8, columns=(3,))[0], jnp.float16).at[1, 5].set(jnp.nan)
-    q, absmax, marks = quantize_rows(x, threshold=6.0, unit=128, interpret=True)
+    rows = kernels.quantize_few if few else kernels.quantize_rows
+    q, absmax, marks = rows(x, threshold=6.0, unit=128, interpret=True)
+    q, absmax = q[:3], absmax[:3]
     assert q.shape == (3, 128)
     assert not q[:, 40:].any()
     np.testing.assert_array_equal(np.isnan(absmax), [False, True, False])
     want, most, mask = accel.llm_int8.quantize_rowwise(x[::2], threshold=6.0)
     np.testing.assert_array_equal(absmax[::2], most)
-    np.testing.assert_array_equal(np.where(marks, 0, q[::2, :40]), want)
-    np.testing.assert_array_equal(marks > 0, mask)
+    np.testing.assert_array_equal(q[::2, :40] if few else np.where(marks, 0, q[::2, :40]), want)
+    np.testing.assert_array_equal(marks[1] > 0 if few else marks > 0, [True] if few else mask)
 
 
 ON_HOPPER = {  # dtype, float_weight kept, and what "auto" takes on a Hopper GPU
@@ -209,10 +285,28 @@ def test_llm_int8_for_hopper_refuses_more_than_it_can_count(monkeypatch):
         assert (why is None) == fits
 
 
+def test_llm_int8_of_few_for_hopper_loads_in_time():
+    """A ring shorter than the tiles that share a flag would wait for itself; parts are whole flags."""
+    from accel.kernels.llm_int8_few_hopper import FEW, Tiles
+    from accel.kernels.llm_int8_outliers_triton import UNITS, _cut
+
+    for T in (1, 16, 17, 33, FEW):
+        for N in (8, 130, 12288, 16384, 50257):
+            for marked in (False, True):
+                tiles = Tiles.fit(T, N, 132, marked)
+                assert tiles.stages >= UNITS
+                assert 64 <= tiles.high <= 128
+                assert tiles.high % 8 == 0
+        for K in (128, 4096, 12288):
+            rows, columns, _ = _cut(T, K, UNITS * 128)
+            assert columns % (UNITS * 128) == 0
+            assert rows * 16 >= T
+
+
 def test_llm_int8_kernels_lower_for_hopper():
     """Many tokens and few, sizes on and off the tiles, with and without outliers."""
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
-    for T, K, N, threshold in ((200, 520, 300, 6.0), (3, 128, 12288, 0.0)):
+    for T, K, N, threshold in ((200, 520, 300, 6.0), (3, 128, 12288, 0.0), (20, 136, 300, 6.0)):
         layer = ref.llm_int8.Int8Linear(
             shape(jnp.int8, N, K), shape(jnp.float32, N), shape(jnp.float32, N), None
         )
@@ -424,6 +518,8 @@ HOPPER = {  # T, K, N, outlier columns, how many are asked for
     "few": (16, 512, 1000, 4, None),
     "one_column": (2, 128, 128, 1, 1),
     "most_of_the_few": (64, 1024, 12288, 3, 8),
+    "few_with_many_columns": (17, 1100, 520, 600, 2),
+    "few_in_turns": (8, 256, 40000, 2, 8),
     "no_pair": (100, 640, 700, 20, None),
     "too_many": (130, 256, 300, 3, 2),
     "one_of_two": (70, 300, 66, 2, 1),
@@ -450,6 +546,23 @@ def test_llm_int8_for_hopper_matches_ref_on_a_gpu(name, dtype):
     assert (
         "mosaic_gpu" in jax.jit(accel.llm_int8.llm_int8_linear).lower(jnp.asarray(x, dtype), layer).as_text()
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "T", "K"), FEW_ROWS, ids=[f"llm_int8_{n}_of_{T}" for n, T, _ in FEW_ROWS])
+def test_llm_int8_rows_of_few_on_a_gpu(name, T, K):
+    rows_of_few_match(*few_rows(name, T, K))
+
+
+@pytest.mark.gpu
+def test_llm_int8_of_few_keeps_nan_to_its_row_on_a_gpu():
+    x, w, b, _ = problem(T=3, K=300, N=72)
+    layer = ref.llm_int8.convert_linear(w, b)
+    call = lambda x: accel.llm_int8.llm_int8_linear(x, layer, impl="hopper")
+    x = jnp.asarray(x, jnp.bfloat16)
+    got, want = jax.jit(call)(x.at[1, 5].set(jnp.nan)), call(x)
+    assert np.isnan(np.asarray(got[1], np.float32)).all()
+    np.testing.assert_array_equal(got[::2], want[::2])
 
 
 @pytest.mark.gpu
