@@ -124,7 +124,8 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
         if mask is not None:
             mask = jnp.broadcast_to(mask, (*mask.shape[:3], S))[..., seen]
         plan = Plan(scale, lo, hi, 128, 128, 0.0)
-        o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, end, mask), end, mask)
+        hidden = {n: x for n, x in (("end", end), ("mask", mask)) if x is not None}
+        o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, hidden), hidden)
         return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     queries, keys, values = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     if factor is not None:

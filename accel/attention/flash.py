@@ -18,7 +18,7 @@ from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
-from ref.attention.flash import block_sizes, check_blocks, example, hbm_accesses
+from ref.attention.flash import block_sizes, check_blocks, check_segments, example, hbm_accesses
 from ref.blocks.attention import check_attention
 from ref.dims import dims
 
@@ -45,6 +45,8 @@ def flash_attention(
     *,
     mask=None,
     key_lengths=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
     causal=False,
     scale=None,
     block_q=128,
@@ -65,6 +67,7 @@ def flash_attention(
     """
     check_blocks(block_q, block_k)
     check_attention(q, k, v, mask, key_lengths, dropout_mask, dropout_p)
+    check_segments(q, k, q_segment_ids, kv_segment_ids)
     if order != "q_outer":
         raise ValueError(f'order must be "q_outer" in accel ("k_outer" is in ref), got {order!r}')
     o, lse = _flash(
@@ -72,6 +75,8 @@ def flash_attention(
         mask,
         key_lengths,
         dropout_mask,
+        q_segment_ids,
+        kv_segment_ids,
         **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
     )
     return (o, lse) if return_lse else o
@@ -87,6 +92,8 @@ def flash_attention_bwd(
     *,
     mask=None,
     key_lengths=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
     causal=False,
     scale=None,
     block_q=128,
@@ -101,6 +108,7 @@ def flash_attention_bwd(
     """
     check_blocks(block_q, block_k)
     check_attention(q, k, v, mask, key_lengths, dropout_mask, dropout_p)
+    check_segments(q, k, q_segment_ids, kv_segment_ids)
     rows = "... H L" if q.ndim > 2 else "L"
     like_v = (v, "... Hkv S Dv" if q.ndim > 2 else "S Dv")
     dims(q=(q, rows + " D"), v=like_v, do=(do, rows + " Dv"), o=(o, rows + " Dv"), lse=(lse, rows))
@@ -109,6 +117,8 @@ def flash_attention_bwd(
         mask,
         key_lengths,
         dropout_mask,
+        q_segment_ids,
+        kv_segment_ids,
         **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
     )
 
@@ -172,11 +182,13 @@ def no_hopper(arrays, interpret=False):
 
 
 @partial(jax.jit, static_argnames=STATIC)
-def _flash(q, k, v, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret):
+def _flash(
+    q, k, v, mask, key_lengths, keep, q_ids, kv_ids, *, causal, scale, dropout_p, tiles, impl, interpret
+):
     heads = _with_heads(q, k, v)
     if impl == "hopper" and q.size and k.size:
-        operands, told = _joined(*heads, mask, key_lengths, causal)
-        o, lse = on_hopper(Plan(scale, None, told.pop("hi"), 128, 128, 0.0), False, *operands, *told.values())
+        operands, hi, hidden = _joined(*heads, mask, key_lengths, q_ids, kv_ids, causal)
+        o, lse = on_hopper(Plan(scale, None, hi, 128, 128, 0.0), False, *operands, hidden)
         return o.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
     o, lse = tiled_attention(
         *heads,
@@ -185,21 +197,38 @@ def _flash(q, k, v, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles,
         block_q=tiles[0],
         block_k=tiles[1],
         kernel=kernel(impl, interpret),
-        **_options(*heads[:2], mask, key_lengths, keep, causal),
+        **_options(*heads[:2], _within(mask, q_ids, kv_ids), key_lengths, keep, causal),
     )
     return o.astype(q.dtype).reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
 
 
 @partial(jax.jit, static_argnames=STATIC)
 def _flash_bwd(
-    do, q, k, v, o, lse, mask, key_lengths, keep, *, causal, scale, dropout_p, tiles, impl, interpret
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    mask,
+    key_lengths,
+    keep,
+    q_ids,
+    kv_ids,
+    *,
+    causal,
+    scale,
+    dropout_p,
+    tiles,
+    impl,
+    interpret,
 ):
     heads = _with_heads(do, q, k, v, o)
     if impl == "hopper" and q.size and k.size:
-        (q_, k_, v_), told = _joined(*heads[1:4], mask, key_lengths, causal)
+        (q_, k_, v_), hi, hidden = _joined(*heads[1:4], mask, key_lengths, q_ids, kv_ids, causal)
         do_, o_ = (x.reshape(*q_.shape[:3], x.shape[-1]) for x in (heads[0], heads[4]))
-        plan = Plan(scale, None, told.pop("hi"), 128, 128, 0.0)
-        grads = _back_on_hopper(plan, False, do_, q_, k_, v_, o_, lse.reshape(q_.shape[:3]), *told.values())
+        plan, lse = Plan(scale, None, hi, 128, 128, 0.0), lse.reshape(q_.shape[:3])
+        grads = _back_on_hopper(plan, False, do_, q_, k_, v_, o_, lse, hidden)
         return tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
     grads = tiled_attention_bwd(
         *heads,
@@ -209,7 +238,7 @@ def _flash_bwd(
         block_q=tiles[0],
         block_k=tiles[1],
         kernel=None if impl == "xla" else partial(kernel_backward, impl, interpret),
-        **_options(*heads[1:3], mask, key_lengths, keep, causal),
+        **_options(*heads[1:3], _within(mask, q_ids, kv_ids), key_lengths, keep, causal),
     )
     return tuple(g.astype(x.dtype).reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
 
@@ -217,6 +246,16 @@ def _flash_bwd(
 def _with_heads(*arrays):
     """[L, D] -> [1, L, D]; with heads as they are."""
     return tuple(x[None] if x.ndim == 2 else x for x in arrays)
+
+
+def _within(mask, q_ids, kv_ids):
+    """mask without pairs of different segments: [..., 1, L, S]. Kernels for Hopper need no such square."""
+    if q_ids is None:
+        return mask
+    q_ids, kv_ids = jnp.asarray(q_ids)[..., None, :, None], jnp.asarray(kv_ids)[..., None, None, :]
+    ndim = max(q_ids.ndim, kv_ids.ndim, 0 if mask is None else jnp.ndim(mask))
+    same = lift(q_ids, ndim) == lift(kv_ids, ndim)
+    return same if mask is None else same & lift(jnp.asarray(mask), ndim)
 
 
 def _options(q, k, mask, key_lengths, keep, causal):
@@ -304,25 +343,27 @@ def _backward(impl, interpret, plan, arrays, sight):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def on_hopper(plan, rows_first, q, k, v, end, mask):
-    """(o, lse) of the kernels for Hopper, operands as in `flash_hopper.attend`, end and mask or None."""
-    return once(_hopper, "hopper", rows_first, plan, (q, k, v), (end, mask))
+def on_hopper(plan, rows_first, q, k, v, hidden):
+    """(o, lse) of the kernels for Hopper, operands as in `flash_hopper.attend`; hidden: {start, end, mask},
+    of which some may be missing.
+    """
+    return once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
 
 
-def _on_hopper_fwd(plan, rows_first, q, k, v, end, mask):
-    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), (end, mask))
-    return (o, lse), (q, k, v, o, lse, end, mask)
+def _on_hopper_fwd(plan, rows_first, q, k, v, hidden):
+    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
+    return (o, lse), (q, k, v, o, lse, hidden)
 
 
 def _on_hopper_rev(plan, rows_first, saved, cotangents):
     do, dlse = cotangents
-    return *_back_on_hopper(plan, rows_first, do, *saved, dlse=dlse), None, None
+    return *_back_on_hopper(plan, rows_first, do, *saved, dlse=dlse), None
 
 
 on_hopper.defvjp(_on_hopper_fwd, _on_hopper_rev)
 
 
-def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, end, mask, dlse=None):
+def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, hidden, dlse=None):
     """(dq, dk, dv) by the kernels for Hopper, once differentiable."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     delta = jnp.moveaxis(delta, 1, 2) if rows_first else delta
@@ -330,21 +371,23 @@ def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, end, mask, dlse=None)
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
     arrays = do.astype(q.dtype), q, k, v, lse, delta
-    return once(_hopper_backward, "hopper", rows_first, plan, arrays, (end, mask))
+    return once(_hopper_backward, "hopper", rows_first, plan, arrays, hidden)
 
 
-def _hopper(impl, rows_first, plan, arrays, sight):
+def _hopper(impl, rows_first, plan, arrays, hidden):
     options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
-    return alike(kernel_module(impl).attend(*arrays, *sight, **options), arrays, sight)
+    return alike(kernel_module(impl).attend(*arrays, **hidden, **options), arrays, hidden)
 
 
-def _hopper_backward(impl, rows_first, plan, arrays, sight):
+def _hopper_backward(impl, rows_first, plan, arrays, hidden):
     options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
-    return alike(kernel_module(impl).attend_backward(*arrays, *sight, **options), arrays, sight)
+    return alike(kernel_module(impl).attend_backward(*arrays, **hidden, **options), arrays, hidden)
 
 
-def _joined(q, k, v, mask, key_lengths, causal):
-    """((q, k, v), {hi, end, mask}) as `flash_hopper.attend` takes them: one leading axis, axes of 1 kept."""
+def _joined(q, k, v, mask, key_lengths, q_ids, kv_ids, causal):
+    """((q, k, v), hi, {start, end, mask}) as `flash_hopper.attend` takes them: one leading axis, axes of 1
+    kept.
+    """
     told = _options(q, k, mask, key_lengths, None, causal)
     lead, (L, S) = q.shape[:-3], (q.shape[-2], k.shape[-2])
 
@@ -352,15 +395,21 @@ def _joined(q, k, v, mask, key_lengths, causal):
         own = lead if math.prod(x.shape[:-axes]) > 1 else x.shape[:-axes]
         return jnp.broadcast_to(x, (*own, *x.shape[-axes:])).reshape(math.prod(own), *x.shape[-axes:])
 
-    end, mask = told.get("row_end"), told["mask"]
-    if end is not None:
-        end = joined(end, 2)
+    hidden = {}
+    if (end := told.get("row_end")) is not None:
+        hidden["end"] = joined(end, 2)
     elif causal and L > S:  # rows that see nothing, whatever they hold
-        end = jnp.full((1, 1, 1), S, jnp.int32)
-    if mask is not None:
-        mask = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
+        hidden["end"] = jnp.full((1, 1, 1), S, jnp.int32)
+    if (mask := told["mask"]) is not None:
+        hidden["mask"] = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
+    if q_ids is not None:  # a run of keys for every query: comparisons of all with all are quick
+        ids, others = (lift(jnp.asarray(x), q.ndim - 2) for x in (q_ids, kv_ids))
+        ids, others = joined(ids, 1)[:, :, None], joined(others, 1)[:, None]
+        count = lambda x: x.sum(-1, dtype=jnp.int32)[:, None]
+        hidden["start"], last = count(others < ids), count(others <= ids)
+        hidden["end"] = jnp.minimum(last, hidden["end"]) if "end" in hidden else last
     q, k, v = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
-    return alike((q, k, v), q, k, v, end, mask), {"hi": told["hi"], "end": end, "mask": mask}
+    return alike((q, k, v), q, k, v, hidden), told["hi"], hidden
 
 
 def kernel_module(impl):

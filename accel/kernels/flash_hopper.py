@@ -33,6 +33,7 @@ LOG2E = 1.4426950408889634
 LOWEST = -(2.0**127)  # where a running maximum starts: finite, so that a row that sees nothing makes no NaN
 ROWS = 64  # queries a warpgroup: the height of a wgmma
 CORES = 132  # of an H100 or H200 SXM
+WHOLE = (lambda: None), (lambda s, words: s)  # of a tile that nothing cuts: what to read, and to hide
 SPARE = {"reduction_scratch_bytes": 0}  # shared memory for sums across warps, which these kernels do not take
 ROUND = 6  # items of work that a block has at least, where a call has that many for every core
 
@@ -51,13 +52,18 @@ class Tiles:
     ahead: bool = False  # the queries of the next tile load while this one is computed
 
     @staticmethod
-    def fit(D, Dv, L, causal):
-        """What was fastest on an H200, within 227 KB of shared memory and 64 K registers."""
+    def fit(D, Dv, L, causal, narrow=False):
+        """What was fastest on an H200, within 227 KB of shared memory and 64 K registers.
+
+        narrow: a window of few tiles.
+        """
         wide = max(D, Dv)
         groups, keys, stages = (3, 128, 3) if wide <= 64 else (2, 128, 2) if wide <= 128 else (2, 64, 2)
         if groups == 3 and up(L, 3 * ROWS) > 1.15 * up(L, 2 * ROWS):
             groups = 2
         groups = min(groups, -(-L // ROWS))
+        if narrow and groups == 3:
+            return Tiles(groups, 64, 4, late=False, ahead=True)
         return Tiles(
             groups, keys, stages, turns=groups > 1, late=not causal and wide <= 192, own_o=wide <= 192
         )
@@ -73,7 +79,7 @@ def up(n, size):
 
 
 def attend_backward(
-    do, q, k, v, lse, delta, end=None, mask=None, *, scale, lo=None, hi=None, rows_first=False
+    do, q, k, v, lse, delta, *, start=None, end=None, mask=None, scale, lo=None, hi=None, rows_first=False
 ):  # fmt: skip
     """(dq, dk, dv) like q, k, v, operands as in `attend`; lse, delta [B, H, L] as in `flash_triton.backward`.
 
@@ -83,16 +89,21 @@ def attend_backward(
 
     few = q.shape[1 if rows_first else 2] <= 16
     if not few and max(q.shape[3], v.shape[3]) <= flash_hopper_backward.WIDEST:
-        options = {"scale": scale, "lo": lo, "hi": hi, "rows_first": rows_first}
-        return flash_hopper_backward.attend_backward(do, q, k, v, lse, delta, end=end, mask=mask, **options)
+        return flash_hopper_backward.attend_backward(
+            do, q, k, v, lse, delta, start=start, end=end, mask=mask, scale=scale, lo=lo, hi=hi,
+            rows_first=rows_first,
+        )  # fmt: skip
     turned = (lambda x: jnp.moveaxis(x, 1, 2)) if rows_first else (lambda x: x)
     do, q, k, v = (turned(x) for x in (do, q, k, v))
     (B, H, L), (Hkv, S) = q.shape[:3], k.shape[1:3]
-    if end is not None or mask is not None:
-        seen = Seen.make(L, S, H // Hkv, lo, hi, end, mask)
+    seen = Seen.make(L, S, H // Hkv, lo, hi, start, end, mask)
+    if seen.told:
         q, do, delta, k, v = *of_seen_rows(lse, q, do, delta), *of_seen_keys(seen, k, v)
     group = lambda x: x.reshape(B * Hkv, H // Hkv, *x.shape[2:])
     flat = lambda x: x.reshape(B * Hkv, *x.shape[2:])
+    if start is not None:
+        later = np.arange(S, dtype=np.int32)[None, None, None] >= start[..., None]
+        mask = later if mask is None else later & mask
     if end is not None:
         end = group(jnp.broadcast_to(end, (B, H, L)))
     if mask is not None:
@@ -108,8 +119,8 @@ def attend_backward(
 
 @partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
 def attend(
-    q, k, v, end=None, mask=None, lists=None, *, scale, lo=None, hi=None, rows_first=False, tiles=None,
-    cores=None,
+    q, k, v, *, start=None, end=None, mask=None, lists=None, scale, lo=None, hi=None, rows_first=False,
+    tiles=None, cores=None,
 ):  # fmt: skip
     """softmax(scale q k^T) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
 
@@ -117,10 +128,10 @@ def attend(
         query head h uses key head h // (H / Hkv). rows_first: q [B, L, H, D] and k, v, o likewise.
       lo, hi: query i sees keys i + lo <= j <= i + hi; None: no such bound. A row that sees no key: o = 0,
         lse = -inf.
-      end: int32 [B or 1, H or 1, L or 1]: a row sees keys below it; mask: bool [B or 1, H or 1, L or 1, S].
-        Keys that no row of any query head of their key head sees may hold NaN.
-      lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of end and mask, which make
-        their own: for each tile of queries how many tiles of keys it sees, how many of these lo, hi or S cut,
+      start, end: int32 [B or 1, H or 1, L or 1]: a row sees keys from start on and below end; mask: bool [B
+        or 1, H or 1, L or 1, S]. Keys that no row of any query head of their key head sees may hold NaN.
+      lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of these, which make their
+        own: for each tile of queries how many tiles of keys it sees, how many of these lo, hi or S cut,
         and where they begin, those first.
       tiles, cores: None is what suits the call and the device.
     """
@@ -128,15 +139,15 @@ def attend(
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, Dv = q.shape[rows], k.shape[rows], v.shape[3]
-    seen = Seen.make(L, S, q.shape[heads] // k.shape[heads], lo, hi, end, mask)
+    seen = Seen.make(L, S, q.shape[heads] // k.shape[heads], lo, hi, start, end, mask)
     D, wide = (up(x.shape[3], 32) for x in (q, v))
     if max(D, wide) > 192:
         D = wide = 256  # the results leave through the room of the queries
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
-    tiles = tiles or Tiles.fit(D, wide, L, hi is not None)
+    tiles = tiles or Tiles.fit(D, wide, L, hi is not None, narrow(lo, hi) and not seen.told)
     B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
     hidden, causal = Hidden(lists), hi is not None and lo is None
-    if end is not None or mask is not None:
+    if seen.told:
         copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
         hidden = seen.by_query(size, tiles.keys, copies, dirty)
         lo = hi = None  # the bounds hold these
@@ -212,6 +223,11 @@ def cleaned(arrays, keep, size, rows, block=1):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*arrays, fill(False).astype(jnp.int32), dirty.astype(jnp.int32))
     return tuple(copies), dirty[..., : -(-n // size)]
+
+
+def narrow(lo, hi):
+    """Whether a window is of so few tiles that it counts how one row of tiles follows the last."""
+    return lo is not None and hi is not None and hi - lo < 2048
 
 
 def pad(x, rows, d):
@@ -441,24 +457,31 @@ def spread(ref, layout):
     return plgpu.load(ref, *index, layout=layout)
 
 
-def veil(s, at, bounds, mask, layout):
-    """The scores of 64 rows and the keys from `at`, -inf where bounds [2, 64] or a mask's bits hide them."""
+def veil(s, at, bounds, words, layout):
+    """The scores of 64 rows and the keys from `at`, -inf where bounds [2, 64] or a mask's words hide them."""
     seen = None
     if bounds is not None:
         start, end = (spread(bounds.at[i], layout.reduce(1)) - at for i in (0, 1))
         wide = lambda x: lax.broadcast_in_dim(x, s.shape, [0])
         col = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
         seen = (col >= wide(start)) & (col < wide(end))
-    if mask is not None:
-        some = shown(mask, at, s.shape[1])
+    if words is not None:
+        some = shown(words, s.shape[1])
         seen = some if seen is None else seen & some
     return jnp.where(seen, s, -jnp.inf)
 
 
-def shown(mask, at, n):
-    """bool [64, n]: the columns from `at` on of 64 rows of a mask, of which shared memory holds 128."""
+def words_of(mask, at, n):
+    """int32 [64, n / 8]: the bytes of the n columns from `at` on of 64 rows of a mask, of which shared memory
+    holds 128; to be read before scores are waited for.
+    """
     if n < 128:
         mask = mask.at[:, pl.ds(lax.rem(lax.div(at, jnp.int32(n)), jnp.int32(128 // n)) * (n // 8), n // 8)]
+    return spread(mask, plgpu.Layout.WGMMA).astype(jnp.int32)
+
+
+def shown(words, n):
+    """bool [64, n]: which of the columns of `words` the mask shows."""
     layout = plgpu.Layout.WGMMA
 
     @plgpu.inline_mgpu(
@@ -470,7 +493,7 @@ def shown(mask, at, n):
         registers = np.concatenate([part(i).registers for i in range(n // 8)], axis=1)
         return type(bytes_)(_registers=registers, _layout=bytes_.layout, _is_signed=True)
 
-    return bits(spread(mask, layout).astype(jnp.int32)) != 0
+    return bits(words) != 0
 
 
 def load_tile(cut, x, spare, room, full):
@@ -660,13 +683,16 @@ def _compute(
             part = part + p[:, i : i + 8]
         return m_new, wide(fix, 8) * l + part, p, fix
 
-    def own_mask(at):
+    def own_words(at, key):
         if hidden.mask is None:
             return None
-        return hides[1].at[slot(at), pl.ds(0 if hides[1].shape[1] == ROWS else group * ROWS, ROWS)]
+        rows = pl.ds(0 if hides[1].shape[1] == ROWS else group * ROWS, ROWS)
+        return words_of(hides[1].at[slot(at), rows], key, keys)
 
-    def first_scores(q, at, hide=lambda s: s):
+    def first_scores(q, at, cut=WHOLE):
         plgpu.barrier_wait(ks[0].at[slot(at)])
+        read, hide = cut
+        words = read()
         wait_turn()
 
         def product(s):
@@ -675,10 +701,8 @@ def _compute(
             return s[...]
 
         s = pl.run_scoped(product, scores)
-        if hidden.mask is not None:  # it is let go with the keys
-            s = hide(s)
         plgpu.barrier_arrive(ks[1].at[slot(at)])
-        return s if hidden.mask is not None else hide(s)
+        return hide(s, words)
 
     def values(at, acc, p):
         plgpu.barrier_wait(vs[0].at[slot(at)])
@@ -692,9 +716,11 @@ def _compute(
         plgpu.barrier_arrive(vs[1].at[slot(at)])
         return acc
 
-    def both(q, at, acc, m, l, p, hide):
+    def both(q, at, acc, m, l, p, cut):
         """values of tile at - 1 and scores of tile `at`, and the softmax of these."""
         plgpu.barrier_wait(ks[0].at[slot(at)])
+        read, hide = cut
+        words = read()
         plgpu.barrier_wait(vs[0].at[slot(at - 1)])
         wait_turn()
 
@@ -708,10 +734,8 @@ def _compute(
                 return plgpu.wgmma_accumulator_load(s, wait_n=1)
 
             s = pl.run_scoped(issue, scores)
-            if hidden.mask is not None:
-                s = hide(lax.optimization_barrier(s))
             plgpu.barrier_arrive(ks[1].at[slot(at)])
-            new = softmax(s if hidden.mask is not None else hide(lax.optimization_barrier(s)), m, l)
+            new = softmax(hide(lax.optimization_barrier(s), words), m, l)
             new = lax.optimization_barrier(new) if tiles.late else new
             for ref, x in zip(found, new, strict=True):
                 ref[...] = x
@@ -748,13 +772,16 @@ def _compute(
 
         pl.loop(jnp.int32(0), before)(skip)
 
-        def hide(s, x):
-            if veiled:
-                return veil(s, see.key(x), bounds, own_mask(loaded + before + x), whole)
-            return plan.band.hide(s, first, see.key(x), whole, see.none)
+        def masked_at(x):
+            """What `both` and `first_scores` take where tile x may be cut."""
+            if not veiled:
+                hide = lambda s, _: plan.band.hide(s, first, see.key(x), whole, see.none)
+                return WHOLE[0], hide
+            read = lambda: own_words(loaded + before + x, see.key(x))
+            return read, lambda s, words: veil(s, see.key(x), bounds, words, whole)
 
         def step(x, carry, masked):
-            cut = (lambda s: hide(s, x)) if masked else (lambda s: s)
+            cut = masked_at(x) if masked else WHOLE
             if tiles.overlap:
                 return both(q, loaded + before + x, *carry, cut)
             acc, m, l, _ = carry
@@ -762,7 +789,7 @@ def _compute(
             return values(loaded + before + x, acc * wide(fix, Dv), p.astype(dtype)), m, l, carry[3]
 
         zero = jnp.int32(0)
-        s = first_scores(q, loaded + before, *([lambda s: hide(s, zero)] if banded else []))
+        s = first_scores(q, loaded + before, masked_at(zero) if banded else WHOLE)
         m, l, p, _ = softmax(s, m, l)
         p = p.astype(dtype)
         if not tiles.overlap:

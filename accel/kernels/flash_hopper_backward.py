@@ -28,6 +28,7 @@ from accel.kernels.flash_hopper import (
     listed,
     load_mask,
     load_tile,
+    narrow,
     of_seen_rows,
     pad,
     pick,
@@ -39,6 +40,7 @@ from accel.kernels.flash_hopper import (
     up,
     veil,
     with_refs,
+    words_of,
 )
 from accel.kernels.flash_hopper_lists import Hidden, Seen
 
@@ -107,6 +109,7 @@ def attend_backward(
     by_key=None,
     by_query=None,
     *,
+    start=None,
     end=None,
     mask=None,
     scale,
@@ -122,15 +125,14 @@ def attend_backward(
     Args: lse [B, H, L] float32, inf for rows that saw nothing; delta [B, H, L] float32, rowsum(do * o) less
         the cotangent of lse; do, and delta, of rows that saw nothing may hold NaN.
       by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, in place of
-        end and mask, which make their own: see `attend`.
-      key_sizes, query_sizes: (groups, step, stages) of the two kernels; None is what suits.
+        start, end and mask, which make their own: see `attend`.
+      key_sizes, query_sizes: (groups, step, stages, ahead) of the two kernels; None is what suits.
     """
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, D, Dv = q.shape[rows], k.shape[rows], q.shape[3], v.shape[3]
     H, Hkv = q.shape[heads], k.shape[heads]
-    seen = None
-    if end is not None or mask is not None:
-        seen = Seen.make(L, S, H // Hkv, lo, hi, end, mask)
+    seen = Seen.make(L, S, H // Hkv, lo, hi, start, end, mask)
+    if seen.told:
         alive = lse < jnp.inf
         (delta,) = of_seen_rows(lse, delta)
     q, k = (pad(x, rows, up(D, 32)) for x in (q, k))
@@ -141,15 +143,16 @@ def attend_backward(
         for x, fill in ((lse * LOG2E, jnp.inf), (delta, 0))
     )
     causal = hi is not None and lo is None
-    if seen is not None:  # its bounds hold these
+    if seen.told:  # its bounds hold these
         lo = hi = None
     sizes = partial(Sizes, H, H // Hkv, L, S, lo, hi, scale, rows_first, causal)
     cores = cores or cores_of()
     operands = do, q, k, v, lse, delta
-    fit = lambda n: (_groups(n, max(q.shape[3], v.shape[3])), 64, 4)
-    key_sizes, query_sizes = sizes(*(key_sizes or fit(S))), sizes(*(query_sizes or fit(L)))
+    wide, near = max(q.shape[3], v.shape[3]), narrow(lo, hi)  # None by now where something else hides keys
+    key_sizes = sizes(*(key_sizes or (_groups(S, wide), 64, 4, near and wide <= 64)))
+    query_sizes = sizes(*(query_sizes or (_groups(L, wide), 64, 3 if near and wide > 64 else 4, near)))
     by_key, by_query = Hidden(by_key), Hidden(by_query)
-    if seen is not None:
+    if seen.told:
         copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
         by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty)
         stay = dirty.astype(jnp.int32), *copies
@@ -243,15 +246,15 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
         unit = z.scale * LOG2E
 
         def compute(group):
-            def veil(x, s_at, query, first):
-                """Scores of the keys from `first` and the queries from `query`, -inf where hidden."""
+            def veil(x, s_at, first, words):
+                """Scores of the keys from `first` and a tile of queries, -inf where hidden."""
                 seen = None
                 if hidden.bounds is not None:
                     row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
                     start, end = (spread(bounds_room.at[s_at, i], by_column) - first for i in (0, 1))
                     seen = (row >= across(start)) & (row < across(end))
                 if hidden.mask is not None:
-                    some = shown(mask_room.at[s_at, pl.ds(group * ROWS, ROWS)], query, z.step)
+                    some = shown(words, z.step)
                     seen = some if seen is None else seen & some
                 return jnp.where(seen, x, -jnp.inf)
 
@@ -259,7 +262,9 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                 s_at, (key, value) = slot(at), mine
                 plgpu.barrier_wait(seen_q.at[s_at])
                 plgpu.barrier_wait(seen_do.at[s_at])
-                lse = spread(lse_room.at[s_at], by_column)
+                lse, words = spread(lse_room.at[s_at], by_column), None
+                if masked and hidden.mask is not None:
+                    words = words_of(mask_room.at[s_at, pl.ds(group * ROWS, ROWS)], query, z.step)
 
                 def products(refs):
                     dk_ref, dv_ref = refs
@@ -270,18 +275,18 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                         x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
                         x = x * unit - across(lse)
                         if masked and veiled:
-                            x = veil(x, s_at, query, first)
+                            x = veil(x, s_at, first, words)
                         elif masked:
-                            row = plgpu.broadcasted_iota(
-                                jnp.int32, (ROWS, z.step), 0, layout=plgpu.Layout.WGMMA
+                            iota = lambda axis: plgpu.broadcasted_iota(
+                                jnp.int32, (ROWS, z.step), axis, layout=plgpu.Layout.WGMMA
                             )
-                            col = plgpu.broadcasted_iota(
-                                jnp.int32, (ROWS, z.step), 1, layout=plgpu.Layout.WGMMA
-                            )
-                            if z.hi is not None:
-                                x = jnp.where(row - col <= query + z.hi - first, x, -jnp.inf)
-                            if z.lo is not None:
-                                x = jnp.where(row - col >= query + z.lo - first, x, -jnp.inf)
+                            ahead = iota(0) - iota(1) + (first - query)
+                            if z.lo is not None and z.hi is not None:  # one comparison for both
+                                x = jnp.where((ahead - z.lo).astype(jnp.uint32) <= z.hi - z.lo, x, -jnp.inf)
+                            elif z.hi is not None:
+                                x = jnp.where(ahead <= z.hi, x, -jnp.inf)
+                            else:
+                                x = jnp.where(ahead >= z.lo, x, -jnp.inf)
                         p = jnp.exp2(x)
                         plgpu.wgmma(dv_ref, p.astype(dtype), do_room.at[s_at])
                         y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
@@ -465,10 +470,11 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
         banded = band.edge or z.lo is not None or hidden.lists is not None  # the first tile may be cut
 
         def compute(group):
-            def own_mask(at):
+            def own_words(at, key):
                 if hidden.mask is None:
                     return None
-                return mask_room.at[at, pl.ds(0 if mask_room.shape[1] == ROWS else group * ROWS, ROWS)]
+                rows = pl.ds(0 if mask_room.shape[1] == ROWS else group * ROWS, ROWS)
+                return words_of(mask_room.at[at, rows], key, z.step)
 
             def task(loaded, turn, head, t):
                 first, spot = t * high, z.spot(group, turn)
@@ -487,9 +493,9 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 plgpu.barrier_wait(held.at[spot])
                 lse, delta = spread(lse_room.at[spot], by_row), spread(delta_room.at[spot], by_row)
 
-                def hide(y, x):
+                def hide(y, x, words):
                     if veiled:
-                        return veil(y, see.key(x), bounds, own_mask(slot(loaded + before + x)), whole)
+                        return veil(y, see.key(x), bounds, words, whole)
                     return band.hide(y, first, see.key(x), whole, see.none)
 
                 def both(x, acc, ds, masked):
@@ -497,6 +503,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                     at, last = slot(loaded + before + x), slot(loaded + before + x - 1)
                     plgpu.barrier_wait(ks.at[at])
                     plgpu.barrier_wait(vs.at[at])
+                    words = own_words(at, see.key(x)) if masked else None
 
                     def products(refs):
                         acc_ref, ds_ref = refs
@@ -507,7 +514,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                             plgpu.wgmma(acc_ref, ds, k_room.at[last])
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=2))
                             y = y * unit - wide(lse, z.step)
-                            p = jnp.exp2(hide(y, x) if masked else y)
+                            p = jnp.exp2(hide(y, x, words) if masked else y)
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
                             plgpu.barrier_arrive(v_free.at[at])
                             return p * (y - wide(delta, z.step))
@@ -529,6 +536,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 at = slot(loaded + before)
                 plgpu.barrier_wait(ks.at[at])
                 plgpu.barrier_wait(vs.at[at])
+                words = own_words(at, see.key(jnp.int32(0))) if banded else None
 
                 def products(s, dp):
                     plgpu.wgmma(s, query, transposed(k_room.at[at]))
@@ -538,7 +546,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 s, dp = pl.run_scoped(products, scores, scores)
                 plgpu.barrier_arrive(v_free.at[at])
                 y = s * unit - wide(lse, z.step)
-                p = jnp.exp2(hide(y, jnp.int32(0)) if banded else y)
+                p = jnp.exp2(hide(y, jnp.int32(0), words) if banded else y)
                 carry = _zeros((ROWS, D)), (p * (dp - wide(delta, z.step))).astype(dtype)
                 start = jnp.int32(1)
                 z.settle(let_go, group, turn)

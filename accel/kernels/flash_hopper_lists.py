@@ -53,18 +53,24 @@ class Seen:
     start: jax.Array | None = None
     end: jax.Array | None = None
     mask: jax.Array | None = None
+    told: bool = False  # by more than static bounds
 
     @staticmethod
-    def make(L, S, G, lo=None, hi=None, end=None, mask=None):
+    def make(L, S, G, lo=None, hi=None, start=None, end=None, mask=None):
         """As above, and i + lo <= j <= i + hi."""
+        told = any(x is not None for x in (start, end, mask))
         i = np.arange(L, dtype=np.int32)[None, None]
-        start = None if lo is None or lo <= 1 - L else np.clip(i + lo, 0, S).astype(np.int32)
+        first = None if lo is None or lo <= 1 - L else np.clip(i + lo, 0, S).astype(np.int32)
+        if start is None:
+            start = first
+        else:
+            start = jnp.maximum(start, 0 if first is None else first).astype(jnp.int32)
         last = None if hi is None or hi >= S - 1 else np.clip(i + hi + 1, 0, S).astype(np.int32)
         if end is None:
             end = last
         else:
             end = jnp.minimum(end, S if last is None else last).astype(jnp.int32)
-        return Seen(L, S, G, start, end, mask)
+        return Seen(L, S, G, start, end, mask, told)
 
     @property
     def uneven(self):

@@ -8,7 +8,7 @@ change it.
 
 import numpy as np
 
-from ref.blocks.attention import attention_dense, prepare, sum_groups
+from ref.blocks.attention import attention_dense, broadcasts, prepare, sum_groups
 from ref.blocks.masks import visible
 from ref.blocks.softmax import SoftmaxState, finalize, merge, online_softmax, weigh
 from ref.dims import dims
@@ -35,6 +35,8 @@ def flash_attention(
     *,
     mask=None,
     key_lengths=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
     causal=False,
     scale=None,
     block_q=128,
@@ -50,6 +52,8 @@ def flash_attention(
         key head h // (H / Hkv)); without heads [L, D], [S, D], [S, Dv].
       mask: bool, True = visible, broadcastable to [..., H, L, S].
       key_lengths: int, broadcastable to [..., H], 0 <= n <= S: keys from n on are invisible.
+      q_segment_ids, kv_segment_ids: int, broadcastable to [..., L] and [..., S] without heads, neither
+        decreasing: texts laid end to end, of which a query sees the keys with its own id.
       causal: key j is visible to query i if j <= i + (n - L), n the number of keys (bottom-right alignment).
       scale: factor of the scores; None is 1 / sqrt(D).
       block_q, block_k: queries and keys a tile; they change the rounding, never the result.
@@ -60,6 +64,7 @@ def flash_attention(
     Raises: ValueError naming the argument at fault.
     """
     check_blocks(block_q, block_k)
+    mask = within_segments(q, k, mask, q_segment_ids, kv_segment_ids)
     q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale, dropout_mask, dropout_p)
     if order == "q_outer":
         o, lse = _forward_q_outer(q, k, v, opt, causal, block_q, block_k)
@@ -68,6 +73,16 @@ def flash_attention(
         o, l, m = _forward_k_outer(q, k, v, opt, causal, block_q, block_k)
         return (o, finalize(SoftmaxState(m, l, o))[1]) if return_lse else o
     raise ValueError(f'order must be "q_outer" or "k_outer", got {order!r}')
+
+
+def within_segments(q, k, mask, q_segment_ids, kv_segment_ids):
+    """mask, bool [..., H or 1, L, S], without pairs of different segments; as it is without ids."""
+    check_segments(q, k, q_segment_ids, kv_segment_ids)
+    if q_segment_ids is None:
+        return mask
+    same = np.asarray(q_segment_ids)[..., :, None] == np.asarray(kv_segment_ids)[..., None, :]
+    same = same[..., None, :, :] if q.ndim > 2 else same
+    return same if mask is None else same & mask
 
 
 def _forward_q_outer(q, k, v, opt, causal, block_q, block_k):
@@ -115,6 +130,8 @@ def flash_attention_bwd(
     *,
     mask=None,
     key_lengths=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
     causal=False,
     scale=None,
     block_q=128,
@@ -133,6 +150,7 @@ def flash_attention_bwd(
     """
     check_blocks(block_q, block_k)
     kv_heads = k.shape[-3] if k.ndim > 2 else 1
+    mask = within_segments(q, k, mask, q_segment_ids, kv_segment_ids)
     q, k, v, opt = prepare(q, k, v, mask, key_lengths, scale, dropout_mask, dropout_p)
     dims(do=(do, "... L Dv"), o=(o, "... L Dv"), q=(q, "... L D"), v=(v, "... S Dv"), lse=(lse, "... L"))
     L, S = q.shape[-2], k.shape[-2]
@@ -242,6 +260,22 @@ def _empty_state(qi, Dv):
 def _finite_where(seen, v):
     """v with the keys that no row of the tile sees set to 0, so that padding cannot leak through 0 * NaN."""
     return np.where(np.any(seen, axis=-2)[..., None], v, 0.0)
+
+
+def check_segments(q, k, q_segment_ids, kv_segment_ids):
+    """Raise ValueError unless both are None, or integers that fit q [.., L, D] and k and do not decrease."""
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must be given together")
+    if q_segment_ids is None:
+        return
+    for name, ids, x in (("q_segment_ids", q_segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        ids, shape = ids if hasattr(ids, "dtype") else np.asarray(ids), (*q.shape[:-3], x.shape[-2])
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"{name} must be integers, got dtype {ids.dtype}")
+        if ids.ndim < 1 or ids.shape[-1] != shape[-1] or not broadcasts(ids.shape, shape):
+            raise ValueError(f"{name} of shape {list(ids.shape)} does not broadcast to {list(shape)}")
+        if isinstance(ids, np.ndarray) and (np.diff(ids) < 0).any():  # traced values cannot be looked at
+            raise ValueError(f"{name} must not decrease: a segment is one run of tokens; use mask for others")
 
 
 def check_blocks(block_q, block_k):

@@ -223,6 +223,9 @@ HIDDEN = {  # [B, H, L, D], key heads, keys, causal, key_lengths, axes of the ma
     "mask_of_keys": ((2, 4, 420, 128), 2, 420, True, None, (2, 1, 1, 420)),
     "mask_wide": ((1, 2, 200, 192), 1, 300, True, None, (1, 1, 200, 300)),
     "mask_of_one_query": ((2, 8, 1, 64), 2, 500, False, [500, 77], (2, 1, 1, 500)),
+    "segments": ((2, 4, 300, 128), 2, 420, False, None, None),
+    "segments_causal": ((2, 2, 333, 64), 1, 333, True, [333, 200], None),
+    "segments_wide": ((2, 2, 200, 192), 2, 300, False, None, (2, 1, 1, 300)),
 }
 
 
@@ -240,6 +243,9 @@ def test_flash_hopper_with_hidden_keys_matches_ref_on_a_gpu(name):
     if mask is not None:
         options["mask"] = rng.random(mask) < 0.5
         options["mask"][..., 20:40], options["mask"][..., 60:200, 64:200] = False, True
+    if name.startswith("segments"):
+        cuts = np.sort(rng.integers(0, 5, (B, L + S)))
+        options["q_segment_ids"], options["kv_segment_ids"] = cuts[:, ::2][:, :L], cuts[:, -S:]
     seen = visible(L, S, (B, H), **options)
     used = seen.reshape(B, Hkv, -1, L, S).any((2, 3))[..., None]
     rows = seen.any(-1)[..., None]
@@ -268,13 +274,15 @@ def test_flash_hopper_with_hidden_keys_matches_ref_on_a_gpu(name):
         assert np.abs(np.asarray(g, np.float64) - w).max() <= 2 * eps * whole
 
 
-def visible(L, S, lead, *, causal, key_lengths=None, mask=True):
+def visible(L, S, lead, *, causal, key_lengths=None, mask=True, q_segment_ids=None, kv_segment_ids=None):
     """bool [*lead, L, S]: the definition, written out."""
     n = np.full((*lead, 1, 1), S)
     if key_lengths is not None:
         n = np.broadcast_to(key_lengths, lead)[..., None, None]
     i, j = np.indices((L, S))
     seen = j < n
+    if q_segment_ids is not None:
+        seen = seen & (q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None])
     return np.broadcast_to((seen & (j <= i + n - L) if causal else seen) & mask, (*lead, L, S))
 
 
@@ -391,11 +399,14 @@ BOUNDED = {  # what hides keys of two batches of two heads, 140 queries and 300 
     "flash_window": ("lengths", "window"),
     "flash_padding": ("padding", "causal"),
     "flash_mask": ("mask",),
+    "flash_segments": ("segments", "causal"),
 }
 
 
-@pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("by_key", [False, True], ids=["flash_by_query", "flash_by_key"])
+@pytest.mark.parametrize(
+    ("name", "by_key"),
+    [(n, i % 2 == 1) for i, n in enumerate(BOUNDED)] + [("flash_mask", True), ("flash_lengths", True)],
+)
 def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
     """What the kernels make of lists, bounds and mask, pair by pair; no tile is visited that nobody sees."""
     from accel.kernels.flash_hopper_lists import Seen, unpacked
@@ -409,15 +420,17 @@ def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
             "ends": {"end": rng.integers(-1, S - 50, (B, H, L)).astype(np.int32)},
             "causal": {"hi": S - L},
             "window": {"lo": -20, "hi": 30},
+            "segments": {"start": rng.integers(0, S, (B, 1, L)), "end": rng.integers(0, S, (B, 1, L))},
             "padding": {"mask": rng.random((B, 1, 1, S)) < np.linspace(1.5, 0, S)},
             "mask": {"mask": rng.random((1, H, L, S)) < np.where(np.arange(S) < 150, 1, 1e-4)},
         }[part]
     i, j = np.indices((L, S))
     seen = options.get("mask", True) & (j < options.get("end", np.full((1, 1, 1), S))[..., None])
+    seen = seen & (j >= options.get("start", np.zeros((1, 1, 1)))[..., None])
     seen = seen & (j - i >= options.get("lo", -L)) & (j - i <= options.get("hi", S))
     seen = np.broadcast_to(seen, (B, H, L, S))
     made = Seen.make(
-        L, S, 1, **{n: jnp.asarray(x) if n in ("end", "mask") else x for n, x in options.items()}
+        L, S, 1, **{n: jnp.asarray(x) if n in ("start", "end", "mask") else x for n, x in options.items()}
     )
     told = (made.by_key if by_key else made.by_query)(size, keys)
     lists, bounds, mask = (None if x is None else np.asarray(x) for x in told[:3])
@@ -466,11 +479,12 @@ def test_flash_kernels_lower_for_their_devices():
     lowered(lambda q, k, v: module.attend(q, k, v, scale=0.1, hi=0), (q, k, k), "hopper")
     backward = lambda *x: module.attend_backward(*x, scale=0.1, lo=-20, hi=0)
     lowered(backward, (q, q, k, k, row, row), "hopper")
-    end, mask = shape(jnp.int32, 2, 1, 1), shape(bool, 1, 2, 300, 300)
-    hidden = lambda *x: module.attend_backward(*x, scale=0.1)
-    lowered(lambda *x: module.attend(*x, scale=0.1, hi=0), (q, k, k, end, mask), "hopper")
-    lowered(hidden, (q, q, k, k, row, row, end), "hopper")
-    lowered(hidden, (q, q, k, k, row, row, None, mask), "hopper")
+    row_start, end, mask = shape(jnp.int32, 2, 1, 300), shape(jnp.int32, 2, 1, 1), shape(bool, 1, 2, 300, 300)
+    hidden = lambda q, k, v, told: module.attend(q, k, v, scale=0.1, hi=0, **told)
+    lowered(hidden, (q, k, k, {"end": end, "mask": mask}), "hopper")
+    backward = lambda *x: module.attend_backward(*x[:-1], scale=0.1, **x[-1])
+    for told in ({"start": row_start, "end": end}, {"mask": mask}):
+        lowered(backward, (q, q, k, k, row, row, told), "hopper")
     q, k = shape(jnp.float16, 1, 65, 4, 256), shape(jnp.float16, 1, 33, 2, 256)
     window = {"scale": -0.1, "lo": -20, "hi": 30, "rows_first": True}
     lowered(lambda q, k, v: module.attend(q, k, v, **window), (q, k, k), "hopper")
@@ -491,6 +505,10 @@ def _qkv(L=4, S=5, D=3, Dv=2, H=None, Hkv=None):
     return [rng.standard_normal(s) for s in ((*head(H), L, D), (*head(Hkv), S, D), (*head(Hkv), S, Dv))]
 
 
+def _ids(q, kv):
+    return {"q_segment_ids": q, "kv_segment_ids": kv}
+
+
 BAD = {
     "head size": ([*_qkv()[:1], np.zeros((5, 4)), np.zeros((5, 2))], {}, "axis D is 3 in q"),
     "keys": ([*_qkv()[:2], np.zeros((6, 2))], {}, "axis S is 5 in k"),
@@ -502,6 +520,10 @@ BAD = {
     "dropout_mask": (_qkv(), {"dropout_p": 0.1}, "needs dropout_mask"),
     "length": (_qkv(), {"key_lengths": np.array(6)}, r"key_lengths must be in 0\.\.5"),
     "length dtype": (_qkv(), {"key_lengths": np.array(2.0)}, "key_lengths must be integers"),
+    "one segment id": (_qkv(), {"q_segment_ids": np.zeros(4, int)}, "must be given together"),
+    "segment dtype": (_qkv(), _ids(np.zeros(4), np.zeros(5, int)), "q_segment_ids must be integers"),
+    "segment shape": (_qkv(), _ids(np.zeros(4, int), np.zeros(1, int)), "kv_segment_ids of shape .* to"),
+    "segment order": (_qkv(), _ids(np.zeros(4, int), np.arange(5)[::-1]), "kv_segment_ids must not decrease"),
 }
 
 
@@ -515,6 +537,32 @@ def test_flash_rejects_bad_input(name, layer):
     do, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.zeros(q.shape[:-1])
     with pytest.raises(ValueError, match=message):
         layer.flash.flash_attention_bwd(do, q, k, v, do, lse, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "lead"),
+    [(ref, ()), (ref, (2,)), (ref, (2, 3)), (accel, (2, 3))],
+    ids=["flash_ref_no_heads", "flash_ref_heads", "flash_ref_batch", "flash_accel_batch"],
+)
+def test_flash_segments_are_a_mask_of_blocks(layer, lead):
+    """Values and gradients, causal within each segment, some of which have no keys."""
+    rng, (L, S) = np.random.default_rng(0), (9, 11)
+    q, k, v, do = (rng.standard_normal((*lead, n, 4)).astype(np.float32) for n in (L, S, S, L))
+    ids, others = (np.sort(rng.integers(0, 4, (*lead[:-1], n))) for n in (L, S))
+    same = ids[..., :, None] == others[..., None, :]
+    mask = same[..., None, :, :] if lead else same
+    mine, as_mask = {"causal": True, **_ids(ids, others)}, {"causal": True, "mask": mask}
+    o, lse = layer.flash.flash_attention(q, k, v, return_lse=True, **mine)
+    want, want_lse = layer.flash.flash_attention(q, k, v, return_lse=True, **as_mask)
+    np.testing.assert_array_equal(o, want)
+    np.testing.assert_array_equal(lse, want_lse)
+    got = layer.flash.flash_attention_bwd(do, q, k, v, o, lse, **mine)
+    want = layer.flash.flash_attention_bwd(do, q, k, v, o, lse, **as_mask)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    both = layer.flash.flash_attention(q, k, v, mask=mask[..., :1], **mine)
+    other = layer.flash.flash_attention(q, k, v, causal=True, mask=mask & mask[..., :1])
+    np.testing.assert_array_equal(both, other)
 
 
 @pytest.mark.parametrize("layer", [ref, accel], ids=["flash_ref", "flash_accel"])

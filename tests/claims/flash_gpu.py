@@ -90,9 +90,9 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
 
 
 def hidden(name, batch, tokens, rng):
-    """(options of dot_product_attention, share of the pairs of queries and keys that a tile has to be visited
-    for) of what hides keys: lengths drawn evenly, texts of 64 keys and more packed side by side, tiles of a
-    mask drawn by lot, single pairs drawn by lot.
+    """(options, share): what hides keys, of `flash_attention` in a packed batch, of dot_product_attention
+    else, and which share of the pairs of queries and keys counts. Lengths drawn evenly; seven texts, cut by
+    lot, end to end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed.
     """
     if name == "plain":
         return {}, 1.0
@@ -100,14 +100,13 @@ def hidden(name, batch, tokens, rng):
         lengths = rng.integers(1, tokens + 1, batch)
         return {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}, lengths.mean() / tokens
     if name == "packed":
-        cuts = np.sort(rng.choice(np.arange(1, tokens // 64), (batch, 6)), axis=1) * 64
+        cuts = rng.integers(1, tokens, (batch, 6))
         text = (np.arange(tokens) >= cuts[..., None]).sum(1)
-        mask = (text[:, None, :, None] == text[:, None, None, :]).astype(bool)
-    elif name == "blocks":
-        mask = (rng.random((1, 1, tokens // 128, tokens // 128)) < 0.5).repeat(128, 2).repeat(128, 3)
-    else:
-        return {"mask": jnp.asarray(rng.random((1, 1, tokens, tokens)) < 0.5)}, 1.0
-    return {"mask": jnp.asarray(mask)}, float(mask.mean())
+        share = (text[:, None] == text[..., None]).mean()
+        return {n: jnp.asarray(text, jnp.int32) for n in ("q_segment_ids", "kv_segment_ids")}, float(share)
+    size, keep = (128, 0.5) if name == "blocks" else (1, 0.5)
+    mask = (rng.random((1, 1, tokens // size, tokens // size)) < keep).repeat(size, 2).repeat(size, 3)
+    return {"mask": jnp.asarray(mask)}, float(mask.mean()) if size > 1 else 1.0
 
 
 HIDES = ("plain", "lengths", "packed", "blocks", "random")
@@ -130,17 +129,27 @@ def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
         if causal:  # top-left: below the diagonal all keys up to the length
             n = np.asarray(told.get("key_value_seq_lengths", np.full(shape[0], shape[1]))) / shape[1]
             share = float((n - n**2 / 2).mean())
+        ids = told.get("q_segment_ids")
+        as_mask = told if ids is None else {"mask": ids[:, None, :, None] == ids[:, None, None]}
+        named = partial(accel.dot_product_attention, is_causal=causal)
+        entries = {"hopper": (partial(named, implementation="hopper"), x, told)}
+        if ids is not None:
+            turned = [jnp.moveaxis(y, 1, 2) for y in x]
+            entries["hopper"] = (partial(flash_attention, causal=causal, impl="hopper"), turned, told)
+        entries["cudnn"] = (partial(named, implementation="cudnn"), x, as_mask)
         seconds = {}
-        for who in ("hopper", "cudnn"):
-            attend = partial(accel.dot_product_attention, is_causal=causal, implementation=who)
+        for who, (attend, arrays, hides) in entries.items():
 
-            def pulled(q, k, v, do, told, attend=attend):
-                return jax.vjp(partial(attend, **told), q, k, v)[1](do)
+            def pulled(q, k, v, do, hides, attend=attend):
+                return jax.vjp(partial(attend, **hides), q, k, v)[1](do)
 
             if backward:
-                call, args = jax.jit(pulled), (*x, told)
+                call, args = jax.jit(pulled), (*arrays, hides)
             else:
-                call, args = jax.jit(lambda q, k, v, told, f=attend: f(q, k, v, **told)), (*x[:3], told)
+                call, args = (
+                    jax.jit(lambda q, k, v, hides, f=attend: f(q, k, v, **hides)),
+                    (*arrays[:3], hides),
+                )
             try:
                 seconds[who] = sum(kernel_seconds(lambda call=call, args=args: call(*args)).values())
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
