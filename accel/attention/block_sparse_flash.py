@@ -23,6 +23,7 @@ from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, shift, wide
 from accel.blocks.tiled_attention import SMALL
+from accel.blocks.tiles import too_wide
 from ref.attention.block_sparse_flash import (
     BlockLayout,
     block_mask_from_scores,
@@ -156,11 +157,12 @@ def _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, i
         obstacle = f"has no {q.dtype}"
     impl = choose_impl(
         impl,
+        arrays=(q, k, v),
         interpret=interpret,
         auto=("hopper", "triton", "tpu"),
         obstacles={
             "hopper": obstacle or _no_hopper(q, k, v, block_q, block_k, interpret),
-            "triton": obstacle or _off_tile(block_q=(block_q, 16), block_k=(block_k, 16)),
+            "triton": obstacle or _off_tile(block_q=(block_q, 16), block_k=(block_k, 16)) or too_wide(q, v),
             "tpu": obstacle or _off_tile(block_q=(block_q, 16), block_k=(block_k, 128)),
         },
     )
@@ -236,7 +238,7 @@ def _no_hopper(q, k, v, block_q, block_k, interpret):
         return f'takes bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}; use impl="triton"'
     if max(q.shape[-1], v.shape[-1]) > 128:
         return 'takes heads of up to 128; use impl="triton"'
-    return _off_tile(block_q=(block_q, 64), block_k=(block_k, 64)) or hopper_obstacle()
+    return _off_tile(block_q=(block_q, 64), block_k=(block_k, 64)) or hopper_obstacle((q, k, v))
 
 
 def _off_tile(**blocks):
@@ -249,7 +251,7 @@ def _off_tile(**blocks):
 @partial(jax.jit, static_argnums=0)
 def _forward(plan, q, k, v, mask, tiles):
     heads, mask = _grouped(plan, q, k, mask, q, k, v)
-    o, lse = _attend(plan, *heads, mask, tiles)
+    o, lse = _attend(plan, *alike(heads, heads, mask, tiles), mask, tiles)
     return o.astype(q.dtype).reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
 
 
@@ -328,7 +330,7 @@ def _once(name, plan, arrays, lists):
     """The kernel of that name, which says what is missing when asked for a derivative of its own."""
     module = importlib.import_module(f"accel.kernels.block_sparse_flash_{plan.impl}")
     options = {n: getattr(plan, n) for n in ("scale", "hi", "block_q", "block_k", "interpret")}
-    return tuple(getattr(module, name)(*arrays, *lists, **options))
+    return alike(tuple(getattr(module, name)(*arrays, *lists, **options)), arrays, lists)
 
 
 @_once.defjvp
