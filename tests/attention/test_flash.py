@@ -290,10 +290,12 @@ def visible(L, S, lead, *, causal, key_lengths=None, mask=True, q_segment_ids=No
 def test_flash_hopper_is_what_auto_takes_and_maps_on_a_gpu():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((3, 2, 200, 64)), jnp.bfloat16) for _ in range(3))
-    call = accel.flash.flash_attention
+    call, seen = accel.flash.flash_attention, rng.random((200, 200)) < 0.5
     assert "mosaic_gpu" in jax.jit(call).lower(q, k, v).as_text()
     assert "mosaic_gpu" not in jax.jit(call).lower(*(x.astype(jnp.float32) for x in (q, k, v))).as_text()
     np.testing.assert_array_equal(jax.vmap(call)(q, k, v), call(q, k, v))
+    masked = lambda *x: call(*x, mask=seen, key_lengths=np.array(150), impl="hopper")
+    np.testing.assert_array_equal(jax.vmap(masked)(q, k, v), masked(q, k, v))
     with pytest.raises(NotImplementedError, match="differentiable once"):
         jax.eval_shape(jax.hessian(lambda q: call(q, k, v, impl="hopper").astype(jnp.float32).sum()), q)
 
@@ -599,7 +601,7 @@ ON_HOPPER = {  # options, dtypes of q, k and v, and what "auto" takes on a Hoppe
 def test_flash_auto_takes_what_can_run_on_hopper(name, monkeypatch):
     """The choice alone: no GPU is there."""
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    monkeypatch.setattr(flash, "hopper_obstacle", lambda: None)
+    monkeypatch.setattr(flash, "hopper_obstacle", lambda *_: None)
     taken = []
     monkeypatch.setattr(flash, "_flash", lambda q, *_, impl, **__: taken.append(impl) or (q, q))
     options, dtypes, impl = ON_HOPPER[name]
