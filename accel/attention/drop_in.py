@@ -16,6 +16,8 @@ from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
 from accel.blocks.tiled_attention import Plan, tiled_attention
+from accel.blocks.tiles import too_wide
+from ref.blocks.attention import check_width
 from ref.dims import dims
 
 IMPLEMENTATIONS = (None, "auto", "xla", "triton", "tpu", "hopper", "cudnn")
@@ -75,10 +77,12 @@ def dot_product_attention(
     obstacle = _obstacle(query, key, value, bias, fixed)
     impl = choose_impl(
         implementation or "auto",
+        arrays=(query, key, value),
+        name="implementation",
         auto=kernels(query.shape[1]),
         obstacles={
             "hopper": obstacle or no_hopper((query, key, value)),
-            "triton": obstacle,
+            "triton": obstacle or too_wide(query, value),
             "tpu": obstacle,
         },
     )
@@ -157,6 +161,7 @@ def _four_axes(name, x):
 
 def _check(query, key, value, bias, mask):
     n = dims(query=(query, "B T N H"), key=(key, "B S K H"), value=(value, "B S K H"))
+    check_width(n["H"], n["H"])
     if n["K"] == 0 or n["N"] % n["K"]:
         raise ValueError(
             f"query has N={n['N']} heads, not a multiple of the K={n['K']} heads of key and value"

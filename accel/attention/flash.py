@@ -18,6 +18,7 @@ from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
+from accel.blocks.tiles import too_wide
 from ref.attention.flash import block_sizes, check_blocks, check_segments, example, hbm_accesses
 from ref.blocks.attention import check_attention
 from ref.dims import dims
@@ -129,11 +130,12 @@ def _static(arrays, causal, scale, block_q, block_k, dropout_p, impl, interpret)
     obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(*arrays)
     impl = choose_impl(
         impl,
+        arrays=arrays,
         interpret=interpret,
         auto=[i for i in kernels(q.shape[-2]) if _takes_tiles(i, block_q, block_k)],
         obstacles={
             "hopper": obstacle or no_hopper(arrays, interpret),
-            "triton": obstacle,
+            "triton": obstacle or too_wide(arrays[0], arrays[2]),
             "tpu": obstacle,
         },
     )
@@ -178,7 +180,7 @@ def no_hopper(arrays, interpret=False):
         return f'takes bfloat16 or float16, not {", ".join(sorted(map(str, dtypes)))}; use impl="triton"'
     if max(x.shape[-1] for x in arrays) > 256:
         return 'takes heads of up to 256; use impl="triton"'
-    return hopper_obstacle()
+    return hopper_obstacle(arrays)
 
 
 @partial(jax.jit, static_argnames=STATIC)

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 from accel.blocks.tiled_attention import above, below, span
 
@@ -199,7 +200,7 @@ def _run(kernel, grid, inputs, outputs, scratch, *, has, summed, interpret, name
     """
     inputs = [x for x in inputs if x is not None]
     order = ("parallel",) * (len(grid) - summed) + ("arbitrary",) * summed
-    return pl.pallas_call(
+    return pallas_call(
         partial(kernel, has=has, **options),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for (dtype, shape), *_ in outputs],
         grid=grid,

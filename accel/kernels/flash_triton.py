@@ -14,8 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 from accel.blocks.tiled_attention import above, below, span
+from accel.blocks.tiles import attention_tiles
 
 LOG2E = 1.4426950408889634
 STATIC = ("scale", "lo", "hi", "block_q", "block_k", "interpret")
@@ -179,14 +181,15 @@ def _mask_rows(mask_ref, g, at):
     return mask_ref[g, at, :] if mask_ref.shape[1] > 1 else mask_ref[g, :, :]
 
 
-def _tiles(q, k, v, block_q, block_k):
-    """Tile sizes no longer than the call, and what to pad: (block_q, block_k, {axis: by})."""
+def _tiles(q, k, v, block_q, block_k, *, backward=False):
+    """Tile sizes no longer than the call, which fit, and what to pad: (block_q, block_k, {axis: by})."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name} must be a power of two, at least 16, got {size}")
     up = lambda n: max(16, pl.next_power_of_2(n))
     (L, D), (S, Dv) = q.shape[-2:], v.shape[-2:]
-    block_q, block_k = min(block_q, up(L)), min(block_k, up(S))
+    sizes = min(block_q, up(L)), min(block_k, up(S))
+    block_q, block_k = attention_tiles(*sizes, D, Dv, q.dtype, backward=backward)
     return block_q, block_k, {"L": -L % block_q, "S": -S % block_k, "D": up(D) - D, "Dv": up(Dv) - Dv}
 
 
@@ -208,7 +211,7 @@ def _padded(pads, q, k, v, end, mask):
 def _run(kernel, grid, inputs, outputs, *, has, warps, interpret, name, **options):
     """The kernel on (array, block shape, index map) inputs, None left out, -> outputs."""
     inputs = [x for x in inputs if x is not None]
-    return pl.pallas_call(
+    return pallas_call(
         partial(kernel, has=has, **options),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for (dtype, shape), *_ in outputs],
         grid=grid,
@@ -270,7 +273,7 @@ def backward(
     Args: do [B, G, L, Dv], lse and delta [B, G, L] float32, delta = rowsum(do * o) less the cotangent of lse;
       the rest as `forward`. Tiles are cut to 64 x 64: two sums and five operands share the registers.
     """
-    block_q, block_k, pads = _tiles(q, k, v, min(block_q, 64), min(block_k, 64))
+    block_q, block_k, pads = _tiles(q, k, v, min(block_q, 64), min(block_k, 64), backward=True)
     (L, D), (S, Dv) = q.shape[2:], v.shape[1:]
     has = end is not None, mask is not None
     q, k, v, end, mask = _padded(pads, q, k, v, end, mask)

@@ -293,6 +293,7 @@ BAD = {
     "heads": ({"key": Q[:, :, :3], "value": Q[:, :, :3]}, "not a multiple of the K=3"),
     "key": ({"key": Q[..., :7]}, "axis H is 8 in query"),
     "value": ({"value": Q[:, :2]}, "axis S is 3 in key"),
+    "width": ({n: Q[..., :0] for n in ("query", "key", "value")}, "heads must be at least 1 wide"),
     "axes": ({"query": Q[None]}, "query must have at most 4 axes"),
     "dtype": ({"key": Q.astype(np.float16)}, "one floating dtype"),
     "whole numbers": ({n: Q.astype(np.int32) for n in ("query", "key", "value")}, "one floating dtype"),
@@ -316,7 +317,7 @@ def test_drop_in_rejects(name):
 
 def test_drop_in_implementation_asked_by_name_says_why_not():
     for options, message in (
-        ({"implementation": "hopper"}, "takes bfloat16 or float16"),
+        ({"implementation": "hopper"}, '^implementation="hopper" takes .*; use implementation="triton"'),
         ({"implementation": "tpu"}, "needs a TPU"),
         ({"implementation": "triton", "bias": np.zeros((1, 1, 3, 3), np.float32)}, "has no bias"),
         ({"implementation": "triton", "scale": jnp.float32(1)}, "needs a scale that is a number"),
