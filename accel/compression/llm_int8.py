@@ -103,6 +103,7 @@ def llm_int8_linear(
     tiles = (block_t, block_n, block_k)
     impl = choose_impl(
         impl,
+        arrays=(x, layer),
         interpret=interpret,
         auto=("hopper",),
         obstacles={"hopper": _no_hopper(x, layer, interpret, tiles)},
@@ -138,7 +139,7 @@ def _no_hopper(x, layer, interpret, tiles):
         return (
             'counts elements in 32 bits, and takes fewer than 2^31 of x, weights and results; use impl="xla"'
         )
-    return hopper_obstacle()
+    return hopper_obstacle((x, layer))
 
 
 def quantization_ladder(x, w, *, scheme, decompose=False, threshold=6.0):
@@ -182,7 +183,7 @@ def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
     K, N, dtype = x.shape[-1], layer.w_q.shape[0], wide(x.dtype)
     rows = x.reshape(-1, K)
     if impl == "hopper":
-        return _hopper(rows, layer, threshold, max_outliers).reshape(*x.shape[:-1], N)
+        return alike(_hopper(rows, layer, threshold, max_outliers), x).reshape(*x.shape[:-1], N)
     x_q, absmax, mask = _rowwise(rows, threshold)
     strip, dense, too_many = _outliers(rows.astype(dtype), layer, threshold, mask, max_outliers)
     if impl == "xla":
@@ -198,7 +199,7 @@ def _linear(x, layer, threshold, max_outliers, impl, interpret, tiles):
         y = int8_product(
             x_q, layer.w_q, absmax, layer.w_absmax, layer.bias, strip, interpret=interpret, **options
         ).astype(dtype)
-        gathered = lambda: jnp.zeros((rows.shape[0], N), dtype)  # the kernel has added them
+        gathered = lambda: alike(jnp.zeros((rows.shape[0], N), dtype), y)  # the kernel has added them
     if dense is not None:
         y = y + (dense() if strip is None else jax.lax.cond(too_many, dense, gathered))
     return y.astype(x.dtype).reshape(*x.shape[:-1], N)

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
 from ref.compression.llm_int8 import LEVELS, SMALLEST
 
 __all__ = ["gather", "overrule", "quantize_few", "quantize_rows"]
@@ -84,7 +85,7 @@ def quantize_rows(x, *, threshold, unit=1, interpret=False):
     """
     T, K = x.shape
     broad = K + -K % unit
-    return pl.pallas_call(
+    return pallas_call(
         partial(_rows_kernel, threshold=threshold, K=K, chunk=min(CHUNK, pl.next_power_of_2(broad))),
         out_shape=(
             _shape(T, broad, dtype=jnp.int8),
@@ -188,7 +189,7 @@ def quantize_few(x, *, threshold, unit, interpret=False, cut=None):
         flags = -(-broad // (UNITS * unit))
         shapes += [_shape(tall, broad, dtype=x.dtype), _shape(flags, dtype=jnp.int32)]
     spec = lambda a: pl.BlockSpec(a.shape, lambda i, c: (0,) * a.ndim)
-    x_q, absmax, *marked = pl.pallas_call(
+    x_q, absmax, *marked = pallas_call(
         partial(_few_kernel, threshold=threshold, rows=rows, chunk=chunk, unit=unit),
         out_shape=tuple(shapes),
         grid=(-(-T // rows), -(-broad // chunk)),
@@ -269,7 +270,7 @@ def gather(x, w_q, x_q, marks, *, R, interpret=False):
     wide = max(16, pl.next_power_of_2(R))
     spec = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * a.ndim)
     outputs = x_q, _shape(T, wide, dtype=x.dtype), _shape(N, wide, dtype=x.dtype), _shape(1, dtype=jnp.int32)
-    return pl.pallas_call(
+    return pallas_call(
         partial(_gather_kernel, R=R, chunk=min(4 * CHUNK, pl.next_power_of_2(K))),
         out_shape=tuple(_shape(*a.shape, dtype=a.dtype) for a in outputs),
         grid=(-(-N // TALL) + -(-T // TALL),),
@@ -336,7 +337,7 @@ def overrule(y, more, marks, x, x_q, x_absmax, w_q, w_absmax, bias, *, sizes=(64
     inputs = more, marks, x, x_q, w_q, *(a.astype(jnp.float32) for a in rows), y
     spec = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * a.ndim)
     programs = min(PROGRAMS, -(-T // sizes[0]) * -(-N // sizes[1]))
-    return pl.pallas_call(
+    return pallas_call(
         partial(_overrule_kernel, sizes=sizes, programs=programs),
         out_shape=_shape(*y.shape, dtype=y.dtype),
         grid=(programs,),

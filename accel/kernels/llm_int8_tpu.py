@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
+
 ROWS = (((1,), (1,)), ((), ()))
 
 
@@ -93,7 +95,7 @@ def int8_product(
             pl.BlockSpec((block_n, R), lambda i, j, k: (j, 0)),
         ]
     tiles = (block_t, block_n)
-    return pl.pallas_call(
+    return pallas_call(
         _kernel,
         out_shape=jax.ShapeDtypeStruct((T + tall, N + broad), jnp.float32),
         grid=((T + tall) // block_t, (N + broad) // block_n, (K + deep) // block_k),

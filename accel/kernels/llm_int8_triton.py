@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
+
 ROWS = (((1,), (1,)), ((), ()))
 
 
@@ -89,7 +91,7 @@ def int8_product(
             pl.BlockSpec((block_t, R + more), lambda i, j: (i, 0)),
             pl.BlockSpec((block_n, R + more), lambda i, j: (j, 0)),
         ]
-    return pl.pallas_call(
+    return pallas_call(
         partial(_kernel, block_k=block_k),
         out_shape=jax.ShapeDtypeStruct((T + tall, N + broad), jnp.float32),
         grid=((T + tall) // block_t, (N + broad) // block_n),

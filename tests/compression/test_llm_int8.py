@@ -266,7 +266,7 @@ def test_llm_int8_auto_takes_what_can_run_on_hopper(name, monkeypatch):
     dtype, keep, impl = ON_HOPPER[name]
     x, w, b, _ = problem(T=4, K=40, N=8, columns=())
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    monkeypatch.setattr(module, "hopper_obstacle", lambda: None)
+    monkeypatch.setattr(module, "hopper_obstacle", lambda *_: None)
     taken = []
     monkeypatch.setattr(module, "_linear", lambda *a: taken.append(a[4]))
     layer = ref.llm_int8.convert_linear(w, b, keep_float=keep)
@@ -276,7 +276,7 @@ def test_llm_int8_auto_takes_what_can_run_on_hopper(name, monkeypatch):
 
 def test_llm_int8_for_hopper_refuses_more_than_it_can_count(monkeypatch):
     """The kernels compute offsets in 32 bits; arrays of no memory stand for large ones."""
-    monkeypatch.setattr(module, "hopper_obstacle", lambda: None)
+    monkeypatch.setattr(module, "hopper_obstacle", lambda *_: None)
     large = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), shape)
     scale = large(np.float32, 2**17)
     for T, K, fits in ((1, 2**13, True), (1, 2**14, False), (2**14, 64, False)):
