@@ -5,6 +5,7 @@ both where JAX's answer is of no use: padding may hold NaN or infinities without
 see no key gives zeros with zero gradients and a residual of -inf (JAX averages over keys it must not see).
 """
 
+import math
 from functools import partial
 from numbers import Real
 
@@ -75,11 +76,13 @@ def dot_product_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     obstacle = _obstacle(query, key, value, bias, fixed)
+    hidden = mask, query_seq_lengths, key_value_seq_lengths
+    pairs = None if all(x is None for x in hidden) else math.prod(query.shape[:-1]) * key.shape[1]
     impl = choose_impl(
         implementation or "auto",
         arrays=(query, key, value),
         name="implementation",
-        auto=kernels(query.shape[1]),
+        auto=kernels(query.shape[1], pairs),
         obstacles={
             "hopper": obstacle or no_hopper((query, key, value)),
             "triton": obstacle or too_wide(query, value),

@@ -36,6 +36,7 @@ __all__ = [
     "online_softmax",
 ]
 
+FEW = 1 << 24  # 15 µs of Hopper's kernel at heads of 128
 STATIC = ("causal", "scale", "dropout_p", "tiles", "impl", "interpret")
 
 
@@ -78,7 +79,17 @@ def flash_attention(
         dropout_mask,
         q_segment_ids,
         kv_segment_ids,
-        **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
+        **_static(
+            (q, k, v),
+            (mask, key_lengths, q_segment_ids),
+            causal,
+            scale,
+            block_q,
+            block_k,
+            dropout_p,
+            impl,
+            interpret,
+        ),
     )
     return (o, lse) if return_lse else o
 
@@ -120,19 +131,30 @@ def flash_attention_bwd(
         dropout_mask,
         q_segment_ids,
         kv_segment_ids,
-        **_static((q, k, v), causal, scale, block_q, block_k, dropout_p, impl, interpret),
+        **_static(
+            (q, k, v),
+            (mask, key_lengths, q_segment_ids),
+            causal,
+            scale,
+            block_q,
+            block_k,
+            dropout_p,
+            impl,
+            interpret,
+        ),
     )
 
 
-def _static(arrays, causal, scale, block_q, block_k, dropout_p, impl, interpret):
+def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, interpret):
     q = arrays[0]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    pairs = math.prod(q.shape[:-1]) * arrays[1].shape[-2] if any(x is not None for x in hidden) else None
     obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(*arrays)
     impl = choose_impl(
         impl,
         arrays=arrays,
         interpret=interpret,
-        auto=[i for i in kernels(q.shape[-2]) if _takes_tiles(i, block_q, block_k)],
+        auto=[i for i in kernels(q.shape[-2], pairs) if _takes_tiles(i, block_q, block_k)],
         obstacles={
             "hopper": obstacle or no_hopper(arrays, interpret),
             "triton": obstacle or too_wide(arrays[0], arrays[2]),
@@ -166,9 +188,14 @@ def _takes_tiles(impl, block_q, block_k):
     return impl == "hopper" or all(b >= 16 and b & (b - 1) == 0 for b in (block_q, block_k))
 
 
-def kernels(L):
-    """The kernels for "auto" with L queries, best first, as measured on an H200 (docs/notes/gpu.md)."""
-    return ("triton", "tpu") if 16 < L < 128 else ("hopper", "triton", "tpu")
+def kernels(L, pairs=None):
+    """The kernels for "auto" with L queries, best first, as measured on an H200 (docs/notes/gpu.md).
+
+    pairs: of queries and keys, over all heads, where something but causal order hides some: the tables that
+    say which take Hopper some 20 µs to make, which pays from FEW on.
+    """
+    few = pairs is not None and pairs < FEW
+    return ("triton", "tpu") if 16 < L < 128 or few else ("hopper", "triton", "tpu")
 
 
 def no_hopper(arrays, interpret=False):

@@ -586,9 +586,11 @@ ON_HOPPER = {  # options, dtypes of q, k and v, and what "auto" takes on a Hoppe
     "float32": ({}, "fff", "triton"),
     "a scale of zero": ({"scale": 0.0}, "bbb", "hopper"),
     "a negative scale": ({"scale": -1}, "bbb", "hopper"),
-    "a mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "hopper"),
+    "a mask": ({"mask": np.ones((1, 4096), bool)}, "bbb", "hopper"),
+    "a small mask": ({"mask": np.ones((256, 256), bool)}, "bbb", "triton"),
     "a mask in float32": ({"mask": np.ones((256, 256), bool)}, "fff", "triton"),
     "lengths": ({"key_lengths": np.array(200)}, "bbb", "hopper"),
+    "segments": ({n: np.zeros(4096, int) for n in ("q_segment_ids", "kv_segment_ids")}, "bbb", "hopper"),
     "values of another dtype": ({}, "bbf", "triton"),
     "keys of another dtype": ({}, "fbb", "xla"),
     "tiles of its own": ({"block_q": 100}, "bbb", "hopper"),
@@ -606,7 +608,8 @@ def test_flash_auto_takes_what_can_run_on_hopper(name, monkeypatch):
     monkeypatch.setattr(flash, "_flash", lambda q, *_, impl, **__: taken.append(impl) or (q, q))
     options, dtypes, impl = ON_HOPPER[name]
     kinds = {"b": jnp.bfloat16, "h": jnp.float16, "f": jnp.float32}
-    flash.flash_attention(*(jnp.ones((256, 8), kinds[d]) for d in dtypes), **options)
+    tokens = 4096 if name in ("a mask", "lengths", "segments") else 256
+    flash.flash_attention(*(jnp.ones((tokens, 8), kinds[d]) for d in dtypes), **options)
     assert taken == [impl]
 
 
