@@ -192,10 +192,12 @@ def kernels(L, pairs=None):
     """The kernels for "auto" with L queries, best first, as measured on an H200 (docs/notes/gpu.md).
 
     pairs: of queries and keys, over all heads, where something but causal order hides some: the tables that
-    say which take Hopper some 20 µs to make, which pays from FEW on.
+    say which take Hopper some 20 µs to make, too long below FEW pairs (an estimate).
     """
+    if 16 < L < 128:
+        return ("triton", "tpu")
     few = pairs is not None and pairs < FEW
-    return ("triton", "tpu") if 16 < L < 128 or few else ("hopper", "triton", "tpu")
+    return ("triton", "hopper", "tpu") if few else ("hopper", "triton", "tpu")
 
 
 def no_hopper(arrays, interpret=False):
