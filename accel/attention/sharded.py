@@ -77,8 +77,7 @@ def ring_attention(
       impl, interpret: of `flash_attention`, which does each step.
     Returns: [..., H, L, D] in q's dtype. Each of the steps rounds its result to q's dtype once.
     Differentiable once, in reverse mode: keys, values and their gradients go round once more; the memory of a
-    device does not grow with their number. The kernels, which
-    impl="auto" takes on a GPU or TPU, need `jax.shard_map(..., check_vma=False)`.
+    device does not grow with their number. interpret needs `jax.shard_map(..., check_vma=False)`.
     Raises: ValueError naming the argument; NameError outside a `shard_map` that has the axis.
     """
     check_attention(q, k, v, None, None, None, 0.0)

@@ -51,7 +51,7 @@ def ring(parts, way, *, impl="xla", interpret=False):
         partial(
             ring_attention, axis_name="context", causal=causal, layout=layout, impl=impl, interpret=interpret
         ),
-        mesh=mesh(parts), in_specs=PARTS, out_specs=PARTS, check_vma=impl == "xla",
+        mesh=mesh(parts), in_specs=PARTS, out_specs=PARTS, check_vma=not interpret,
     )  # fmt: skip
     if layout == "contiguous":
         return fn
