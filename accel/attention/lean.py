@@ -1,10 +1,11 @@
 """Lean Attention in JAX: decode attention in equal runs of key tiles; ref/attention/lean.py defines it.
 
 Two phases: the states of all segments of the schedule, then the merge of every output's. The heads of a group
-are rows of one output, so a key is read once. The kernels: "triton", one launch of persistent workers and a
-small one that merges; "tpu", a program a segment. impl="xla" walks the line of tiles on a CPU, where a tile
-stays in cache and no padding is read; elsewhere, and for few keys, it is one masked softmax, which XLA splits
-as it likes.
+are rows of one output, so a key is read once. The kernels: "hopper" and "triton", one launch of persistent
+workers and a small one that merges; "tpu", a program a segment. `lean_attention` on "hopper" has tiles of its
+own and a worker a core, whatever block_n and num_workers say. impl="xla" walks the line of tiles on a CPU,
+where a tile stays in cache and no padding is read; elsewhere, and for few keys, it is one masked softmax,
+which XLA splits as it likes.
 
 Lengths as NumPy or a list are known: the schedule is made beforehand, and on the CPU there is one program for
 each number of tiles. Lengths as JAX arrays may be traced: one program for all, and the grid is all workers.
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from accel.blocks.backend import choose_impl
+from accel.blocks.backend import choose_impl, hopper_obstacle
 from accel.blocks.shapes import alike
 from accel.blocks.softmax import SoftmaxState, finalize, merge, shift, softmax_state, wide
 from ref.attention.lean import (
@@ -51,6 +52,8 @@ __all__ = [
 
 IN_CACHE = 2**23  # bytes of keys and values up to which a CPU is as fast with one softmax as with a walk
 WIDEST, LARGEST = 256, 16384  # head size, and rows times head size, of a GPU kernel's output
+HOPPER_KEYS = 64  # the least tile of the kernel for Hopper
+SMALL = 2**26  # bytes of keys and values up to which XLA is as fast as Triton on an H200
 
 
 def lean_attention(
@@ -74,16 +77,20 @@ def lean_attention(
     """
     n = check_decode(q, k, v, lengths)
     check_schedule(num_heads=n["Hkv"], block_n=block_n, num_workers=num_workers, grid=grid)
-    impl = _implementation(q, k, v, block_n, impl, interpret)
+    impl = _implementation(q, k, v, block_n, impl, interpret, own_tiles=True)
     scale = n["D"] ** -0.5 if scale is None else float(scale)
     lengths, known = _lengths(lengths, n)
     if impl == "xla" and not _walks(k, v):
         o, lse = _attend(_dense, q, k, v, lengths, scale=scale)
+    elif impl == "hopper":
+        cores = _hopper().cores_of()
+        own = _hopper().own_block(n["B"] * n["Hkv"] * n["S"], cores)
+        workers = _workers(lengths, known, n["Hkv"], own, cores, grid)
+        plan = _hopper().Runs(n["B"], n["Hkv"], workers, _full(lengths, known, n["S"]))
+        o, lse = _attend(_in_hopper, q, k, v, lengths, plan=plan, block_n=own, scale=scale)
     else:
         tiles = -(-lengths // block_n)
-        workers = num_workers
-        if known:
-            workers = grid_size(n["Hkv"] * int(tiles.sum()), int(tiles.sum()), num_workers, grid)
+        workers = _workers(lengths, known, n["Hkv"], block_n, num_workers, grid)
         table = (_line if known else _traced_line)(tiles, n["Hkv"], workers)
         most = -(-n["B"] * n["Hkv"] * -(-n["S"] // block_n) // workers)
         run = _by_walk if impl == "xla" else _by_kernel
@@ -120,6 +127,9 @@ def flash_decoding_attention(
     part = -(-most // num_splits)
     if impl == "xla" and not _walks(k, v):
         o, lse = _attend(_split, q, k, v, lengths, scale=scale, part=part * block_n, parts=num_splits)
+    elif impl == "hopper":
+        plan = _hopper().Parts(n["B"], n["Hkv"], num_splits, _full(lengths, known, n["S"]))
+        o, lse = _attend(_in_hopper, q, k, v, lengths, plan=plan, block_n=block_n, scale=scale)
     else:
         table = _parts(tiles, n["Hkv"], num_splits, xp=np if known else jnp)
         run = _by_walk if impl == "xla" else _by_kernel
@@ -202,17 +212,58 @@ def _parts(tiles, heads, splits, *, xp=np):
     )
 
 
-def _implementation(q, k, v, block_n, impl, interpret):
+def _workers(lengths, known, heads, block_n, num_workers, grid):
+    """Workers of the launch: as many as the grid says where lengths are known, else all."""
+    if not known:
+        return num_workers
+    tiles = int((-(-lengths // block_n)).sum())
+    return grid_size(heads * tiles, tiles, num_workers, grid)
+
+
+def _full(lengths, known, S):
+    """S if it is known that all keys may be seen, else None."""
+    return S if known and (lengths == S).all() else None
+
+
+def _implementation(q, k, v, block_n, impl, interpret, own_tiles=False):
+    """own_tiles: whether block_n is not for the kernel for Hopper."""
     return choose_impl(
         impl,
+        arrays=(q, k, v),
         interpret=interpret,
-        auto=("triton", "tpu"),
+        auto=("hopper", "triton", "tpu") if _size(k, v) > SMALL else ("hopper", "tpu"),
         obstacles={
-            "hopper": 'is not there yet; use "triton"',
+            "hopper": _no_hopper(q, k, v, HOPPER_KEYS if own_tiles else block_n, interpret),
             "triton": _gpu_obstacle(q, k, v, block_n) or _obstacle(q, block_n, 16),
             "tpu": _obstacle(q, block_n, 8),
         },
     )
+
+
+def _no_hopper(q, k, v, block_n, interpret):
+    """Why the kernel for Hopper cannot take a call, or None."""
+    dtypes = {jnp.result_type(x) for x in (q, k, v)}
+    rows = q.size // (k.shape[0] * k.shape[1] * k.shape[3])
+    sizes = k.shape[3], v.shape[3]
+    if interpret:
+        return 'has no interpreter; use impl="triton"'
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
+        return f'takes bfloat16 or float16, not {", ".join(sorted(map(str, dtypes)))}; use impl="triton"'
+    if not set(sizes) <= {64, 128, 256}:
+        return f'takes D and Dv of 64, 128 or 256, not {sizes[0]} and {sizes[1]}; use impl="triton"'
+    if rows > 64:
+        return f'takes up to 64 rows a key head, not {rows}; use impl="triton"'
+    if k.shape[2] % 8:
+        return f'takes a cache of a multiple of 8 keys, not {k.shape[2]}; use impl="triton"'
+    if block_n % HOPPER_KEYS:
+        return f"needs block_n to be a multiple of {HOPPER_KEYS}, got {block_n}"
+    return hopper_obstacle((q, k, v))
+
+
+def _hopper():
+    from accel.kernels import lean_hopper
+
+    return lean_hopper
 
 
 def _obstacle(q, block_n, least):
@@ -235,8 +286,12 @@ def _gpu_obstacle(q, k, v, block_n):
 
 def _walks(k, v):
     """Whether the XLA form is a walk of tiles."""
-    size = (k.size + v.size) * jnp.result_type(k).itemsize
-    return jax.default_backend() == "cpu" and size > IN_CACHE
+    return jax.default_backend() == "cpu" and _size(k, v) > IN_CACHE
+
+
+def _size(k, v):
+    """Bytes of keys and values."""
+    return (k.size + v.size) * jnp.result_type(k).itemsize
 
 
 def _lengths(lengths, n):
@@ -333,6 +388,14 @@ def _gather(state, at, q, k):
 def _by_kernel(q, k, v, lengths, table, known, block_n, scale, most, impl, interpret):
     static = {"scale": scale, "block_n": block_n, "impl": impl, "interpret": interpret, "most": most}
     return _attend(_in_kernel, q, k, v, lengths, table, **static)
+
+
+@partial(jax.jit, static_argnames=("plan", "scale", "block_n"))
+def _in_hopper(q, k, v, lengths, *, plan, scale, block_n):
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    arrays = flat(_rows(q, k)), flat(k), flat(v)
+    o, lse = _hopper().attend(lengths, *arrays, plan=plan, scale=scale, block_n=block_n)
+    return alike((o.reshape(*q.shape[:-1], v.shape[3]), lse.reshape(q.shape[:-1])), q, k, v, lengths)
 
 
 def _by_walk(q, k, v, lengths, table, known, block_n, scale, *_):

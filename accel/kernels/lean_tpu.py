@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 
 LANES, ROWS = 128, 8
@@ -76,7 +77,7 @@ def partial_states(output, lo, hi, end, q, k, v, *, most, scale, block_n, interp
     whole = lambda i, j, out, lo, hi, end: (out[i], 0, 0)
     state = lambda i, j, *_: (i, 0, 0)
     shape = lambda width: jax.ShapeDtypeStruct((n, rows, width), jnp.float32)
-    m, l, acc = pl.pallas_call(
+    m, l, acc = pallas_call(
         partial(_kernel, scale=scale, block_n=block_n),
         out_shape=[shape(LANES), shape(LANES), shape(Dv)],
         grid_spec=pltpu.PrefetchScalarGridSpec(

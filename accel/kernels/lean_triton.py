@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from accel.blocks.kernel import pallas_call
 from accel.blocks.softmax import shift
 
 LOG2E = 1.4426950408889634
@@ -85,26 +86,46 @@ def _merge_kernel(first_ref, at_ref, m_ref, l_ref, acc_ref, o_ref, lse_ref):
     and divided, at o_ref [O, R, Dv], lse_ref [O, R].
     """
     w, r = pl.program_id(0), pl.program_id(1)
-    start, stop = first_ref[w], first_ref[w + 1]
+    _merge(first_ref[w], first_ref[w + 1], at_ref[w], r, m_ref, l_ref, acc_ref, o_ref, lse_ref, PARTS)
+
+
+def _merge_slots_kernel(*refs, plan, block_n, each, parts):
+    """The same for output `at` in memory, whose slots a plan of lean_hopper.py knows, `each` states a slot
+    and `parts` at a time.
+    """
+    at, r = pl.program_id(0), pl.program_id(1)
+    item = lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(plan.batch),), 0)
+    if plan.full is None:
+        lengths_ref, *refs = refs
+        lengths = plgpu.load(lengths_ref.at[jnp.minimum(item, plan.batch - 1)])
+    else:
+        lengths = jnp.full(item.shape, plan.full, jnp.int32)
+    tiles = jnp.where(item < plan.batch, (lengths + (block_n - 1)) // block_n, 0)
+    start, stop = plan.slots_of(at, tiles)
+    _merge(start * each, stop * each, at, r, *refs, parts)
+
+
+def _merge(start, stop, at, r, m_ref, l_ref, acc_ref, o_ref, lse_ref, parts):
+    """Row r of output `at`: the states start..stop, `parts` at a time."""
 
     def some(j, carry):
         m, l, acc = carry
-        i = pl.ds(start + j * PARTS, PARTS)
-        mine = start + j * PARTS + lax.broadcasted_iota(jnp.int32, (PARTS,), 0) < stop
-        part = jnp.where(mine, plgpu.load(m_ref.at[i, r], mask=mine, other=0.0), -jnp.inf)
+        i = pl.ds(start + j * parts, parts)
+        mine = start + j * parts + lax.broadcasted_iota(jnp.int32, (parts,), 0) < stop
+        wide = jnp.broadcast_to(mine[:, None], (parts, acc_ref.shape[2]))
+        sums = plgpu.load(acc_ref.at[i, r, :], mask=wide, other=0.0)  # all on their way at once
+        part, each_l = (plgpu.load(ref.at[i, r], mask=mine, other=0.0) for ref in (m_ref, l_ref))
+        part = jnp.where(mine, part, -jnp.inf)
         m_new = jnp.maximum(m, jnp.max(part))
         top = shift(m_new)
         fix, old = jnp.exp2(part - top), jnp.exp2(m - top)
-        wide = jnp.broadcast_to(mine[:, None], (PARTS, acc_ref.shape[2]))
-        sums = plgpu.load(acc_ref.at[i, r, :], mask=wide, other=0.0)
-        l = old * l + jnp.sum(fix * plgpu.load(l_ref.at[i, r], mask=mine, other=0.0))
+        l = old * l + jnp.sum(fix * each_l)
         return m_new, l, old * acc + jnp.sum(fix[:, None] * sums, axis=0)
 
     init = jnp.float32(-jnp.inf), jnp.float32(0), jnp.zeros(acc_ref.shape[2], jnp.float32)
-    m, l, acc = lax.fori_loop(0, (stop - start + PARTS - 1) // PARTS, some, init)
+    m, l, acc = lax.fori_loop(0, (stop - start + parts - 1) // parts, some, init)
     seen = l > 0
     l = jnp.where(seen, l, 1.0)
-    at = at_ref[w]
     o_ref[at, r, :] = (acc / l).astype(o_ref.dtype)
     lse_ref[at, r] = jnp.where(seen, (shift(m) + jnp.log2(l)) / LOG2E, -jnp.inf)
 
@@ -128,7 +149,7 @@ def partial_states(run, at, lo, hi, end, q, k, v, *, scale, block_n, interpret=F
     fits = STEP_BYTES // ((up(D) + up(Dv)) * k.dtype.itemsize)
     step = max(LEAST, min(block_n, 128, 1 << (fits.bit_length() - 1)))
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-    return pl.pallas_call(
+    return pallas_call(
         partial(_kernel, scale=scale, block_n=block_n, step=step),
         out_shape=[shape(n, up(R)), shape(n, up(R)), shape(n, up(R), up(Dv))],
         grid=(len(run) - 1,),
@@ -145,7 +166,7 @@ def merged(first, at, m, l, acc, *, dtype, interpret=False):
     Args: first int32 [O + 1], at int32 [O]; m (to base 2), l [n, R], acc [n, R, Dv] float32.
     """
     outputs, (R, Dv) = len(at), acc.shape[1:]
-    return pl.pallas_call(
+    return pallas_call(
         _merge_kernel,
         out_shape=[
             jax.ShapeDtypeStruct((outputs, R, Dv), dtype),
@@ -156,6 +177,29 @@ def merged(first, at, m, l, acc, *, dtype, interpret=False):
         interpret=interpret,
         name="lean_merge",
     )(first, at, m, l, acc)
+
+
+@partial(jax.jit, static_argnames=("plan", "block_n", "dtype", "each", "parts", "interpret"))
+def merged_slots(lengths, m, l, acc, *, plan, block_n, dtype, each=1, parts=None, interpret=False):
+    """(o [O, R, Dv] in dtype, lse [O, R] natural) of the states that the kernel for Hopper leaves.
+
+    Args: lengths int32 [B], or None if the plan knows; m (to base 2), l [n, R], acc [n, R, Dv] float32,
+      `each` of them a slot of the plan, of tiles of block_n keys; parts: states merged at a time.
+    """
+    outputs, (R, Dv) = plan.batch * plan.heads, acc.shape[1:]
+    if parts is None:  # what there is, if outputs are equally long
+        parts = min(64, max(16, pl.next_power_of_2((-(-plan.slots // outputs)) * each)))
+    return pallas_call(
+        partial(_merge_slots_kernel, plan=plan, block_n=block_n, each=each, parts=parts),
+        out_shape=[
+            jax.ShapeDtypeStruct((outputs, R, Dv), dtype),
+            jax.ShapeDtypeStruct((outputs, R), jnp.float32),
+        ],
+        grid=(outputs, R),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="lean_merge",
+    )(*(() if lengths is None else (lengths,)), m, l, acc)
 
 
 def _pad(x, rows, columns):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ref.blocks.attention import check_lengths
+from ref.blocks.attention import check_lengths, check_width
 from ref.blocks.softmax import SoftmaxState, finalize, merge, softmax_state
 from ref.dims import dims, float64
 from ref.example import Example
@@ -246,6 +246,7 @@ def check_schedule(*, num_heads, block_n, num_workers, grid="all"):
 def check_decode(q, k, v, lengths):
     """Raise ValueError for a bad decode call; return the axes. Reads shapes, and lengths where known."""
     n = dims(q=(q, "B H D" if len(q.shape) == 3 else "B H L D"), k=(k, "B Hkv S D"), v=(v, "B Hkv S Dv"))
+    check_width(n["D"], n["Dv"])
     if n["Hkv"] == 0 or n["H"] % n["Hkv"]:
         raise ValueError(f"q has H={n['H']} heads, not a multiple of the Hkv={n['Hkv']} heads of k and v")
     if n["B"] < 1 or n["S"] < 1:

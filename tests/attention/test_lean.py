@@ -1,6 +1,7 @@
 """Lean Attention: laws on ref, golden vectors, bad inputs; accel in every implementation; costs."""
 
 from dataclasses import replace
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 import accel
 import ref
 from accel.attention import lean
-from accel.kernels import lean_tpu, lean_triton
+from accel.blocks import backend
+from accel.kernels import lean_hopper, lean_tpu, lean_triton
 from ref.catalog import BY_SLUG
 from tests.attention import laws_lean
 from tests.claims import record
@@ -45,6 +47,7 @@ BAD = {
     "long": (lambda: L.lean_attention(Q, K, K, lengths=np.array([17, 3])), r"lengths must be in 1\.\.16"),
     "float": (lambda: L.lean_attention(Q, K, K, lengths=np.array([1.0, 3.0])), "lengths must be integers"),
     "batch": (lambda: L.lean_attention(Q, K, K, lengths=np.array([1, 2, 3])), "does not broadcast"),
+    "no_width": (lambda: L.lean_attention(Q[..., :0], K[..., :0], K), "heads must be at least 1 wide"),
     "block": (lambda: L.lean_attention(Q, K, K, block_n=0), "block_n must be at least 1"),
     "workers": (lambda: L.lean_attention(Q, K, K, num_workers=0), "num_workers must be at least 1"),
     "heads": (lambda: L.lean_attention(Q[:, :3], K, K), "not a multiple of the Hkv=2"),
@@ -172,6 +175,199 @@ def test_lean_kernels_lower_for_their_devices():
     lowered(merge, (first, at, *parts), "cuda")
 
 
+RUNS, SPLIT = lean_hopper.Runs, lean_hopper.Parts
+
+
+HOPPER = {  # R, D, Dv, plan
+    "few rows": (4, 128, 128, RUNS(2, 4, 132)),
+    "heads alone": (1, 64, 64, RUNS(8, 1, 132)),
+    "the widest": (12, 256, 128, RUNS(1, 8, 132)),
+    "a fixed split": (8, 64, 128, SPLIT(2, 4, 3)),
+    "many requests": (4, 64, 64, RUNS(40, 2, 132)),
+    "all keys": (4, 64, 64, RUNS(2, 2, 132, 4000)),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER, ids=lambda n: f"lean_{n}")
+def test_lean_hopper_lowers(name):
+    R, D, Dv, plan = HOPPER[name]
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+    O, lengths = plan.batch * plan.heads, shape(jnp.int32, plan.batch)
+    qkv = [shape(jnp.bfloat16, O, *s) for s in ((R, D), (4000, D), (4000, Dv))]
+    call = lambda *a: lean_hopper.attend(*a, plan=plan, scale=0.1, block_n=64)
+    lowered(call, (lengths, *qkv), "hopper")
+
+
+def taken(plan, lengths, size, monkeypatch):
+    """[(block, slot, output in memory, tiles lo, hi, keys)] of the blocks of a plan, in their order."""
+    found = []
+    with jax.disable_jit():
+        for g in range(plan.blocks):
+            monkeypatch.setattr(lean_hopper.lax, "axis_index", lambda name, g=g: jnp.int32(g))
+            turns = []
+
+            def body(turn, loaded, *segment, g=g, turns=turns):
+                assert loaded == sum(hi - lo for *_, lo, hi, _ in found[len(found) - len(turns) :])
+                turns.append(int(turn))
+                found.append((g, *map(int, segment)))
+                return loaded + segment[3] - segment[2]
+
+            plan.each(jnp.asarray(lengths, jnp.int32), size, body)
+            assert turns == list(range(len(turns)))
+    return found
+
+
+@pytest.mark.parametrize("B", [1, 3, 34])
+def test_lean_hopper_blocks_take_the_schedule(B, monkeypatch):
+    """Segments and slots of equal runs against ref's, of a fixed split against its definition; what the merge
+    looks for are those that were written.
+    """
+    heads, W, size = 2, 5, 4
+    lengths = np.random.default_rng(B).integers(1, 20, B)
+    tiles = -(-lengths // size)
+    runs, split = RUNS(B, heads, W), SPLIT(B, heads, 3)
+    place = lambda o: o % B * heads + o // B
+    want = ref.lean.stream_k_schedule(lengths, heads, block_n=size, num_workers=W, grid="all").segments
+    want = [(g, g + o, place(o), lo, hi, lengths[o % B]) for g, o, lo, hi in want[:, :4].tolist()]
+    assert taken(runs, lengths, size, monkeypatch) == want
+    full = ref.lean.stream_k_schedule(np.full(B, 18), heads, block_n=size, num_workers=W, grid="all").segments
+    full = [(g, g + o, place(o), lo, hi, 18) for g, o, lo, hi in full[:, :4].tolist()]
+    assert taken(RUNS(B, heads, W, 18), np.zeros(B), size, monkeypatch) == full  # lengths are not read
+    parts = []
+    for at, t in enumerate(np.repeat(tiles, heads).tolist()):
+        some = -(-t // 3)
+        bounds = [min(i * some, t) for i in range(4)]
+        for i in range(3):
+            parts.append((3 * at + i, 3 * at + i, at, bounds[i], bounds[i + 1], lengths[at // heads]))
+    if B < 10:
+        assert taken(split, lengths, size, monkeypatch) == parts
+    more = jnp.zeros(64, jnp.int32).at[:B].set(tiles)
+    for plan, segments in ((runs, want), (split, parts)):
+        for at in range(min(B * heads, 8)):
+            start, stop = plan.slots_of(jnp.int32(at), more)
+            assert list(range(start, stop)) == [slot for _, slot, place, *_ in segments if place == at]
+
+
+@pytest.mark.parametrize("plan", [RUNS(3, 2, 7), SPLIT(3, 2, 4)], ids=lambda p: f"lean_{type(p).__name__}")
+def test_lean_hopper_merge_takes_what_was_written(plan, monkeypatch):
+    """Two states a slot, NaN where no block writes; the kernel of the merge in interpret mode."""
+    rng, lengths, (R, Dv) = np.random.default_rng(0), np.array([9, 1, 30], np.int32), (4, 64)
+    n = 2 * plan.slots
+    m, l, acc = (np.full(s, np.nan, np.float32) for s in ((n, R), (n, R), (n, R, Dv)))
+    want = [[] for _ in range(plan.batch * plan.heads)]
+    for _, slot, at, *_ in taken(plan, lengths, 4, monkeypatch):
+        for i in (2 * slot, 2 * slot + 1):
+            m[i], l[i], acc[i] = rng.normal(0, 5, R), rng.uniform(1, 2, R), rng.normal(0, 1, (R, Dv))
+            want[at].append(ref.lean.SoftmaxState(m[i] * np.log(2), l[i], acc[i]))
+    options = {"plan": plan, "block_n": 4, "dtype": jnp.float32, "each": 2, "parts": 4, "interpret": True}
+    o, lse = lean_triton.merged_slots(jnp.asarray(lengths), *map(jnp.asarray, (m, l, acc)), **options)
+    for at, states in enumerate(want):
+        expected = ref.lean.finalize(reduce(ref.lean.merge, states))
+        # a sum of up to 18 states, weighted by exponentials of differences up to 30
+        np.testing.assert_allclose(o[at], expected[0], rtol=0, atol=64 * 2.0**-23)
+        np.testing.assert_allclose(lse[at], expected[1], rtol=0, atol=64 * 2.0**-23)
+
+
+LARGE = 2**19  # keys: more than XLA is as fast with as Triton
+ON_HOPPER = {  # what is not bfloat16 [1, 4, 64] and [1, 2, 64, 64], and what "auto" takes on a Hopper GPU
+    "bfloat16": ({}, "hopper"),
+    "float16": ({"dtype": jnp.float16}, "hopper"),
+    "float32": ({"dtype": jnp.float32, "S": LARGE}, "triton"),
+    "float32_short": ({"dtype": jnp.float32}, "xla"),
+    "heads_of_32": ({"D": 32, "S": LARGE}, "triton"),
+    "wide_values": ({"Dv": 256}, "hopper"),
+    "many_rows": ({"H": 256, "S": LARGE}, "triton"),
+    "odd_cache": ({"S": LARGE + 4}, "triton"),
+    "tiles_of_its_own": ({"block_n": 24}, "hopper"),
+    "tiles_of_no_kernel": ({"block_n": 24, "dtype": jnp.float32, "S": LARGE}, "xla"),
+}
+WHY_NOT = {
+    "float32": "takes bfloat16 or float16, not float32",
+    "heads_of_32": "takes D and Dv of 64, 128 or 256, not 32 and 64",
+    "many_rows": "takes up to 64 rows a key head, not 128",
+    "odd_cache": f"takes a cache of a multiple of 8 keys, not {LARGE + 4}",
+}
+
+
+@pytest.mark.parametrize("name", ON_HOPPER, ids=lambda n: f"lean_{n}")
+def test_lean_auto_takes_what_can_run_on_hopper(name, monkeypatch):
+    """The choice alone, no GPU is there; and why not, of an implementation asked for by name."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(lean, "hopper_obstacle", lambda *_: None)
+    options, impl = ON_HOPPER[name]
+    o = {"H": 4, "D": 64, "Dv": 64, "S": 64, "dtype": jnp.bfloat16, "block_n": 256} | options
+    ones = lambda *s: np.broadcast_to(np.ones((), o["dtype"]), s)  # of no memory
+    q, k, v = ones(1, o["H"], o["D"]), ones(1, 2, o["S"], o["D"]), ones(1, 2, o["S"], o["Dv"])
+    choose = lambda impl: lean._implementation(q, k, v, o["block_n"], impl, False, own_tiles=True)
+    assert choose("auto") == impl
+    if name in WHY_NOT:
+        with pytest.raises(NotImplementedError, match=WHY_NOT[name]):
+            choose("hopper")
+    if name == "tiles_of_its_own":
+        with pytest.raises(NotImplementedError, match="block_n to be a multiple of 64"):
+            accel.lean.flash_decoding_attention(q, k, v, block_n=24, impl="hopper")
+
+
+GPU_CASES = {  # B, H, Hkv, S, D, Dv, lengths, dtype, options
+    "grouped": (2, 32, 8, 4096, 128, 128, (4096, 77), jnp.bfloat16, {}),
+    "alone": (2, 7, 7, 520, 64, 64, (520, 129), jnp.bfloat16, {}),
+    "ragged": (4, 32, 8, 1000, 128, 128, (1, 64, 1000, 65), jnp.bfloat16, {}),
+    "wide": (2, 24, 2, 520, 256, 128, (520, 1), jnp.float16, {}),
+    "float16": (2, 8, 2, 520, 64, 128, (513, 500), jnp.float16, {}),
+    "negative": (2, 8, 2, 520, 128, 128, (520, 3), jnp.bfloat16, {"scale": -0.3}),
+    "flat": (1, 8, 2, 520, 128, 128, (520,), jnp.bfloat16, {"scale": 0.0}),
+    "many_tokens": (1, 40, 4, 4096, 128, 256, (4001,), jnp.bfloat16, {"grid": "all"}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES, ids=lambda n: f"lean_{n}")
+def test_lean_hopper_matches_ref_on_a_gpu(name):
+    """Lengths known, traced and under vmap; NaN beyond a length never counts; the same bits every time."""
+    B, H, Hkv, S, D, Dv, lengths, dtype, options = GPU_CASES[name]
+    rng = np.random.default_rng()
+    q, k, v = (rng.standard_normal(s) for s in ((B, H, D), (B, Hkv, S, D), (B, Hkv, S, Dv)))
+    for b, n in enumerate(lengths):
+        k[b, :, n:], v[b, :, n:] = np.nan, np.nan
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    want = ref.lean.lean_attention(*wide, lengths=np.array(lengths), return_lse=True, **options)
+    decode = lambda lengths: (
+        lambda *x: accel.lean.lean_attention(*x, lengths=lengths, impl="hopper", return_lse=True, **options)
+    )
+    there = jnp.asarray(lengths, jnp.int32)
+    run = jax.jit(lambda n, *x: decode(n)(*x))
+    one = lambda n, *x: jax.tree.map(lambda y: y[0], decode(n[None])(*(y[None] for y in x)))
+    found = {
+        "known": jax.jit(decode(np.array(lengths)))(q, k, v),
+        "traced": run(there, q, k, v),
+        "again": run(there, q, k, v),
+        "mapped": jax.jit(jax.vmap(one))(there, q, k, v),
+    }
+    for once, twice in zip(found["traced"], found["again"], strict=True):
+        np.testing.assert_array_equal(once, twice)
+    eps, top = float(jnp.finfo(dtype).eps), np.nanmax(np.abs(wide[2]))
+    for o, lse in found.values():
+        # P and o are rounded to half precision: half an eps each of values up to the largest
+        assert o.dtype == dtype
+        assert np.abs(np.asarray(o, np.float64) - want[0]).max() <= eps * top
+        np.testing.assert_allclose(lse, want[1], rtol=0, atol=4 * ATOL)
+
+
+@pytest.mark.gpu
+def test_lean_hopper_is_what_auto_takes_on_a_gpu():
+    """In both functions; a derivative is there, by the rule of the XLA form."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((1, 8, 64)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 2, 4096, 64)), jnp.bfloat16) for _ in range(2))
+    for call in (accel.lean.lean_attention, accel.lean.flash_decoding_attention):
+        assert "mosaic_gpu" in jax.jit(call).lower(q, k, v).as_text()
+        got, want = call(q, k, v), call(*(x.astype(jnp.float32) for x in (q, k, v)), impl="xla")
+        np.testing.assert_allclose(np.float32(got), want, rtol=0, atol=2.0**-8 * np.abs(v).max())
+    loss = lambda q: accel.lean.lean_attention(q, k, v).astype(jnp.float32).sum()
+    assert np.isfinite(np.float32(jax.grad(loss)(q))).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(8192, 1000), (777, 65536)], ids=["short", "long"])
 def test_lean_triton_on_a_gpu(lengths):
@@ -192,7 +388,8 @@ def test_lean_triton_on_a_gpu(lengths):
 def test_lean_impl_asked_for_by_name_says_why_not():
     q, k, v, _ = inputs()
     for options, message in (
-        ({"impl": "hopper"}, "is not there yet"),
+        ({"impl": "hopper"}, "takes bfloat16 or float16, not float32"),
+        ({"impl": "hopper", "interpret": True}, "has no interpreter"),
         ({"impl": "triton"}, "needs a GPU"),
         ({"impl": "triton", "interpret": True, "block_n": 24}, "a power of two, at least 16"),
         ({"impl": "tpu", "interpret": True, "block_n": 12}, "a multiple of 8"),
