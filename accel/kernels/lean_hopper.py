@@ -1,11 +1,11 @@
 """Lean Attention in Pallas for Hopper GPUs (Mosaic GPU): equal runs of key tiles, one block a core.
 
-In a block one warpgroup only loads (TMA): keys and values go through a ring that keeps near 200 KB a core on
-their way, and it goes on to the next segment of the run without waiting for the sums of this one. The other
-warpgroups take the tiles in turn and multiply (wgmma): query heads of one key head are the first of 64 rows,
-the rest of which hold what is left in memory and never leave. Each group keeps a running softmax of its own,
-to base 2, in float32, and writes it to a slot of its own at the end of a segment; the merge is
-lean_triton.py's. Nothing is atomic: the same call gives the same bits.
+In a block one warpgroup only loads (TMA): keys and values go through a ring with room for 128 KB or more, and
+it goes on to the next segment of the run without waiting for the sums of this one. The other warpgroups take
+the tiles in turn and multiply (wgmma): query heads of one key head are the first of 64 rows, the rest of
+which hold what is left in memory and never leave. Each group keeps a running softmax of its own, to base 2,
+in float32, and writes it to a slot of its own at the end of a segment; the merge is lean_triton.py's. Nothing
+is atomic: the same call gives the same bits.
 """
 
 import inspect
