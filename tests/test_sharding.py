@@ -200,6 +200,13 @@ def over(grads, mesh):
     return jax.shard_map(grads, mesh=mesh, in_specs=(P("parts"), P()), out_specs=(P("parts"), P()))
 
 
+def sparse(x, p, **options):
+    """Tiles of 4 x 4, or one that a kernel takes."""
+    tiles, blocks = (np.ones((1, 1), bool), (16, 128)) if options else (TILES[:2, :2], (4, 4))
+    sizes = dict(zip(("block_q", "block_k"), blocks, strict=True))
+    return accel.block_sparse_flash.block_sparse_attention(x[0], *p, tiles, **sizes, **options)
+
+
 def int8(x, p, **options):
     fixed = np.random.default_rng(0).standard_normal((6, 16))
     layer = accel.llm_int8.convert_linear(fixed, np.zeros(6))
@@ -234,6 +241,7 @@ RULES = {
         lambda x, p, **o: accel.flash.flash_attention(x[0], *p, causal=True, **o),
         (8, 2, 6, 4), 2 * [(2, 6, 4)],
     ),
+    "block_sparse_flash": (sparse, (8, 2, 8, 4), 2 * [(2, 8, 4)]),
     "lean": (lambda x, p, **o: accel.lean.lean_attention(x, *p, **o), (8, 2, 4), 2 * [(1, 2, 6, 4)]),
     "llm_int8": (int8, (8, 16), [(6,), (6, 16)]),
     "mesa": (stored, (8, 3, 4), [(4, 6), (6,), (6,), (6,), (6, 5)]),
@@ -262,7 +270,11 @@ def test_sharding_sums_gradients_of_replicated_arrays(slug):
     close(got, want, 8 * 6 * 8)
 
 
-KERNELS = [slug for slug in ("edge_moe", "mesa", "pitome", "rum") if slug in RULES]
+KERNELS = [
+    slug
+    for slug in ("block_sparse_flash", "edge_moe", "flash", "lean", "llm_int8", "mesa", "pitome", "rum")
+    if slug in RULES
+]
 
 
 @pytest.mark.parametrize("impl", ["triton", "tpu"])
