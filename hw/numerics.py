@@ -195,6 +195,7 @@ _WIDE = {
     "exp": np.exp,
     "exp2": np.exp2,
     "log": np.log,
+    "log2": np.log2,
     "log1p": np.log1p,
     "expm1": np.expm1,
     "tanh": np.tanh,

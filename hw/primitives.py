@@ -25,7 +25,7 @@ ONE_OP = frozenset(
 )
 DIVISION = frozenset("div rem reciprocal".split())
 TRANSCENDENTAL = frozenset(
-    "exp exp2 log log1p expm1 tanh logistic erf erfc erf_inv sin cos tan sqrt rsqrt cbrt pow".split()
+    "exp exp2 log log2 log1p expm1 tanh logistic erf erfc erf_inv sin cos tan sqrt rsqrt cbrt pow".split()
 )
 REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
 ARG_REDUCE = frozenset(("argmax", "argmin"))

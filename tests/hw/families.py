@@ -89,6 +89,7 @@ CALLS = {
         for name in ("exp", "exp2", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "tan", "cbrt")
     },
     **{name: [(getattr(lax, name), (P,))] for name in ("log", "log1p", "sqrt", "rsqrt")},
+    **({"log2": [(jnp.log2, (P,))]} if hasattr(lax, "log2") else {}),  # before JAX 0.11: log and a division
     "erf_inv": [(lax.erf_inv, (UNIT,))],
     "pow": [(lax.pow, (P, G))],
     "integer_pow": [(lambda x, y=y: lax.integer_pow(x, y), (F,)) for y in (2, 3, 7, -2)],

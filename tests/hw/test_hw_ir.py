@@ -121,6 +121,17 @@ def test_hw_ir_composites_are_written_out():
     assert counts.flops == 6 * x.size
 
 
+def test_hw_ir_log2_is_traced_and_run():
+    """JAX writes it as an operation of its own from 0.11 on, before as a logarithm and a division."""
+    x = np.float32([0.125, 1.0, 3.0, 1e30])
+    program = hw.trace(jnp.log2, x)
+    got, _ = hw.run_program(program, (x,))
+    np.testing.assert_allclose(got, np.log2(np.float64(x)), rtol=4 * 2.0**-23)  # at most three roundings
+    if hasattr(jax.lax, "log2"):
+        assert {op.prim for op in program.ops} == {"log2"}
+        assert hw.count(program).transcendentals == x.size
+
+
 def test_hw_ir_every_family_is_tried():
     """What is not tried here belongs to kernels, meshes, or other names that JAX has had for a tried one."""
     kernels = {
@@ -155,6 +166,7 @@ def test_hw_ir_every_family_is_tried():
         "name",
     }
     names |= {"layout_constraint", "sharding_constraint", "max_contiguous", "random_clone", "reduce_window"}
+    names |= {"log2"} - set(CALLS)  # JAX has it from 0.11 on
     assert KNOWN - set(CALLS) == kernels | meshes | names | {"rng_bit_generator"}
 
 
