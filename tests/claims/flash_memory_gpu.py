@@ -24,6 +24,7 @@ FILES = (
     "accel/kernels/flash_hopper.py",
     "accel/kernels/flash_hopper_backward.py",
     "accel/kernels/flash_triton.py",
+    "accel/kernels/lean_hopper.py",
     "accel/kernels/lean_triton.py",
     "tests/claims/flash_memory_gpu.py",
 )
