@@ -16,6 +16,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+from accel.blocks.backend import hopper_obstacle
 from ref.catalog import BY_SLUG
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -46,6 +47,19 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.register_profile("deep", max_examples=500, deadline=None, suppress_health_check=quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "fast"))
 
+_LEFT_OUT = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Deselect tests marked hopper where JAX's GPU is not one; without any GPU they are run, and fail."""
+    marked = [item for item in items if item.get_closest_marker("hopper")]
+    if marked and (why := hopper_obstacle()):
+        items[:] = [item for item in items if item not in marked]
+        config.hook.pytest_deselected(items=marked)
+        config.stash[_LEFT_OUT] = f'{len(marked)} tests of kernels for Hopper left out: impl="hopper" {why}'
+
+
 _spent = defaultdict(float)
 # The longest slug wins, so that flash does not pay for block_sparse_flash.
 _SLUGS = sorted(BY_SLUG, key=len, reverse=True)
@@ -71,7 +85,9 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the dearest techniques, and those over budget."""
+    """Print what was left out, the dearest techniques, and those over budget."""
+    if why := terminalreporter.config.stash.get(_LEFT_OUT, None):
+        terminalreporter.write_line(why)
     for slug, seconds in sorted(_spent.items(), key=lambda kv: -kv[1])[:5]:
         flag = "  OVER BUDGET" if slug in _over_budget() else ""
         terminalreporter.write_line(f"{seconds:6.1f} s  {slug}{flag}")

@@ -285,7 +285,7 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                                 x = jnp.where((ahead - z.lo).astype(jnp.uint32) <= z.hi - z.lo, x, -jnp.inf)
                             elif z.hi is not None:
                                 x = jnp.where(ahead <= z.hi, x, -jnp.inf)
-                            else:
+                            elif z.lo is not None:
                                 x = jnp.where(ahead >= z.lo, x, -jnp.inf)
                         p = jnp.exp2(x)
                         plgpu.wgmma(dv_ref, p.astype(dtype), do_room.at[s_at])

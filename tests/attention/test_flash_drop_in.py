@@ -259,6 +259,7 @@ ON_HOPPER = {  # queries, keys, width, options, and the keys that some query see
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("name", ON_HOPPER, ids=lambda n: n.replace(" ", "_"))
 def test_drop_in_for_hopper_on_a_gpu(name):
     """Values, residual and gradients in JAX's layout, keys that nobody sees left out whatever they hold."""

@@ -321,6 +321,7 @@ GPU_CASES = {  # B, H, Hkv, S, D, Dv, lengths, dtype, options
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("name", GPU_CASES, ids=lambda n: f"lean_{n}")
 def test_lean_hopper_matches_ref_on_a_gpu(name):
     """Lengths known, traced and under vmap; NaN beyond a length never counts; the same bits every time."""
@@ -355,6 +356,7 @@ def test_lean_hopper_matches_ref_on_a_gpu(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 def test_lean_hopper_is_what_auto_takes_on_a_gpu():
     """In both functions; a derivative is there, by the rule of the XLA form."""
     rng = np.random.default_rng(0)

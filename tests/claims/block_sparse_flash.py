@@ -40,6 +40,7 @@ GPU_FILES = (
     "accel/kernels/block_sparse_flash_hopper.py",
     "accel/kernels/flash_hopper.py",
     "accel/kernels/flash_hopper_backward.py",
+    "accel/kernels/flash_hopper_lists.py",
 )
 PATH_FILES = (*GPU_FILES, "ref/tasks/paths.py", "accel/models/gpt.py", "tests/claims/flash.py")
 SHARES = (1.0, 0.5, 0.25, 0.125, 1 / 16)

@@ -527,6 +527,7 @@ HOPPER = {  # T, K, N, outlier columns, how many are asked for
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: f"llm_int8_{d.__name__}")
 @pytest.mark.parametrize("name", HOPPER, ids=lambda n: f"llm_int8_{n}")
 def test_llm_int8_for_hopper_matches_ref_on_a_gpu(name, dtype):
@@ -549,12 +550,14 @@ def test_llm_int8_for_hopper_matches_ref_on_a_gpu(name, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize(("name", "T", "K"), FEW_ROWS, ids=[f"llm_int8_{n}_of_{T}" for n, T, _ in FEW_ROWS])
 def test_llm_int8_rows_of_few_on_a_gpu(name, T, K):
     rows_of_few_match(*few_rows(name, T, K))
 
 
 @pytest.mark.gpu
+@pytest.mark.hopper
 def test_llm_int8_of_few_keeps_nan_to_its_row_on_a_gpu():
     x, w, b, _ = problem(T=3, K=300, N=72)
     layer = ref.llm_int8.convert_linear(w, b)
