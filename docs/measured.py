@@ -227,7 +227,7 @@ def _decades(values):
 def speed_up(record):
     """A Figure: how many times as fast all devices are as one, over the number of tokens."""
     f = record["results"]
-    curve = lambda b: [(x["tokens"], x["one"] / x["all"]) for x in f["scaling"] if x["backward"] is b]
+    curve = lambda b: sorted((x["tokens"], x["one"] / x["all"]) for x in f["scaling"] if x["backward"] is b)
     return charts.lines(
         f"Attention in a ring of {f['devices']} devices over the number of tokens",
         f"Time of one device over that of {f['devices']}, causal, zigzag, 16 heads of 128 in bfloat16; "
