@@ -355,7 +355,7 @@ def test_flash_hopper_takes_long_tiles_first_where_batches_differ():
     met = cost.reshape(-1)[np.asarray(order)]
     assert (np.diff(met) <= 0).all()
     tasks = accel.flash.kernel_module("hopper").Tasks.make(B * H, tall, False, 7)
-    each = jax.vmap(jax.vmap(lambda b, i: tasks.at(b, i, order), (None, 0)), (0, None))
+    each = jax.jit(jax.vmap(jax.vmap(lambda b, i: tasks.at(b, i, order), (None, 0)), (0, None)))
     count = lambda n: jnp.arange(n, dtype=jnp.int32)
     some, head, tile = map(np.asarray, each(count(tasks.blocks), count(tasks.turns)))
     assert sorted(zip(head[some], tile[some], strict=True)) == list(np.ndindex(B * H, tall))
@@ -436,17 +436,16 @@ def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
     seen = seen & (j >= options.get("start", np.zeros((1, 1, 1)))[..., None])
     seen = seen & (j - i >= options.get("lo", -L)) & (j - i <= options.get("hi", S))
     seen = np.broadcast_to(seen, (B, H, L, S))
-    made = Seen.make(
-        L, S, 1, **{n: jnp.asarray(x) if n in ("start", "end", "mask") else x for n, x in options.items()}
-    )
-    told = (made.by_key if by_key else made.by_query)(size, keys)
-    lists, bounds, mask = (None if x is None else np.asarray(x) for x in told[:3])
+    static = {n: options.pop(n) for n in ("lo", "hi") if n in options}
+
+    @jax.jit
+    def told(arrays):
+        made = Seen.make(L, S, 1, **static, **arrays)
+        lists, bounds, mask, *_ = (made.by_key if by_key else made.by_query)(size, keys)
+        return lists, bounds, None if mask is None else unpacked(mask)
+
     full = lambda x: None if x is None else np.broadcast_to(x, (B, H, *x.shape[2:]))
-    lists, bounds, mask = (
-        full(lists),
-        full(bounds),
-        full(None if mask is None else np.asarray(unpacked(mask))),
-    )
+    lists, bounds, mask = map(full, told(options))
     if by_key and mask is not None:
         mask = mask.swapaxes(2, 3)
     met = np.zeros((B, H, L + size, S + keys), int)
@@ -490,8 +489,7 @@ def test_flash_kernels_lower_for_their_devices():
     hidden = lambda q, k, v, told: module.attend(q, k, v, scale=0.1, hi=0, **told)
     lowered(hidden, (q, k, k, {"end": end, "mask": mask}), "hopper")
     backward = lambda *x: module.attend_backward(*x[:-1], scale=0.1, **x[-1])
-    for told in ({"start": row_start, "end": end}, {"mask": mask}):
-        lowered(backward, (q, q, k, k, row, row, told), "hopper")
+    lowered(backward, (q, q, k, k, row, row, {"start": row_start, "end": end, "mask": mask}), "hopper")
     q, k = shape(jnp.float16, 1, 65, 4, 256), shape(jnp.float16, 1, 33, 2, 256)
     window = {"scale": -0.1, "lo": -20, "hi": 30, "rows_first": True}
     lowered(lambda q, k, v: module.attend(q, k, v, **window), (q, k, k), "hopper")

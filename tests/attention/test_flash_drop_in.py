@@ -48,6 +48,7 @@ def covering():
 
 
 ROWS = covering()
+QUICK = {"xla_backend_optimization_level": 0}  # thirty programs that run once
 
 
 def draw(options, seed=0):
@@ -118,7 +119,7 @@ def test_drop_in_equals_jax(row):
             o, residual = attend(q, k, v, bias, return_residual=True, **kw)
             return jnp.sum(o.astype(jnp.float32) * weight), (o, residual)
 
-        return jax.jit(jax.value_and_grad(loss, at, has_aux=True))
+        return jax.jit(jax.value_and_grad(loss, at, has_aux=True), compiler_options=QUICK)
 
     (_, want), want_grads = step(jax.nn.dot_product_attention)(*wide, *more)
     (_, got), grads = step(accel.dot_product_attention)(*narrow, *more)
@@ -227,9 +228,12 @@ def test_drop_in_kernels_know_windows_and_masks(impl):
     mask = jnp.asarray(np.random.default_rng(0).random((1, 1, 37, 37)) < 0.7)
 
     def run(**how):
-        f = lambda q, k, v: tiled_attention(q, k, v, scale=0.5, lo=-9, hi=3, mask=mask, **how)
-        step = lambda q, k, v: (f(q, k, v), jax.grad(lambda *x: jnp.sum(f(*x)[0] ** 2), (0, 1, 2))(q, k, v))
-        return jax.tree.leaves(jax.jit(step)(q, k, v))
+        def loss(q, k, v):
+            o, lse = tiled_attention(q, k, v, scale=0.5, lo=-9, hi=3, mask=mask, **how)
+            return jnp.sum(o**2), (o, lse)
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return *out, *grads
 
     got = run(kernel=kernel(impl, True), block_q=tiles[0], block_k=tiles[1])
     for g, w in zip(got, run(), strict=True):  # sums of at most 13 keys and 13 queries
