@@ -48,7 +48,6 @@ def covering():
 
 
 ROWS = covering()
-QUICK = {"xla_backend_optimization_level": 0}  # thirty programs that run once
 
 
 def draw(options, seed=0):
@@ -119,7 +118,7 @@ def test_drop_in_equals_jax(row):
             o, residual = attend(q, k, v, bias, return_residual=True, **kw)
             return jnp.sum(o.astype(jnp.float32) * weight), (o, residual)
 
-        return jax.jit(jax.value_and_grad(loss, at, has_aux=True), compiler_options=QUICK)
+        return jax.jit(jax.value_and_grad(loss, at, has_aux=True))
 
     (_, want), want_grads = step(jax.nn.dot_product_attention)(*wide, *more)
     (_, got), grads = step(accel.dot_product_attention)(*narrow, *more)
