@@ -25,6 +25,7 @@ from accel.kernels.flash_hopper import (
     bounds_at,
     cleaned,
     cores_of,
+    evens_out,
     listed,
     load_mask,
     load_tile,
@@ -154,10 +155,11 @@ def attend_backward(
     by_key, by_query = Hidden(by_key), Hidden(by_query)
     if seen.told:
         copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
-        by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty)
+        ordered = evens_out(wide, start)
+        by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty, ordered)
         stay = dirty.astype(jnp.int32), *copies
         copies, dirty = cleaned((q, do), alive, ROWS, rows) if seen.uneven else ((), None)
-        by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, not causal)
+        by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, ordered)
     dk, dv = _run_keys(key_sizes, cores, by_key, *operands)
     dq = _run_queries(query_sizes, cores, by_query, *operands)
     trim = lambda x, n, d: lax.slice_in_dim(lax.slice_in_dim(x, 0, n, axis=rows), 0, d, axis=3)
