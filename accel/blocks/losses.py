@@ -19,7 +19,7 @@ from ref.dims import dims
 __all__ = ["linear_cross_entropy"]
 
 UNSCORED, WRONG = -1, -2  # what stands for a label that is not scored, or that no row of w has
-LANES = 16  # bytes: rows of logits that start elsewhere keep matrix products off their fast path
+LANES = 128  # rows of logits of another length keep matrix products on a GPU off their fast path
 
 
 def linear_cross_entropy(x, w, labels, *, ignore=None, chunk=None):
@@ -87,7 +87,8 @@ def _count(target, dtype):
 def _over_chunks(part, chunk, x, w, target):
     """(sums, rows [T, ..] joined) of part(x, w, target) over chunks of rows of even size."""
     T, d = x.shape
-    w = jnp.pad(w.astype(x.dtype), ((0, -len(w) % (LANES // x.dtype.itemsize)), (0, 0)))
+    more = -len(w) % LANES if len(w) > 8 * LANES else 0  # where it costs little
+    w = jnp.pad(w.astype(x.dtype), ((0, more), (0, 0)))
     x = jnp.where(target[:, None] == UNSCORED, jnp.zeros((), x.dtype), x)  # it may hold anything
     count = -(-T // chunk)
     if count == 1:

@@ -106,12 +106,17 @@ def rounding(x, w, n, dtype):
     return logits + p + 8 * float(wide.eps) * d * X * W, 2 * W * half / n, X * (half + n * float(wide.eps))
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_losses_linear_head_in_accel_matches_ref(dtype, chunk):
-    """Values and gradients, chunks that do not divide the rows, and a cotangent that is not 1."""
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "V"),
+    [(d, c, 11) for d in ("float32", "bfloat16", "float16", "float64") for c in (3, 100)]
+    + [("bfloat16", 4, 1100)],
+)
+def test_losses_linear_head_in_accel_matches_ref(dtype, chunk, V):
+    """Values and gradients, chunks that do not divide the rows, and a cotangent that is not 1; 1,100 classes
+    are padded.
+    """
     with jax.enable_x64(dtype == "float64"):
-        x, w, labels = head()
+        x, w, labels = head(V=V)
         x, w = (jnp.asarray(a, dtype) for a in (x, w))
         wide = jnp.float64 if dtype == "float64" else jnp.float32
         run = jax.jit(partial(accel.linear_cross_entropy, ignore=-100, chunk=chunk))
