@@ -44,8 +44,8 @@ def transformer_block(
 ):
     """One block, pre-norm or post-norm: x [..., L, C] -> [..., L, C].
 
-    remat: whether a backward pass computes norms and activations again from their inputs, of which it needs
-    no more than it keeps anyway; else it keeps some ten arrays of the hidden size, most in float32.
+    remat: whether a backward pass computes norms and activations again from their inputs, which it keeps
+    anyway; else all their steps are kept, more than everything else in the block.
     """
     p = params
     again = partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
