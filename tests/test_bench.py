@@ -4,6 +4,7 @@ import json
 import sys
 import types
 import xml.etree.ElementTree as ET
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import pytest
 
 from hw.cli import main
 from hw.commands import bench as command
+from hw.commands import bench_attention
 from hw.commands.bench_attention import Attention, options_of
 from hw.commands.bench_clock import Ceilings, listed, measured, rounds
 from hw.commands.bench_figure import race_figure
 from hw.commands.bench_problem import Call, Problem, apart, contest, package, tolerance
+from ref.attention.lean import lean_attention
 from tests.claims import bench as claims
 from tests.claims import record
 
@@ -108,6 +111,8 @@ def test_flash_bench_rows_that_are_checked_are_exact(options, backward):
     b, h = a.heads[0]
     wrong[-1][b, a.rows[1], h * (1 if backward else group)] += 1.0
     assert a.error(tuple(wrong)) > 1e-3
+    wrong[-1][a.heads[-1][0], a.rows[1]] = np.nan  # wherever it is, it is not lost among the heads
+    assert np.isnan(a.error(tuple(wrong)))
     assert a.pairs == seen.sum()
 
 
@@ -167,6 +172,36 @@ def test_bench_finds_others_at_run_time(monkeypatch):
     assert by["flash-attn 2"]["why_not"] == "flash-attn 2 is not installed"
     with pytest.raises(ImportError, match="Nothing is not installed"):
         package("nothing.at.all", "Nothing")
+
+
+@pytest.mark.parametrize("lengths", [None, (5, 12)], ids=["whole", "ragged"])
+@pytest.mark.parametrize("masked", [False, True], ids=["calls", "mask"])
+def test_lean_bench_peer_steps_are_the_definition(masked, lengths, monkeypatch):
+    """PyTorch's attention, JAX's in its place: a call a request or a mask, one step and two in a row."""
+
+    def attend(q, k, v, *, attn_mask, enable_gqa):
+        assert enable_gqa
+        swap = lambda x: jnp.swapaxes(x, 1, 2)
+        return swap(jax.nn.dot_product_attention(*map(swap, (q, k, v)), mask=attn_mask))
+
+    fake = types.SimpleNamespace(
+        arange=lambda n, device: jnp.arange(n),
+        tensor=lambda x, device: jnp.asarray(x),
+        cat=jnp.concatenate,
+        no_grad=nullcontext,
+        nn=types.SimpleNamespace(functional=types.SimpleNamespace(scaled_dot_product_attention=attend)),
+    )
+    monkeypatch.setattr(bench_attention, "torch_device", lambda: (fake, "cpu"))
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s, np.float32))
+    q, k, v = draw(2, 4, 8), draw(2, 2, 12, 8), draw(2, 2, 12, 8)
+    decode = bench_attention.torch_decoding(k, v, lengths, backend="default", masked=masked and bool(lengths))
+    wide = [np.asarray(x, np.float64) for x in (k, v)]
+    known = None if lengths is None else np.array(lengths)
+    want = lean_attention(np.asarray(q, np.float64), *wide, lengths=known)
+    assert apart([decode(q[:, :, None])[:, :, 0]], [want]) < tolerance("float32")
+    want = lean_attention(want, *wide, lengths=known)
+    assert apart([decode(q[:, :, None], 2)[:, :, 0]], [want]) < 2 * tolerance("float32")
 
 
 def test_bench_rounds_take_turns():
@@ -235,6 +270,19 @@ def test_bench_stored_results_are_fresh():
         assert record.is_fresh(path.stem), path.stem
     for slug, files in claims.FILES.items():
         assert all((record.ROOT / f).exists() for f in files), slug
+
+
+def test_bench_passes_of_a_fresh_record_are_kept(tmp_path, monkeypatch):
+    """One pass stored after the other stands beside it; a stale record is replaced."""
+    for module in (record, claims):
+        monkeypatch.setattr(module, "DATA", tmp_path)
+    claims.keep("flash", {"forward + backward": "both"})
+    claims.keep("flash", {"forward": "one"})
+    assert record.load("bench_flash_gpu")["results"] == {"forward": "one", "forward + backward": "both"}
+    path = tmp_path / "bench_flash_gpu.json"
+    path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0'))
+    claims.keep("flash", {"forward": "new"})
+    assert record.load("bench_flash_gpu")["results"] == {"forward": "new"}
 
 
 def test_bench_stored_races_become_figures_of_a_page(tmp_path, monkeypatch):

@@ -134,8 +134,11 @@ def race_problems(
 
 
 def share_memory():
-    """Leave room for the arrays of PyTorch on the same GPU; before JAX first looks at its devices."""
+    """Leave room for the arrays of PyTorch on the same GPU, and let its compiler work in this process, where
+    workers would first start for a minute; before JAX looks at its devices and PyTorch is imported.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def _problems(t, options):

@@ -6,6 +6,7 @@ of keys and values exact too.
 """
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 
@@ -18,6 +19,7 @@ from hw.commands.bench_problem import (
     drawn,
     entry,
     from_torch,
+    in_threads,
     needs_gpu,
     package,
     to_torch,
@@ -27,7 +29,7 @@ from hw.commands.bench_problem import (
 
 IMPLS = ("auto", "xla", "hopper", "triton", "tpu")
 ROWS = 64  # of a head that are checked
-MOST_KEYS = 2**25  # numbers of keys that the check reads: heads are drawn up to that
+MOST_KEYS = 2**23  # numbers of keys that the check reads: heads are drawn up to that
 MOST_SCORES = 2**33  # bytes of scores that a dense form may write
 
 
@@ -107,17 +109,17 @@ class Attention:
         """Per checked head what is exact, in float64: (o,), or (dq, dk, dv)."""
         from ref.attention.flash import flash_attention, flash_attention_bwd
 
-        x, mask, found = self.arrays, self.visible(self.rows), []
-        for b, h in self.heads:
-            q, k, v = (np.asarray(a, np.float64) for a in self._one("q k v", b, h))
+        x, mask = self.arrays, self.visible(self.rows)
+
+        def head(at):
+            q, k, v = (np.asarray(a, np.float64) for a in self._one("q k v", *at))
             o, lse = flash_attention(q, k, v, mask=mask, block_q=64, block_k=2048, return_lse=True)
             if not self.backward:
-                found.append((o,))
-                continue
-            do = np.asarray(self._part(x["do"], b, h)[:, self.rows], np.float64)
-            grads = flash_attention_bwd(do, q, k, v, o, lse, mask=mask, block_q=64, block_k=2048)
-            found.append(tuple(grads))
-        return found
+                return (o,)
+            do = np.asarray(self._part(x["do"], *at)[:, self.rows], np.float64)
+            return tuple(flash_attention_bwd(do, q, k, v, o, lse, mask=mask, block_q=64, block_k=2048))
+
+        return in_threads(head, self.heads)
 
     @cached_property
     def _placed(self):
@@ -140,16 +142,17 @@ class Attention:
         q, k, v = (self._part(self.arrays[n], b, h) for n in names.split())
         return q[:, self.rows], k, v
 
-    def error(self, out, convert=np.asarray, order=None):
-        """Relative error of o, or of (dq, dk, dv), each [B, N, H, D] after `order`."""
-        out = [convert(x) for x in (out if isinstance(out, tuple | list) else (out,))]
-        out = out if order is None else [np.transpose(x, order) for x in out]
-        worst = 0.0
-        for (b, h), want in zip(self.heads, self.exact, strict=True):
-            got = [self._part(x, b, h) for x in out]
-            got[0] = got[0][:, self.rows]
-            worst = max(worst, apart(got, want))
-        return worst
+    def error(self, out, convert=np.asarray):
+        """Relative error of o, or of (dq, dk, dv), each [B, N, H, D], of the worst head that is checked; no
+        other comes to the host (convert).
+        """
+        out = out if isinstance(out, tuple | list) else (out,)
+        b, h = np.transpose(self.heads)
+        heads = self.kv_heads or self.shape[2]
+        split = lambda x: x.reshape(*x.shape[:2], heads, -1, x.shape[3])
+        got = [np.moveaxis(convert(split(x)[b, :, h]), 2, 1) for x in out]  # [heads, G, N, D]
+        got[0] = got[0][:, :, self.rows]
+        return np.max(in_threads(lambda i: apart([x[i] for x in got], self.exact[i]), range(len(h))))
 
     @property
     def flops(self):
@@ -184,7 +187,7 @@ def jax_call(a, attend, dtype=None, *, scaled=False):
         factor = a.shape[-1] ** -0.5
         args[0] = args[0] * jnp.asarray(factor, args[0].dtype)
         if a.backward:
-            error = lambda out: a.error((np.asarray(out[0], np.float64) * factor, *out[1:]))
+            error = lambda out: a.error((out[0].astype(jnp.float32) * jnp.float32(factor), *out[1:]))
     options = {"error": error, "bound": tolerance(dtype or a.dtype)}
     if dtype:
         options["bound"] += tolerance(a.dtype)  # the inputs are rounded again
@@ -199,7 +202,9 @@ def torch_call(a, attend, order=(0, 2, 1, 3)):
     torch = torch_device()[0]
     q, k, v = (to_torch(a.arrays[n], order=order, grad=a.backward) for n in ("q", "k", "v"))
     first = lambda o: o[0] if isinstance(o, tuple) else o
-    error = partial(a.error, convert=from_torch, order=order and np.argsort(order))
+    back = np.argsort(order).tolist() if order else [0, 1, 2, 3]
+    each = lambda out: out if isinstance(out, tuple) else (out,)
+    error = lambda out: a.error([x.permute(back) for x in each(out)], from_torch)
     if not a.backward:
 
         def run():
@@ -338,18 +343,27 @@ def _torch_sdpa(a, backend):
         torch.nn.functional.scaled_dot_product_attention,
         is_causal=a.causal, enable_gqa=bool(a.kv_heads) and a.kv_heads != a.shape[2],
     )  # fmt: skip
+    chosen = sdpa_by(backend)
+
+    def run(q, k, v):
+        with chosen():
+            return attend(q, k, v)
+
+    return torch_call(a, run)
+
+
+def sdpa_by(backend):
+    """A context manager's maker: in it PyTorch's attention runs by "cudnn", by "flash" or, "default", as it
+    likes.
+    """
+    torch_device()
     if backend == "default":
-        return torch_call(a, attend)
+        return nullcontext
     needs_gpu()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     which = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[backend]
-
-    def chosen(q, k, v):
-        with sdpa_kernel([which]):
-            return attend(q, k, v)
-
-    return torch_call(a, chosen)
+    return partial(sdpa_kernel, [which])
 
 
 def _flex(a):
@@ -441,7 +455,8 @@ def _problem(a, words):
         f"{list(a.shape)} {a.dtype}", *kv, "causal" if a.causal else "full", *words,
         "forward + backward" if a.backward else "forward",
     ]  # fmt: skip
-    return Problem(", ".join(words), a.flops, a.nbytes, a.dtype, {**ours(a), **peers(a)})
+    entries = {**ours(a), **peers(a)}
+    return Problem(", ".join(words), a.flops, a.nbytes, a.dtype, entries, lambda: a.exact)
 
 
 @dataclass(frozen=True)
@@ -474,7 +489,7 @@ class Decode:
 
         B, S, H, D = self.shape
         group = H // self.kv_heads
-        count = max(1, min(B * self.kv_heads, 2 * MOST_KEYS // (S * D)))
+        count = max(1, min(B * self.kv_heads, 8 * MOST_KEYS // (S * D)))
         order = np.random.default_rng(self.seed + 1).permutation(B * self.kv_heads)[:count]
         found = {}
         for b, h in (divmod(int(i), self.kv_heads) for i in order):
@@ -489,7 +504,36 @@ class Decode:
         """Relative error of o, [B, H, D] or with an axis of one query."""
         B, _, H, D = self.shape
         o, group = convert(out).reshape(B, H, D), H // self.kv_heads
-        return max(apart([o[b, h * group : (h + 1) * group]], [x]) for (b, h), x in self.exact.items())
+        return np.max([apart([o[b, h * group : (h + 1) * group]], [x]) for (b, h), x in self.exact.items()])
+
+
+def torch_decoding(k, v, lengths=None, *, backend, masked=False):
+    """attend(q, steps=1) by PyTorch's scaled_dot_product_attention: q [B, H, 1, D], k, v [B, Hkv, S, D].
+
+    lengths: numbers of keys, in calls of one request each or, masked, in one call that reads all keys. steps:
+    each takes the result of the one before for its query.
+    """
+    torch, chosen = torch_device()[0], sdpa_by(backend)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    parts, mask = [(slice(None), k, v)], None
+    if masked:
+        keys = torch.arange(k.shape[2], device=k.device)[None]
+        mask = (keys < torch.tensor(lengths, device=k.device)[:, None])[:, None, None]
+    elif lengths is not None:
+        parts = [(slice(i, i + 1), k[i : i + 1, :, :n], v[i : i + 1, :, :n]) for i, n in enumerate(lengths)]
+
+    def step(q):
+        gqa = q.shape[1] != k.shape[1]
+        out = [attend(q[at], *theirs, attn_mask=mask, enable_gqa=gqa) for at, *theirs in parts]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def run(q, steps=1):
+        with torch.no_grad(), chosen():
+            for _ in range(steps):
+                q = step(q)
+        return q
+
+    return run
 
 
 def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", block=0, workers=0):
@@ -541,27 +585,11 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
         call = lambda q, k, v: m.gqa(q, k, v, kv_seq_len=there if d.ragged else None, sm_scale=D**-0.5)
         return entry(call, on("q"), on("k"), on("v"), **options)
 
-    def torch_sdpa(backend):
-        torch, _ = torch_device()
-        if d.ragged:
-            raise NotImplementedError("it has no lengths")
-        if backend != "default":
-            needs_gpu()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    def torch_sdpa(backend, masked=False):
         q = to_torch(d.arrays["q"])[:, :, None]
         k, v = (to_torch(d.arrays[n], order=(0, 2, 1, 3)) for n in ("k", "v"))
-        attend = torch.nn.functional.scaled_dot_product_attention
-        which = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(backend)
-
-        def run():
-            with torch.no_grad():
-                if which is None:
-                    return attend(q, k, v, enable_gqa=H != kv_heads)
-                with sdpa_kernel([which]):
-                    return attend(q, k, v, enable_gqa=H != kv_heads)
-
-        return Call(run, partial(d.error, convert=from_torch), tolerance(dtype))
+        attend = torch_decoding(k, v, lengths if d.ragged else None, backend=backend, masked=masked)
+        return Call(lambda: attend(q), partial(d.error, convert=from_torch), tolerance(dtype))
 
     def flash_attn(name):
         m = package(FLASH_ATTN[name], name)
@@ -586,14 +614,18 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
     entries["accel fixed split (auto)"] = partial(mine, "flash_decoding_attention", "auto")
     entries |= {f"jax.nn {n}": partial(jax_nn, n) for n in ("cudnn", "xla")}
     entries["jax pallas decode"] = pallas
-    entries |= {f"torch sdpa {n}": partial(torch_sdpa, n) for n in ("cudnn", "flash", "default")}
+    for n in ("cudnn", "flash", "default"):
+        how = ", a call a request" if d.ragged else ""
+        entries[f"torch sdpa {n}{how}"] = partial(torch_sdpa, n)
+    if d.ragged:
+        entries["torch sdpa cudnn, a mask"] = partial(torch_sdpa, "cudnn", masked=True)
     entries |= {n: partial(flash_attn, n) for n in FLASH_ATTN}
     keys = sum(lengths)
     size = np.dtype(d.arrays["q"].dtype).itemsize
     words = f"[{B}, {S}, {H}, {D}] {dtype}, {kv_heads} key heads, one query"
     words += f", {keys:,} keys in {B} requests" if d.ragged else ""
     nbytes = (2 * keys * kv_heads + 2 * B * H) * D * size
-    return Problem(words, 4.0 * H * D * keys, nbytes, dtype, entries)
+    return Problem(words, 4.0 * H * D * keys, nbytes, dtype, entries, lambda: d.exact)
 
 
 def _four(slug, shape):

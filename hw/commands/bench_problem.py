@@ -1,12 +1,18 @@
 """What `triptych bench` races: a problem with fresh inputs, entries that solve it, how wrong each may be."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 
 import numpy as np
 
 from hw.commands.bench_clock import rounds, wait
+
+TUNING = Lock()
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,8 @@ class Call:
 
     run: the timed call. check: a call on the inputs of the check, if these are others. error: the relative
     error of the check's result against float64. off: its distance from what this entry is to compute, if that
-    is something else (int8 layers round); bound: how far off is allowed.
+    is something else (int8 layers round); bound: how far off is allowed. compile: what the first call does
+    before it runs; in threads, beside others.
     """
 
     run: Callable
@@ -23,13 +30,15 @@ class Call:
     bound: float
     check: Callable | None = None
     off: Callable | None = None
+    compile: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
     """A call of given shapes. flops: useful operations, a multiply-accumulate counted two; nbytes: arguments
     and results moved once; dtype: of the arithmetic that the roof is of. entries: {name: function that
-    makes a `Call` or raises why it cannot}; the first is the one that ratios refer to.
+    makes a `Call` or raises why it cannot}; the first is the one that ratios refer to. exact: readies what
+    results are compared with, beside the compilation.
     """
 
     title: str
@@ -37,6 +46,7 @@ class Problem:
     nbytes: float
     dtype: str
     entries: dict[str, Callable]
+    exact: Callable = lambda: None
 
 
 def contest(problem, ceilings, *, seconds=0.3, count=7, only=(), say=lambda name: None):
@@ -45,15 +55,22 @@ def contest(problem, ceilings, *, seconds=0.3, count=7, only=(), say=lambda name
     An entry that cannot run, or whose result is off by more than its bound, has no time and says why.
     only: words; entries that hold none of them are left out.
     """
-    ready, rows = {}, []
+    rows, calls, ready = {}, {}, {}
     for name, make in problem.entries.items():
         if only and not any(word in name for word in only):
             continue
-        say(f"{name}: values")
-        row = {"name": name, "seconds": None, "error": None, "bound": None, "why_not": ""}
-        rows.append(row)
+        say(f"{name}: inputs")
+        rows[name] = {"name": name, "seconds": None, "error": None, "bound": None, "why_not": ""}
         try:
-            call = make()
+            calls[name] = make()
+        except Exception as e:  # other people's code may raise anything
+            rows[name]["why_not"] = _reason(e)
+    say("compilation")
+    _beside([problem.exact, *(call.compile for call in calls.values() if call.compile)])
+    for name, call in calls.items():
+        say(f"{name}: values")
+        row = rows[name]
+        try:
             out = (call.check or call.run)()
             wait(out)
             error = float(call.error(out))
@@ -65,9 +82,9 @@ def contest(problem, ceilings, *, seconds=0.3, count=7, only=(), say=lambda name
             if call.check is not None:
                 wait(call.run())
             ready[name] = call.run
-        except Exception as e:  # other people's code may raise anything
-            said = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
-            row["why_not"] = " ".join(said.split("\n")[0].split())[:160] or type(e).__name__
+        except Exception as e:
+            row["why_not"] = _reason(e)
+    rows = list(rows.values())
     times = rounds(ready, wait=wait, seconds=seconds, count=count, say=lambda n: say(f"{n}: time"))
     first = next((times[r["name"]].seconds for r in rows if r["name"] in times), None)
     for row in rows:
@@ -83,6 +100,28 @@ def contest(problem, ceilings, *, seconds=0.3, count=7, only=(), say=lambda name
         "title": problem.title, "flops": problem.flops, "nbytes": problem.nbytes, "dtype": problem.dtype,
         "entries": rows,
     }  # fmt: skip
+
+
+def _reason(e):
+    """What an exception says, in one line."""
+    said = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+    return " ".join(said.split("\n")[0].split())[:160] or type(e).__name__
+
+
+def _beside(jobs):
+    """Do the jobs in threads; what fails does so again, with its reason, when it is called."""
+
+    def one(job):
+        with suppress(Exception):
+            job()
+
+    in_threads(one, jobs)
+
+
+def in_threads(fn, items):
+    """[fn(item)] in as many threads as there are cores: NumPy and compilers leave Python to others."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(fn, items))
 
 
 def apart(got, want):
@@ -127,7 +166,15 @@ def entry(fn, *args, name=None, error, bound, check=None, off=None):
     import jax
 
     call = jax.jit(fn)
-    return Call(lambda: call(*args), error, bound, None if check is None else (lambda: call(*check)), off)
+
+    def compile():
+        lowered = call.lower(*args)
+        # XLA tries ways to do its products on the device, one program at a time; kernels need the host alone
+        with TUNING if "dot_general" in lowered.as_text() else nullcontext():
+            lowered.compile()
+
+    checked = None if check is None else lambda: call(*check)
+    return Call(lambda: call(*args), error, bound, checked, off, compile)
 
 
 @cache

@@ -1,17 +1,19 @@
 """The races of `triptych bench` on one GPU, stored: `python -m tests.claims.bench [SLUG ..]`.
 
 Each technique's default problems, forward and, where it has a backward pass, with gradients; peers are those
-that are installed. One to six minutes a technique, most of them compilation; writes
-docs/data/bench_<slug>_gpu.json and prints the tables' rows. --shape and --set as of the command replace the
-default problems; --only names entries.
+that are installed. One to four minutes a technique, most of them compilation; writes
+docs/data/bench_<slug>_gpu.json and prints the tables' rows. --one-pass races forward, or with gradients,
+alone, and keeps what a fresh record holds of the other: two GPUs share the work, or two days. --shape and
+--set as of the command replace the default problems; --only names entries.
 """
 
 import argparse
 
 from hw.commands.bench import PROBLEMS, _shape, race_problems, share_memory
 from hw.commands.shared import assignment
-from tests.claims.record import ROOT, store
+from tests.claims.record import DATA, ROOT, is_fresh, load, store
 
+PASSES = {"forward": False, "forward + backward": True}
 BACKWARD = ("flash", "block_sparse_flash", "rum", "mesa")
 COMMAND = ("bench", "bench_attention", "bench_clock", "bench_others", "bench_problem")
 PARTS = {
@@ -47,6 +49,14 @@ def rows(found):
             yield f"  {e['name']}: {took}, {speed}, error {e['error']:.0e}"
 
 
+def keep(slug, passes):
+    """Store the races of these passes, and beside them those of the other that a fresh record holds."""
+    name = f"bench_{slug}_gpu"
+    held = load(name)["results"] if (DATA / f"{name}.json").exists() and is_fresh(name) else {}
+    found = held | passes
+    return store(name, {p: found[p] for p in PASSES if p in found}, FILES[slug])
+
+
 def main():
     """Race and store."""
     share_memory()
@@ -58,6 +68,7 @@ def main():
     parser.add_argument("--shape", action="append", default=[], help="race this and store nothing")
     parser.add_argument("--set", action="append", default=[], help="an option of it")
     parser.add_argument("--only", action="append", default=[], help="entries that hold this word")
+    parser.add_argument("--one-pass", choices=("forward", "backward"), help="of those that have two")
     args = parser.parse_args()
     if unknown := [s for s in args.slug if s not in PROBLEMS]:
         parser.error(f"no race of {', '.join(unknown)}; there are {', '.join(PROBLEMS)}")
@@ -66,14 +77,16 @@ def main():
     cases = [(_shape(s), dict(map(assignment, args.set))) for s in args.shape] or None
     for slug in args.slug or PROBLEMS:
         passes = {}
-        for backward in (False, True) if slug in BACKWARD else (False,):
-            name = "forward + backward" if backward else "forward"
+        for name, backward in PASSES.items():
+            asked = args.one_pass in (None, "backward" if backward else "forward")
+            if not asked or (backward and slug not in BACKWARD):
+                continue
             passes[name] = race_problems(
                 slug, cases, backward=backward, seconds=args.seconds, only=tuple(args.only)
             )
             print("\n".join(rows(passes[name])), flush=True)
-        if cases is None and not args.only:
-            print(store(f"bench_{slug}_gpu", passes, FILES[slug]), flush=True)
+        if passes and cases is None and not args.only:
+            print(keep(slug, passes), flush=True)
 
 
 if __name__ == "__main__":
