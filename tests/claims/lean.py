@@ -12,7 +12,7 @@ the same process.
 import argparse
 import csv
 import time
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,28 @@ from accel.blocks.mlp import silu
 from accel.blocks.norms import rms_norm
 from accel.blocks.rope import rope
 from accel.models.llama import project
-from accel.race import race
+from hw.commands.bench_attention import torch_decoding
+from hw.commands.bench_clock import rounds, wait
+from hw.commands.bench_problem import tolerance, torch_device
 from ref.attention.lean import METHODS, decode_makespan
 from ref.language.smollm2 import SmolLM2Config, init_llama
+from tests.claims.device_time import kernel_seconds
 from tests.claims.record import store
 
-FILES = ("ref/attention/lean.py", "accel/attention/lean.py", "accel/race.py", "tests/claims/lean.py")
-GPU_FILES = (*FILES, "accel/kernels/lean_hopper.py", "accel/kernels/lean_triton.py")
+FILES = (
+    "ref/attention/lean.py",
+    "accel/attention/lean.py",
+    "hw/commands/bench_clock.py",
+    "tests/claims/lean.py",
+)
+GPU_FILES = (
+    *FILES,
+    "accel/kernels/lean_hopper.py",
+    "accel/kernels/lean_triton.py",
+    "hw/commands/bench_attention.py",
+    "tests/claims/device_time.py",
+)
+PROFILED = ("read", "Hopper", "cudnn", "PyTorch")
 rng = np.random.default_rng(0)
 LONG = tuple(int(n) for n in np.exp(rng.uniform(np.log(1024), np.log(131072), 16)))  # log-uniform
 # name: (query heads, key heads, head size, lengths)
@@ -135,25 +150,41 @@ def arrays(shape, dtype):
     return *(draw(key, s) for key, s in zip(keys, sizes, strict=True)), np.array(lengths, np.int32)
 
 
-def row(name, shape, dtype, entries, *, repeat, budget=0.3):
-    """{name, bytes, bandwidth, seconds by entry} of one shape.
+def row(name, shape, dtype, entries, *, repeat, budget=0.3, others=lambda *x, repeat: {}, profiled=()):
+    """{name, bytes, bandwidth, seconds by entry, on a GPU device: of kernels alone} of one shape.
 
     entries(q, k, v, lengths) -> {name: (function of q, k, v, its k, its v)}. A call is `repeat` steps in one
     program, each with the result of the one before for its query, so that what starting a program costs is
-    shared.
+    shared; on a GPU several calls are under way, and the last is awaited. others(q, k, v, lengths, repeat) ->
+    {name: thunk of that many steps}. profiled: words; for entries that hold one JAX's profiler tells the time
+    on the device as well, whoever starts the kernels.
     """
     q, k, v, lengths = arrays(shape, dtype)
     chain = lambda f: jax.jit(lambda q, k, v: jax.lax.fori_loop(0, repeat, lambda _, q: f(q, k, v), q))
     read = lambda q, k, v: q + (k * q[0, 0, 0] + v).sum(dtype=jnp.float32).astype(q.dtype) * 0
     found = {"read": (read, k, v), **entries(q, k, v, lengths)}
     named = {n: partial(chain(f), q, *theirs) for n, (f, *theirs) in found.items()}
-    timed = race(named, budget=budget)
-    times = {r.name: r.seconds / repeat if r.seconds else r.why_not for r in timed}
+    named |= others(q, k, v, lengths, repeat=repeat)
+    ready, failed = {}, {}
+    for n, call in named.items():
+        try:
+            wait(call())
+            ready[n] = call
+        except (NotImplementedError, ValueError, RuntimeError, TypeError) as e:
+            failed[n] = str(e).strip().split("\n")[0] or type(e).__name__
+    timed = rounds(ready, wait=wait, seconds=budget)
+    times = {n: failed.get(n) or timed[n].seconds / repeat for n in named}
+    device = {}
+    for n in (n for n in ready if any(word in n for word in profiled)):
+        device[n] = sum(kernel_seconds(lambda n=n: wait(ready[n]()), repeats=2).values()) / repeat
     nbytes = 2 * sum(shape[3]) * shape[1] * shape[2] * jnp.dtype(dtype).itemsize
     rate = (k.nbytes + v.nbytes) / times.pop("read")
     shares = {n: f"{nbytes / s / rate:.2f}" if isinstance(s, float) else s for n, s in times.items()}
     print(f"{name}: {rate / 1e9:.0f} GB/s; share of it {shares}", flush=True)
-    return {"name": name, "bytes": nbytes, "bandwidth": rate, "seconds": times}
+    if device:
+        print("on the device", {n: f"{s * 1e6:.1f} us" for n, s in device.items()}, flush=True)
+    more = {"device": device} if device else {}
+    return {"name": name, "bytes": nbytes, "bandwidth": rate, "seconds": times, **more}
 
 
 def on_cpu(q, k, v, lengths):
@@ -197,6 +228,49 @@ def on_gpu(q, k, v, lengths):
         )[:, 0]
         found[f"jax.nn {name}"] = (peer, *theirs)
     return found
+
+
+def torch_on_gpu(q, k, v, lengths, *, repeat):
+    """Thunks of PyTorch's attention by cuDNN and by flash, which splits keys, on the same arrays; {} without
+    PyTorch. The steps are recorded once and replayed (a CUDA graph), so that the host costs as little as in
+    JAX. Lengths: a call a request, or a mask. The first call checks the result of a step against lean's.
+    """
+    try:
+        torch, _ = torch_device()
+    except (ImportError, RuntimeError) as e:
+        print(f"PyTorch: {e}", flush=True)
+        return {}
+    want = lean_attention(q, k, v, lengths=lengths)
+    want, q, k, v = (torch.from_dlpack(jax.block_until_ready(x)) for x in (want, q[:, :, None], k, v))
+    ragged = len(set(lengths.tolist())) > 1
+    how = ", a call a request" if ragged else ""
+    ways = {f"PyTorch {n}{how}": (n, False) for n in ("cudnn", "flash")}
+    ways |= {"PyTorch cudnn, a mask": ("cudnn", True)} if ragged else {}
+
+    @cache
+    def recorded(backend, masked):
+        attend = torch_decoding(k, v, lengths.tolist() if ragged else None, backend=backend, masked=masked)
+        off = (attend(q)[:, :, 0].float() - want.float()).norm() / want.float().norm()
+        if not off < tolerance("bfloat16"):
+            raise ValueError(f"its result is off by {float(off):.1e}")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = attend(q, repeat)
+        return graph, out
+
+    def run(*way):
+        graph, out = recorded(*way)
+        graph.replay()
+        return out
+
+    return {name: partial(run, *way) for name, way in ways.items()}
+
+
+def gpu_row(name):
+    """The row of one of SHAPES: all that can run there, PyTorch's too."""
+    options = {"repeat": 16, "others": torch_on_gpu, "profiled": PROFILED}
+    return row(name, SHAPES[name], jnp.bfloat16, on_gpu, **options)
 
 
 # ---- end to end
@@ -287,8 +361,7 @@ def main():
     if args.gpu:
         if jax.default_backend() != "gpu":
             parser.error("--gpu: JAX sees no GPU")
-        rows = [row(n, s, jnp.bfloat16, on_gpu, repeat=16) for n, s in SHAPES.items()]
-        found = {"rows": rows, "decoding": end_to_end(BATCHES)}
+        found = {"rows": [gpu_row(name) for name in SHAPES], "decoding": end_to_end(BATCHES)}
         print(store("lean_gpu", found, GPU_FILES))
         return
     rows = [row(n, s, jnp.float32, on_cpu, repeat=4) for n, s in SMALL.items()]
