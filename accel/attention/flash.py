@@ -464,14 +464,24 @@ def _joined(q, k, v, mask, key_lengths, q_ids, kv_ids, causal):
         hidden["end"] = jnp.full((1, 1, 1), S, jnp.int32)
     if (mask := told["mask"]) is not None:
         hidden["mask"] = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
-    if q_ids is not None:  # a run of keys for every query: comparisons of all with all are quick
-        ids, others = (lift(jnp.asarray(x), q.ndim - 2) for x in (q_ids, kv_ids))
-        ids, others = joined(ids, 1)[:, :, None], joined(others, 1)[:, None]
-        count = lambda x: x.sum(-1, dtype=jnp.int32)[:, None]
-        hidden["start"], last = count(others < ids), count(others <= ids)
+    if q_ids is not None:  # a run of keys for every query
+        ids, others = (joined(lift(jnp.asarray(x), q.ndim - 2), 1) for x in (q_ids, kv_ids))
+        hidden["start"], last = (_count(op, others, ids)[:, None] for op in (jnp.less, jnp.less_equal))
         hidden["end"] = jnp.minimum(last, hidden["end"]) if "end" in hidden else last
     q, k, v = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
     return alike((q, k, v), q, k, v, hidden), told["hi"], hidden
+
+
+def _count(op, values, than, size=64):
+    """int32 [B, L]: of how many values [B or 1, S], which do not decrease, op(value, than [B or 1, L]) holds,
+    op less or less_equal. Whole blocks first, then the block in which that ends: few comparisons.
+    """
+    (b, S), (c, L) = values.shape, than.shape
+    values = jnp.pad(jnp.broadcast_to(values, (max(b, c), S)), [(0, 0), (0, -S % size)], mode="edge")
+    blocks, than = values.reshape(max(b, c), -1, size), jnp.broadcast_to(than, (max(b, c), L))[..., None]
+    whole = op(blocks[:, None, :, -1], than).sum(-1, dtype=jnp.int32)
+    last = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(blocks, whole)
+    return jnp.minimum(whole * size + op(last, than).sum(-1, dtype=jnp.int32), S)
 
 
 def kernel_module(impl):

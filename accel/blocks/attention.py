@@ -10,7 +10,15 @@ from accel.blocks.shapes import lift
 from accel.blocks.softmax import finalize, logsumexp, shift, softmax_state, weigh, wide
 from ref.blocks.attention import check_attention
 
-__all__ = ["attention_dense", "check_attention", "group", "join_heads", "split_heads", "ungroup"]
+__all__ = [
+    "attention_dense",
+    "check_attention",
+    "group",
+    "join_heads",
+    "rows_first",
+    "split_heads",
+    "ungroup",
+]
 
 
 @partial(jax.jit, static_argnames=("causal", "scale", "dropout_p", "return_lse"))
@@ -107,3 +115,18 @@ def join_heads(x):
     """[..., H, L, D] -> [..., L, H*D]."""
     x = x.swapaxes(-2, -3)
     return x.reshape(*x.shape[:-2], -1)
+
+
+def rows_first(attend):
+    """An attention of [B, H, L, D], as blocks call it, from an `attend` of [B, L, H, D].
+
+    attend: with the arguments of `jax.nn.dot_product_attention`, ours or another. Compiled, its turning of
+    the heads and that of `split_heads` cancel: a kernel for such rows gets the projections without a copy.
+    Causal order is for as many queries as keys (JAX aligns them at the top, `flash_attention` at the bottom).
+    """
+    swap = lambda x: jnp.moveaxis(x, -3, -2)
+
+    def attention(q, k, v, *, mask=None, causal=False):
+        return swap(attend(swap(q), swap(k), swap(v), mask=mask, is_causal=causal))
+
+    return attention

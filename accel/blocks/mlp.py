@@ -24,10 +24,15 @@ def linear(x, w, b=None):
     return y if b is None else y + lift(b.astype(x.dtype), y.ndim)
 
 
-def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation="gelu"):
-    """activation(x w_fc1 + b_fc1) w_fc2 + b_fc2. x [..., C], w_fc1 [C, F], w_fc2 [F, C]."""
+def mlp(x, w_fc1, b_fc1, w_fc2, b_fc2, *, activation="gelu", remat=False):
+    """activation(x w_fc1 + b_fc1) w_fc2 + b_fc2. x [..., C], w_fc1 [C, F], w_fc2 [F, C].
+
+    remat: whether a backward pass takes the activation's derivative from its argument, computing it again.
+    """
     activation_pair(activation)  # ref's check of the name
-    return linear(ACTIVATIONS[activation](linear(x, w_fc1, b_fc1)), w_fc2, b_fc2)
+    act = ACTIVATIONS[activation]
+    act = jax.checkpoint(act, prevent_cse=False) if remat else act
+    return linear(act(linear(x, w_fc1, b_fc1)), w_fc2, b_fc2)
 
 
 def swiglu(x, w_gate, w_up, w_down):

@@ -2,6 +2,10 @@
 ref/blocks/transformer.py.
 """
 
+from functools import partial
+
+import jax
+
 from accel.blocks.attention import attention_dense, join_heads, split_heads
 from accel.blocks.mlp import linear, mlp
 from accel.blocks.norms import layer_norm
@@ -36,15 +40,21 @@ def transformer_block(
     eps=1e-5,
     activation="gelu",
     attention=attention_dense,
+    remat=False,
 ):
-    """One block, pre-norm or post-norm: x [..., L, C] -> [..., L, C]."""
+    """One block, pre-norm or post-norm: x [..., L, C] -> [..., L, C].
+
+    remat: whether a backward pass computes norms and activations again from their inputs, which it keeps
+    anyway; else all their steps are kept, more than everything else in the block.
+    """
     p = params
-    ln1 = lambda h: layer_norm(h, p.ln1_scale, p.ln1_bias, eps=eps)
-    ln2 = lambda h: layer_norm(h, p.ln2_scale, p.ln2_bias, eps=eps)
+    again = partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
+    ln1 = again(lambda h: layer_norm(h, p.ln1_scale, p.ln1_bias, eps=eps))
+    ln2 = again(lambda h: layer_norm(h, p.ln2_scale, p.ln2_bias, eps=eps))
     attend = lambda h: self_attention(
         h, p, num_heads=num_heads, attention=attention, mask=mask, causal=causal
     )
-    feed = lambda h: mlp(h, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2, activation=activation)
+    feed = lambda h: mlp(h, p.w_fc1, p.b_fc1, p.w_fc2, p.b_fc2, activation=activation, remat=remat)
     if norm == "pre":
         x = x + attend(ln1(x))
         return x + feed(ln2(x))

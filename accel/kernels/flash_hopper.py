@@ -169,12 +169,12 @@ def attend(
     hidden, causal = Hidden(lists), hi is not None and lo is None
     if seen.told:
         copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
-        hidden = seen.by_query(size, tiles.keys, copies, dirty)
+        hidden = seen.by_query(size, tiles.keys, copies, dirty, evens_out(max(D, wide), start))
         lo = hi = None  # the bounds hold these
     batches = None
     if bias is not None:
         hidden = hidden._replace(bias=laid(bias, tiles.keys))
-        batches = B if bias.shape[0] == 1 else None
+        batches = B if bias.shape[0] == 1 and hidden.order is None else None
     tasks = Tasks.make(B * H, -(-L // size), causal and hidden.order is None, cores or cores_of())
     plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks, batches)
     o, lse = _run(plan, tiles, scale * LOG2E, hidden, q, k, v)
@@ -249,6 +249,13 @@ def cleaned(arrays, keep, size, rows, block=1):
     return tuple(copies), dirty[..., : -(-n // size)]
 
 
+def evens_out(wide, start):
+    """Whether the tiles of a call with lists go by cost. Heads that share keys then no longer run side by
+    side, which at widths above 64 costs more than it evens out, unless rows begin at keys of their own.
+    """
+    return wide <= 64 or start is not None
+
+
 def narrow(lo, hi):
     """Whether a window is of so few tiles that it counts how one row of tiles follows the last."""
     return lo is not None and hi is not None and hi - lo < 2048
@@ -291,7 +298,7 @@ class Tasks:
         """What a block does in its turn: (whether anything, head of all, tile); order: see `by_cost`."""
         if order is not None:
             entries = order.shape[0]
-            heads = jnp.int32(self.heads * self.tall // entries)  # of a batch
+            heads = jnp.int32(self.heads * self.tall // entries)  # that share an entry
             back = lax.rem(turn, jnp.int32(2)) == 1
             item = turn * self.blocks + jnp.where(back, self.blocks - 1 - block, block)
             entry = order[jnp.minimum(lax.div(item, heads), entries - 1)]

@@ -27,6 +27,7 @@ from accel.kernels.flash_hopper import (
     bounds_at,
     cleaned,
     cores_of,
+    evens_out,
     laid,
     listed,
     load_mask,
@@ -167,10 +168,11 @@ def attend_backward(
     by_key, by_query = Hidden(by_key), Hidden(by_query)
     if seen.told:
         copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
-        by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty)
+        ordered = evens_out(wide, start)
+        by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty, ordered)
         stay = dirty.astype(jnp.int32), *copies
         copies, dirty = cleaned((q, do), alive, ROWS, rows) if seen.uneven else ((), None)
-        by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, not causal)
+        by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, ordered)
     if bias is not None:
         by_key, by_query = (
             x._replace(bias=laid(bias, n))
@@ -504,7 +506,7 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
     tasks = Tasks.make(B * z.H, -(-z.L // high), z.causal and hidden.order is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     band = Band(z.S, z.lo, z.hi, z.step)
-    place = partial(split, H=z.H, batches=z.batches)
+    place = partial(split, H=z.H, batches=z.batches if hidden.order is None else None)
 
     def kernel(hidden, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
         ds_ref, *scratch = scratch if learnt else (None, *scratch)

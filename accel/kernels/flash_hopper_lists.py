@@ -116,19 +116,22 @@ class Seen:
         cut = lambda fill: _rows_of(bits, tall, fill).reshape(*bits.shape[:2], -1, tall, n, keys // 8)
         return seen & (cut(0) > 0).any((3, 5)), whole & (cut(255) == 255).all((3, 5))
 
-    def by_query(self, size, keys, spare=(), dirty=None):
+    def by_query(self, size, keys, spare=(), dirty=None, ordered=True):
         """The Hidden of a kernel that holds `size` queries while tiles of `keys` keys pass; `spare` for those
-        that are `dirty`, bool [B or 1, Hkv or 1, tiles].
+        that are `dirty`, bool [B or 1, Hkv or 1, tiles]; ordered: with the order by cost.
         """
         at = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None]
         if dirty is not None:
             each = self.G if dirty.shape[1] > 1 else 1
             at = jnp.where(jnp.repeat(dirty, each, axis=1)[:, :, None], -1 - at, at)
-        return Hidden(listing(*self.tiles(size, keys), at), self._bounds(), self._padded(), spare)
+        lists = listing(*self.tiles(size, keys), at)
+        order = by_cost(lists, -(-self.L // size)) if ordered else None
+        return Hidden(lists, self._bounds(), self._padded(), spare, order=order)
 
     def by_key(self, size, keys, spare=(), dirty=None, stay=(), ordered=True):
         """The Hidden of a kernel that holds `keys` keys while tiles of `size` queries pass; `spare` for those
-        that are `dirty`, bool [B or 1, H or 1, tiles]; ordered: with the order by cost.
+        that are `dirty`, bool [B or 1, H or 1, tiles]; ordered: with the order by cost, which it has anyway
+        where batches differ.
         """
         seen, whole = self.tiles(size, keys)
         if seen.shape[2] == 1:
@@ -138,7 +141,8 @@ class Seen:
         if dirty is not None:
             at = jnp.where(dirty[:, :, None], -1 - at, at)
         lists = listing(seen.swapaxes(2, 3), whole.swapaxes(2, 3), at)
-        order = by_cost(lists[:, :, ::-1]) if ordered else None  # the kernel counts its tiles from the last
+        back = lists[:, :, ::-1]  # the kernel counts its tiles from the last
+        order = by_cost(back, lists.shape[2]) if ordered or len(lists) > 1 else None
         return Hidden(lists, self._bounds(), self._padded(turned=True), spare, stay, order)
 
     def of_bias(self, ds, bias):
@@ -186,13 +190,14 @@ class Seen:
         return seen.reshape(B, -1, self.G if H > 1 else 1, self.S).any(2)
 
 
-def by_cost(lists):
-    """int32 [B T]: b T + t for the T tiles of all batches b, those that meet most others first; None where
-    all batches have one list, and the usual order does as well.
+def by_cost(lists, tall):
+    """int32 [B tall]: b tall + t for the tiles t of all batches b, those that meet most others first; of one
+    batch where all have one list. None where all tiles have one, and any order does as well.
     """
-    if lists.shape[0] == 1:
+    B, _, tiles, _ = lists.shape
+    if B == tiles == 1:
         return None
-    cost = lists[..., 0].sum(1).reshape(-1)
+    cost = jnp.broadcast_to(lists[..., 0].sum(1), (B, tall)).reshape(-1)
     number = np.arange(len(cost), dtype=np.int32)
     ahead = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (number[None] < number[:, None]))
     rank = ahead.sum(-1, dtype=jnp.int32)

@@ -165,18 +165,7 @@ def merged(first, at, m, l, acc, *, dtype, interpret=False):
 
     Args: first int32 [O + 1], at int32 [O]; m (to base 2), l [n, R], acc [n, R, Dv] float32.
     """
-    outputs, (R, Dv) = len(at), acc.shape[1:]
-    return pallas_call(
-        _merge_kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((outputs, R, Dv), dtype),
-            jax.ShapeDtypeStruct((outputs, R), jnp.float32),
-        ],
-        grid=(outputs, R),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="lean_merge",
-    )(first, at, m, l, acc)
+    return _launch(_merge_kernel, len(at), first, at, m, l, acc, dtype=dtype, interpret=interpret)
 
 
 @partial(jax.jit, static_argnames=("plan", "block_n", "dtype", "each", "parts", "interpret"))
@@ -186,20 +175,26 @@ def merged_slots(lengths, m, l, acc, *, plan, block_n, dtype, each=1, parts=None
     Args: lengths int32 [B], or None if the plan knows; m (to base 2), l [n, R], acc [n, R, Dv] float32,
       `each` of them a slot of the plan, of tiles of block_n keys; parts: states merged at a time.
     """
-    outputs, (R, Dv) = plan.batch * plan.heads, acc.shape[1:]
+    outputs = plan.batch * plan.heads
     if parts is None:  # what there is, if outputs are equally long
         parts = min(64, max(16, pl.next_power_of_2((-(-plan.slots // outputs)) * each)))
+    kernel = partial(_merge_slots_kernel, plan=plan, block_n=block_n, each=each, parts=parts)
+    known = () if lengths is None else (lengths,)
+    return _launch(kernel, outputs, *known, m, l, acc, dtype=dtype, interpret=interpret)
+
+
+def _launch(kernel, outputs, *args, dtype, interpret):
+    """(o [O, R, Dv] in dtype, lse [O, R]) of a program for every row of every output; args end with acc."""
+    R, Dv = args[-1].shape[1:]
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct((outputs, R, *s), dtype)
     return pallas_call(
-        partial(_merge_slots_kernel, plan=plan, block_n=block_n, each=each, parts=parts),
-        out_shape=[
-            jax.ShapeDtypeStruct((outputs, R, Dv), dtype),
-            jax.ShapeDtypeStruct((outputs, R), jnp.float32),
-        ],
+        kernel,
+        out_shape=[shape(dtype, Dv), shape(jnp.float32)],
         grid=(outputs, R),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="lean_merge",
-    )(*(() if lengths is None else (lengths,)), m, l, acc)
+    )(*args)
 
 
 def _pad(x, rows, columns):

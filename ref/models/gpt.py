@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ref.blocks.losses import linear_cross_entropy, linear_cross_entropy_vjp
 from ref.blocks.norms import layer_norm, layer_norm_vjp
 from ref.blocks.transformer import BlockParams, init_block, transformer_block, transformer_block_vjp
 from ref.checks import check_ids
@@ -101,7 +102,42 @@ def gpt_blocks_vjp(hidden, params, dy, *, num_heads, mask=None, eps=1e-5):
 def gpt_forward_vjp(ids, params, dlogits, *, num_heads, mask=None, eps=1e-5):
     """GPTParams of gradients of `gpt_forward` for the cotangent dlogits [..., T, V]."""
     hidden = gpt_blocks(gpt_embed(ids, params), params, num_heads=num_heads, mask=mask, eps=eps)
-    dx, dwte, dscale, dbias = gpt_head_vjp(hidden[-1], params, dlogits, eps=eps)
+    dx, *head = gpt_head_vjp(hidden[-1], params, dlogits, eps=eps)
+    return _whole_vjp(ids, params, hidden, dx, *head, num_heads=num_heads, mask=mask, eps=eps)
+
+
+def gpt_loss(ids, params, *, num_heads, mask=None, eps=1e-5, ignore=None, chunk=None):
+    """Mean of -log p(ids[t + 1] | ids[..t]), nats: ids int [..., T + 1].
+
+    mask: as `gpt_forward`'s, of the first T tokens. ignore: an id of the vocabulary that is not scored as the
+    next token (padding). chunk: of tokens, as `linear_cross_entropy`'s.
+    Raises: ValueError for a text of one token, and as `linear_cross_entropy`.
+    """
+    seen, following = next_tokens(ids)
+    x = gpt_blocks(gpt_embed(seen, params), params, num_heads=num_heads, mask=mask, eps=eps)[-1]
+    y = layer_norm(x, params.lnf_scale, params.lnf_bias, eps=eps)
+    return linear_cross_entropy(y, params.wte, following, ignore=ignore, chunk=chunk)
+
+
+def gpt_loss_vjp(ids, params, dloss=1.0, *, num_heads, mask=None, eps=1e-5, ignore=None, chunk=None):
+    """GPTParams of gradients of `gpt_loss`, times dloss."""
+    seen, following = next_tokens(ids)
+    hidden = gpt_blocks(gpt_embed(seen, params), params, num_heads=num_heads, mask=mask, eps=eps)
+    y = layer_norm(hidden[-1], params.lnf_scale, params.lnf_bias, eps=eps)
+    dy, dwte = linear_cross_entropy_vjp(y, params.wte, following, dloss, ignore=ignore, chunk=chunk)
+    dx, dscale, dbias = layer_norm_vjp(hidden[-1], params.lnf_scale, dy, eps=eps)
+    return _whole_vjp(seen, params, hidden, dx, dwte, dscale, dbias, num_heads=num_heads, mask=mask, eps=eps)
+
+
+def next_tokens(ids):
+    """(ids[..., :-1], ids[..., 1:]): what is read and what is told. Raises: ValueError for less than two."""
+    if dims(ids=(ids, "... n"))["n"] < 2:
+        raise ValueError(f"ids must hold at least two tokens a text, got shape {list(ids.shape)}")
+    return ids[..., :-1], ids[..., 1:]
+
+
+def _whole_vjp(ids, params, hidden, dx, dwte, dscale, dbias, *, num_heads, mask, eps):
+    """Gradients of all parameters, from those of the head and that of the last hidden state."""
     dx, blocks = gpt_blocks_vjp(hidden, params, dx, num_heads=num_heads, mask=mask, eps=eps)
     dlookup, dwpe = gpt_embed_vjp(ids, params, dx)
     return GPTParams(dwte + dlookup, dwpe, blocks, dscale, dbias)

@@ -350,8 +350,11 @@ def test_flash_hopper_takes_long_tiles_first_where_batches_differ():
     rng = np.random.default_rng(0)
     cost = rng.integers(0, 9, (B, 1, tall))
     lists = jnp.asarray(np.concatenate([cost[..., None], 0 * cost[..., None]], axis=3), jnp.int32)
-    order = by_cost(lists)
-    assert by_cost(lists[:1]) is None
+    order = by_cost(lists, tall)
+    assert by_cost(lists[:1, :, :1], tall) is None  # every tile costs the same
+    shared = by_cost(lists[:, :, :1], tall)  # the rows of a batch cost the same
+    assert sorted(np.asarray(shared)) == list(range(B * tall))
+    assert (np.diff(cost[np.asarray(shared) // tall, 0, 0]) <= 0).all()
     met = cost.reshape(-1)[np.asarray(order)]
     assert (np.diff(met) <= 0).all()
     tasks = accel.flash.kernel_module("hopper").Tasks.make(B * H, tall, False, 7)
@@ -465,6 +468,19 @@ def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
             assert shown.any() or (bounds is not None and mask is not None)  # each alone is exact
     np.testing.assert_array_equal(met[:, :, :L, :S], seen)
     assert not met[:, :, L:].any()
+
+
+@pytest.mark.parametrize(("B", "b", "S", "L"), [(1, 1, 5, 7), (3, 1, 64, 10), (1, 3, 65, 33), (2, 2, 200, 1)])
+def test_flash_segments_are_counted_as_by_searching(B, b, S, L):
+    """Where the run of keys of every query begins and ends, whole blocks and parts of them."""
+    rng = np.random.default_rng(S)
+    ids = np.sort(rng.integers(-3, 9, (B, S)).astype(np.int32))
+    than = rng.integers(-4, 10, (b, L)).astype(np.int32)
+    n = max(B, b)
+    full = np.broadcast_to(ids, (n, S)), np.broadcast_to(than, (n, L))
+    for op, side in ((jnp.less, "left"), (jnp.less_equal, "right")):
+        want = [np.searchsorted(x, y, side=side) for x, y in zip(*full, strict=True)]
+        np.testing.assert_array_equal(accel.flash._count(op, jnp.asarray(ids), jnp.asarray(than)), want)
 
 
 def test_flash_kernels_lower_for_their_devices():

@@ -2,11 +2,11 @@
 
 On the CPU (about a minute): forward and forward + backward over the share of visited tiles, a straight line
 through the times, the density below which the lists beat dense tiles, standard against tiled against
-butterfly attention. With --gpu the same with the kernels for Hopper, cuDNN beside them, and a sliding window
-of 256 keys to both sides, beside PyTorch's flex_attention where PyTorch is installed. Masks are drawn
-with a fixed seed; the diagonal is not added, so that the density is exact. With --gpu --paths, in its place,
-an encoder learns whether two marked ends of 32 x 32 pictures belong to the same curve (1,024 tokens), with
-dense, tiled and butterfly attention, three seeds each.
+butterfly attention. With --gpu the same with the kernels for Hopper, heads of 64 and of 128, cuDNN beside
+them, and a sliding window of 256 keys to both sides, beside PyTorch's flex_attention where PyTorch is
+installed. Masks are drawn with a fixed seed; the diagonal is not added, so that the density is exact. With
+--gpu --paths, in its place, an encoder learns whether two marked ends of 32 x 32 pictures belong to the same
+curve (1,024 tokens), with dense, tiled and butterfly attention, three seeds each.
 """
 
 import argparse
@@ -78,10 +78,10 @@ def crossing(shares, seconds, dense):
     return float(s[i] + (dense - t[i]) * (s[i + 1] - s[i]) / (t[i + 1] - t[i]))
 
 
-def against_density(N, block, *, heads, dtype, impl, budget):
+def against_density(N, block, *, heads, dtype, impl, budget, width=64):
     """Times over the density of random masks, beside flash without a mask."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, heads, N, 64)), dtype) for _ in range(3))
+    q, k, v = (jnp.asarray(rng.standard_normal((1, heads, N, width)), dtype) for _ in range(3))
     nb = N // block
     uniforms = rng.random((nb, nb))
     entries = {}
@@ -94,7 +94,7 @@ def against_density(N, block, *, heads, dtype, impl, budget):
     dense = both_passes(lambda q, k, v: flash_attention(q, k, v, impl=impl), q, k, v)
     entries |= {f"flash {n}": t for n, t in dense.items()}
     seconds = timed(entries, budget)
-    out = {"tokens": N, "block": block, "heads": heads, "shares": SHARES}
+    out = {"tokens": N, "block": block, "heads": heads, "width": width, "shares": SHARES}
     for n in ("forward", "both"):
         times = [seconds[f"{s} {n}"] for s in SHARES]
         a, b, r2 = line(SHARES, times)
@@ -222,7 +222,7 @@ def main():
         options = {"dtype": jnp.bfloat16, "impl": "hopper", "budget": 0.2}
         results = {
             "window": window(),
-            "density": [against_density(16384, 128, heads=16, **options)],
+            "density": [against_density(16384, 128, heads=16, width=d, **options) for d in (64, 128)],
             "standard": against_standard((2048, 8192), heads=16, peers={"cudnn": cudnn}, **options),
         }
         print(store("block_sparse_flash_gpu", results, GPU_FILES))

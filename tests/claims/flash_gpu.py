@@ -22,7 +22,7 @@ import numpy as np
 
 import accel
 from accel.attention.flash import attention_dense, flash_attention
-from accel.blocks.softmax import logsumexp
+from accel.blocks.attention import rows_first
 from accel.models import gpt
 from accel.race import race
 from tests.claims.device_time import kernel_seconds
@@ -32,6 +32,8 @@ from tests.claims.record import store
 FILES = (
     "accel/attention/drop_in.py",
     "accel/attention/flash.py",
+    "accel/blocks/losses.py",
+    "accel/blocks/transformer.py",
     "accel/kernels/flash_hopper.py",
     "accel/kernels/flash_hopper_backward.py",
     "accel/kernels/flash_hopper_lists.py",
@@ -40,22 +42,17 @@ FILES = (
     "tests/claims/flash_gpu.py",
 )
 ATTENTION = {"dense": attention_dense, "tiles": flash_attention}
+IN_TRAINING = {
+    "dense": attention_dense,
+    "tiles": rows_first(accel.dot_product_attention),
+    "cudnn": rows_first(partial(jax.nn.dot_product_attention, implementation="cudnn")),
+}
 
 
-def cudnn(q, k, v, *, mask=None, causal=False):
-    """JAX's own fused attention in the house layout."""
-    swap = lambda x: jnp.moveaxis(x, -3, -2)
-    return swap(
-        jax.nn.dot_product_attention(swap(q), swap(k), swap(v), is_causal=causal, implementation="cudnn")
-    )
-
-
-def next_token_loss(params, ids, *, heads, attention, dtype=jnp.float32):
-    """Mean negative log-likelihood of ids[:, 1:], nats."""
+def next_token_loss(params, ids, *, heads, attention, dtype=jnp.float32, unroll=1):
+    """Mean negative log-likelihood of ids[:, 1:], nats, computed in dtype."""
     p = jax.tree.map(lambda x: x.astype(dtype), params)
-    logits = gpt.gpt_forward(ids[:, :-1], p, num_heads=heads, attention=attention)
-    picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    return jnp.mean(logsumexp(logits) - picked)
+    return gpt.gpt_loss(ids, p, num_heads=heads, attention=attention, unroll=unroll)
 
 
 def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, budget=0.2):
@@ -185,7 +182,7 @@ def gpt2(lengths=(1024, 8192), *, tokens=8192, steps=5, rounds=5, size=GPT2, pee
         shape = {n: x for n, x in size.items() if n != "heads"}
         drawn = gpt.init_gpt(np.random.default_rng(0), context=length, **shape)
         ids = np.random.default_rng(1).integers(0, size["vocab"], (tokens // length, length + 1))
-        makers = {n: partial(_jax_training, f) for n, f in {**ATTENTION, "cudnn": cudnn}.items()}
+        makers = {n: partial(_jax_training, f) for n, f in IN_TRAINING.items()}
         makers |= {f"torch, {n}": partial(_torch_training, compiled=n == "compiled") for n in peers}
         forms, first, memory = {}, {}, {}
         for name, make in makers.items():
@@ -222,7 +219,7 @@ class _jax_training:
 
     def __init__(self, attention, drawn, ids, heads):
         params, _ = start(drawn)
-        loss = partial(next_token_loss, heads=heads, attention=attention, dtype=jnp.bfloat16)
+        loss = partial(next_token_loss, heads=heads, attention=attention, dtype=jnp.bfloat16, unroll=True)
         begin, update = _optimiser()
 
         def step(carry, ids):

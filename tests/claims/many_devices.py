@@ -48,8 +48,8 @@ def place(mesh, x, spec=PARTS):
 
 
 def over(mesh, fn, in_specs, out_specs):
-    """fn compiled for the mesh; kernels do not say what varies between devices, so that goes unchecked."""
-    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+    """fn compiled for the mesh."""
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
 
 def ring(mesh, *, backward=False, impl="auto"):
@@ -111,7 +111,7 @@ def drawn(mesh, shape, count):
                 jax.random.fold_in(jax.random.key(seed[0]), jax.lax.axis_index("context")),
                 (*shape[:2], shape[2] // mesh.size, shape[3]), jnp.bfloat16,
             ),
-            mesh=mesh, in_specs=P(), out_specs=PARTS, check_vma=False,
+            mesh=mesh, in_specs=P(), out_specs=PARTS,
         )
     )  # fmt: skip
     return [draw(jnp.array([i], jnp.uint32)) for i in range(count)]

@@ -70,8 +70,7 @@ def loss_over(mesh, heads):
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), following[..., None], axis=-1)
         return jax.lax.pmean(-picked.mean(), ("data", "context"))  # parts are of equal size
 
-    # kernels do not say what differs between devices: unchecked, and differentiated from outside
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), CUT, CUT, CUT), out_specs=P(), check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), CUT, CUT, CUT), out_specs=P())
     # --8<-- [end:loss]
 
 

@@ -5,6 +5,7 @@ differences.
 import numpy as np
 import pytest
 
+from ref.blocks.losses import cross_entropy
 from ref.models import bert, gpt
 from tests.slopes import slope_of
 
@@ -48,6 +49,26 @@ def test_models_gpt_is_causal_and_its_gradients_are_central_differences():
     cotangent = rng.standard_normal(logits.shape)
     grads = gpt.gpt_forward_vjp(ids, params, cotangent, num_heads=2)
     check(lambda p: np.sum(cotangent * gpt.gpt_forward(ids, p, num_heads=2)), params, grads)
+
+
+def test_models_gpt_loss_is_cross_entropy_of_the_next_tokens():
+    """By the logits' definition; padding (token 0) is not scored; gradients by central differences."""
+    rng = np.random.default_rng(3)
+    params = gpt.init_gpt(rng, vocab=11, context=6, dim=8, depth=1, std=0.3)
+    ids = rng.integers(1, 11, (2, 6))
+    ids[1, 4:] = 0
+    told = {"num_heads": 2, "ignore": 0, "chunk": 3}
+    logits = gpt.gpt_forward(ids[:, :-1], params, num_heads=2)
+    want, dlogits = cross_entropy(logits, ids[:, 1:], ignore=0)
+    np.testing.assert_allclose(gpt.gpt_loss(ids, params, **told), want, rtol=1e-14)
+    check(lambda p: gpt.gpt_loss(ids, p, **told), params, gpt.gpt_loss_vjp(ids, params, **told))
+    pulled = gpt.gpt_forward_vjp(ids[:, :-1], params, -3 * dlogits, num_heads=2)
+    for got, want in zip(
+        gpt.gpt_loss_vjp(ids, params, -3.0, **told).blocks[0], pulled.blocks[0], strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="ids must hold at least two tokens"):
+        gpt.gpt_loss(ids[:, :1], params, num_heads=2)
 
 
 def test_models_bert_ignores_padding_and_its_gradients_are_central_differences():
