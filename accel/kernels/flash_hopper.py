@@ -7,8 +7,8 @@ exponentials of the former, to base 2, while the latter run. Key tiles go from t
 those on the edge of what is visible, the only ones masked, come first (and last, in a window); or in the
 order of a list, if lengths or a mask hide keys (flash_hopper_lists.py): of a tile that these cut, the rows'
 bounds and the mask's tile come with the queries and the keys. Causal calls take query tiles in pairs, a long
-one and a short one, so that all pairs cost the same. Sums are float32; nothing is atomic: the same call gives
-the same bits.
+one and a short one, so that all pairs cost the same; where everything is visible, two blocks side by side load
+keys and values together (a cluster). Sums are float32; nothing is atomic: the same call gives the same bits.
 """
 
 import inspect
@@ -51,6 +51,7 @@ class Tiles:
     late: bool = True  # wait for the values only once the exponentials are taken
     own_o: bool = True  # results leave through shared memory of their own, not through that of the queries
     ahead: bool = False  # the queries of the next tile load while this one is computed
+    share: int = 1  # blocks of a cluster, which hold tiles of one head and load keys and values together
     aside: int = 1  # tiles of a bias that a group holds, where there is one
 
     @staticmethod
@@ -66,9 +67,12 @@ class Tiles:
         groups = min(groups, -(-L // ROWS))
         if narrow and groups == 3:
             return Tiles(groups, 64, 4, late=False, ahead=True)
-        return Tiles(
-            groups, keys, stages, turns=groups > 1, late=not causal and wide <= 192, own_o=wide <= 192
-        )
+        turns, late, own_o = groups > 1 and wide <= 192, not causal and wide <= 192, wide <= 192
+        return Tiles(groups, keys, stages, turns=turns, late=late, own_o=own_o)
+
+    def shared(self):
+        """These in clusters of two, whose groups then issue their products when they like."""
+        return replace(self, share=2, turns=False)
 
     def beside(self, D, Dv, masked):
         """The same with as many tiles of a bias as fit, at most one for each stage."""
@@ -83,6 +87,17 @@ class Tiles:
     def spot(self, group, turn):
         """Where the queries of a group lie in its turn."""
         return group + lax.rem(turn, jnp.int32(2)) * self.groups if self.ahead else group
+
+    @property
+    def block(self):
+        """Which block this is."""
+        block = lax.axis_index("block")
+        return block if self.share == 1 else block * self.share + lax.axis_index("half")
+
+    @property
+    def together(self):
+        """Options of a copy that the blocks of a cluster make, each its part for all."""
+        return {} if self.share == 1 else {"collective_axes": "half"}
 
 
 def up(n, size):
@@ -162,20 +177,21 @@ def attend(
     if max(D, wide) > 192:
         D = wide = 256  # the results leave through the room of the queries
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
-    tiles = tiles or Tiles.fit(D, wide, L, hi is not None, narrow(lo, hi) and not seen.told)
-    if bias is not None:
-        tiles = tiles.beside(D, wide, mask is not None)
-    B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
+    fit = Tiles.fit(D, wide, L, hi is not None, narrow(lo, hi) and not seen.told)
+    B, H, size = q.shape[0], q.shape[heads], ROWS * (tiles or fit).groups
     hidden, causal = Hidden(lists), hi is not None and lo is None
     if seen.told:
-        copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
-        hidden = seen.by_query(size, tiles.keys, copies, dirty, evens_out(max(D, wide), start))
+        copies, dirty = cleaned((v,), seen.keys(), (tiles or fit).keys, rows)
+        hidden = seen.by_query(size, (tiles or fit).keys, copies, dirty, evens_out(max(D, wide), start))
         lo = hi = None  # the bounds hold these
+    tasks = Tasks.make(B * H, -(-L // size), causal and hidden.order is None, cores or cores_of())
+    if tiles is None:
+        plain = lo is None and hi is None and not jax.tree.leaves(hidden)
+        tiles = fit.shared() if plain and 64 < max(D, wide) <= 128 and tasks.side_by_side else fit
     batches = None
     if bias is not None:
-        hidden = hidden._replace(bias=laid(bias, tiles.keys))
+        tiles, hidden = tiles.beside(D, wide, mask is not None), hidden._replace(bias=laid(bias, tiles.keys))
         batches = B if bias.shape[0] == 1 and hidden.order is None else None
-    tasks = Tasks.make(B * H, -(-L // size), causal and hidden.order is None, cores or cores_of())
     plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks, batches)
     o, lse = _run(plan, tiles, scale * LOG2E, hidden, q, k, v)
     o = lax.slice_in_dim(o, 0, L, axis=rows)
@@ -294,6 +310,11 @@ class Tasks:
         blocks = min(cores * max(1, items // (ROUND * cores)), items)
         return Tasks(heads, tall, causal, pairs, blocks, -(-items // blocks) * (2 if pairs else 1))
 
+    @property
+    def side_by_side(self):
+        """Whether blocks 2i and 2i + 1 always have tiles 2j and 2j + 1 of one head."""
+        return not self.causal and self.blocks % 2 == self.tall % 2 == 0
+
     def at(self, block, turn, order=None):
         """What a block does in its turn: (whether anything, head of all, tile); order: see `by_cost`."""
         if order is not None:
@@ -330,7 +351,7 @@ class Tasks:
             some, head, tile = self.at(block, i, order)
             return lax.cond(some, lambda n: body(n, i, head, tile), lambda n: n, loaded)
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(self.turns), turn, jnp.int32(0))
+        return lax.fori_loop(jnp.int32(0), jnp.int32(self.turns), turn, jnp.int32(0))
 
 
 class Sight(NamedTuple):
@@ -554,9 +575,9 @@ def shown(words, n):
     return bits(words) != 0
 
 
-def load_tile(cut, x, spare, room, full):
+def load_tile(cut, x, spare, room, full, **shared):
     """cut(x) into shared memory, or cut of `spare`, (another array, whether to take it), if given."""
-    copy = lambda x: plgpu.copy_gmem_to_smem(cut(x), room, full)
+    copy = lambda x: plgpu.copy_gmem_to_smem(cut(x), room, full, **shared)
     if spare is None:
         return copy(x)
     other, take = spare
@@ -588,6 +609,10 @@ def _run(plan, tiles, factor, hidden, q, k, v):
     spots = groups * (2 if tiles.ahead else 1)
     ring = lambda d: room(stages, tiles.keys, d, q.dtype)
     signal = lambda n, arrivals=1: plgpu.Barrier(num_barriers=n, num_arrivals=arrivals)
+    free, cluster = signal(stages, groups), {}
+    if tiles.share > 1:  # a slot is free once the groups of all blocks have read what was loaded for all
+        free = plgpu.ClusterBarrier(collective_axes=("half",), num_barriers=stages, num_arrivals=groups)
+        cluster = {"cluster": (tiles.share,), "cluster_names": ("half",)}
     given = jax.tree.leaves(hidden)
     tall = None if hidden.mask is None else min(groups * ROWS, hidden.mask.shape[2])
 
@@ -613,12 +638,12 @@ def _run(plan, tiles, factor, hidden, q, k, v):
             plgpu.SMEM((groups, ROWS), jnp.float32),
             rooms_for(hidden, (spots, ROWS), (stages, tall)),
             (signal(spots, 1 + (hidden.bounds is not None)), signal(spots)),
-            (signal(stages, 1 + (hidden.mask is not None)), signal(stages, groups)),
-            (signal(stages), signal(stages, groups)),
+            (signal(stages, 1 + (hidden.mask is not None)), free),
+            (signal(stages), free),
             signal(groups),
             None if hidden.bias is None else beside(),
         ),
-        grid=(plan.tasks.blocks,),
+        grid=(plan.tasks.blocks // tiles.share,),
         grid_names=("block",),
         num_threads=groups + 1,
         thread_name="group",
@@ -628,6 +653,7 @@ def _run(plan, tiles, factor, hidden, q, k, v):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             **(SPARE if tiles.ahead or hidden.bias is not None else {}),
         ),
+        **cluster,
     )(*given, q, k, v)
 
 
@@ -667,7 +693,8 @@ def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, bs, *, hidden, pla
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        load_tile(lambda x: plan.cut(x, b, h, at, plan.keys), x, spare, ring.at[slot], full.at[slot])
+        cut = lambda x: plan.cut(x, b, h, at, plan.keys)
+        load_tile(cut, x, spare, ring.at[slot], full.at[slot], **tiles.together)
 
     def tile(loaded, turn, head, t):
         b, h, first = plan.place(head, t)
@@ -724,7 +751,13 @@ def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, bs, *, hidden, pla
 
         return loaded + n
 
-    plan.tasks.each(lax.axis_index("block"), tile, hidden.order)
+    loaded = plan.tasks.each(tiles.block, tile, hidden.order)
+    if tiles.share > 1:  # a block must not end before its neighbour has set its slots free
+
+        @pl.loop(jnp.maximum(loaded - stages, 0), loaded)
+        def _(x):
+            for _, free in (ks, vs):
+                plgpu.barrier_wait(free.at[lax.rem(x, stages)])
 
 
 def _compute(
@@ -916,7 +949,7 @@ def _compute(
             plgpu.barrier_arrive(qs[1].at[spot])
         return loaded + n
 
-    plan.tasks.each(lax.axis_index("block"), tile, hidden.order)
+    plan.tasks.each(tiles.block, tile, hidden.order)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -160,6 +160,8 @@ HOPPER = {  # [B, H, L, D], key heads, keys, value width, causal, dtype
     "odd_head": ((1, 2, 301, 80), 2, 299, 72, False, "bfloat16"),
     "wide": ((1, 2, 400, 192), 2, 400, 128, True, "bfloat16"),
     "widest": ((1, 2, 400, 256), 1, 500, 256, True, "bfloat16"),
+    "clusters": ((2, 12, 1000, 128), 4, 900, 128, False, "bfloat16"),
+    "clusters_odd_head": ((1, 6, 256, 88), 2, 333, 72, False, "float16"),
     "one_query": ((2, 4, 1, 128), 2, 1000, 128, True, "bfloat16"),
     "one_key": ((1, 1, 70, 64), 1, 1, 64, False, "float16"),
 }
@@ -340,6 +342,26 @@ def test_flash_hopper_takes_every_tile_once_and_evenly(name):
         assert np.ptp(work[work > 0]) <= 1
     elif name == "turned":
         assert np.ptp(work.sum(-1)) <= 0.05 * work.sum(-1).mean()
+
+
+def test_flash_hopper_clusters_hold_tiles_side_by_side():
+    """Both blocks of a cluster: the same turns, one head, tiles 2j and 2j + 1, where they load together."""
+    module = accel.flash.kernel_module("hopper")
+    found = {}
+    for heads, tall, causal, cores in np.ndindex(4, 9, 2, 9):
+        tasks = module.Tasks.make(heads + 1, tall + 1, bool(causal), 2 * cores + 4)
+        found.setdefault((tasks.causal, tasks.pairs, tasks.side_by_side), tasks)
+    kinds = [(False, False), (True, True), (True, False)]
+    assert set(found) == {(*k, False) for k in kinds} | {(False, False, True)}
+    for key, tasks in found.items():
+        if key[2]:
+            each = jax.jit(jax.vmap(jax.vmap(tasks.at, (None, 0)), (0, None)))
+            count = lambda n: jnp.arange(n, dtype=jnp.int32)
+            some, head, tile = map(np.asarray, each(count(tasks.blocks), count(tasks.turns)))
+            np.testing.assert_array_equal(some[::2], some[1::2])
+            both = some[::2]
+            np.testing.assert_array_equal(head[::2][both], head[1::2][both])
+            np.testing.assert_array_equal(tile[::2][both] ^ 1, tile[1::2][both])
 
 
 def test_flash_hopper_takes_long_tiles_first_where_batches_differ():

@@ -81,7 +81,7 @@ def no_values():
 def no_loads():
     """Left out: copies from device memory; what was in shared memory is multiplied."""
     return replaced(
-        plgpu={"copy_gmem_to_smem": lambda source, target, barrier: plgpu.barrier_arrive(barrier)}
+        plgpu={"copy_gmem_to_smem": lambda source, target, barrier, **_: plgpu.barrier_arrive(barrier)}
     )
 
 
@@ -89,13 +89,16 @@ def apart(width, *, shape=(4, 4096, 16), repeats=10):
     """{what: seconds on the device} of forward passes: as they are, switched, with work left out."""
     qkv = drawn((*shape, width), 3)
     fit = Tiles.fit(width, width, shape[1], False)
+    fit = fit if width <= 64 else fit.shared()  # as `attend` chooses
     change = partial(dataclasses.replace, fit)
     ways = {
         "as it is": (fit, None),
         "scores, softmax, values in a row": (change(overlap=False), None),
         "in a row, with two groups": (change(overlap=False, groups=2), None),
         "with two groups": (change(groups=2), None),
+        "groups issue in turn": (change(turns=True), None),
         "groups issue when they like": (change(turns=False), None),
+        "each block loads for itself": (change(share=1, turns=True), None),
         "without exponentials": (fit, no_exponentials),
         "without the values' product": (fit, no_values),
         "in a row, without exponentials": (change(overlap=False), no_exponentials),
