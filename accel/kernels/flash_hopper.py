@@ -7,8 +7,9 @@ exponentials of the former, to base 2, while the latter run. Key tiles go from t
 those on the edge of what is visible, the only ones masked, come first (and last, in a window); or in the
 order of a list, if lengths or a mask hide keys (flash_hopper_lists.py): of a tile that these cut, the rows'
 bounds and the mask's tile come with the queries and the keys. Causal calls take query tiles in pairs, a long
-one and a short one, so that all pairs cost the same; where everything is visible, two blocks side by side load
-keys and values together (a cluster). Sums are float32; nothing is atomic: the same call gives the same bits.
+one and a short one, so that all pairs cost the same; where everything is visible, two blocks side by side
+load keys and values together (a cluster). Sums are float32; nothing is atomic: the same call gives the same
+bits.
 """
 
 import inspect
