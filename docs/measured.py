@@ -87,7 +87,8 @@ def attention_table(record):
 def masks_table(record):
     """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, and cuDNN."""
     words = {"plain": "all visible", "lengths": "lengths of keys", "packed": "texts side by side",
-             "blocks": "tiles of 128, half of them", "random": "single pairs, half of them"}  # fmt: skip
+             "blocks": "tiles of 128, half of them", "random": "single pairs, half of them",
+             "bias": "none, a bias for each head", "learnt bias": "the same, with its gradient"}  # fmt: skip
     rows = {}
     for r in record["results"]["masks"]:
         rows.setdefault((r["width"], r["causal"], r["case"]), {})[r["backward"]] = r
@@ -97,7 +98,10 @@ def masks_table(record):
     speed = lambda r: r["flops"] / r["seconds"]["hopper"] if r["seconds"].get("hopper") else None
     for (width, causal, case), passes in rows.items():
         cells = []
-        for backward, r in sorted(passes.items()):
+        for backward in (False, True):
+            if (r := passes.get(backward)) is None:
+                cells += [""] * 3
+                continue
             ours, plain = speed(r), speed(rows[width, causal, "plain"][backward])
             them = r["seconds"].get("cudnn")
             cells.append(f"{ours / 1e12:.0f}" if ours else "")

@@ -1,8 +1,9 @@
 """`dot_product_attention` with the arguments, layout and results of `jax.nn.dot_product_attention`.
 
-The layout is JAX's, [B, T, N, H]; extra memory grows with T + S and not with T S. Two differences from JAX,
-both where JAX's answer is of no use: padding may hold NaN or infinities without harm, and a query that may
-see no key gives zeros with zero gradients and a residual of -inf (JAX averages over keys it must not see).
+The layout is JAX's, [B, T, N, H]; extra memory grows with T + S and not with T S, but for the gradient of a
+bias. Two differences from JAX, both where JAX's answer is of no use: padding may hold NaN or infinities
+without harm, and a query that may see no key gives zeros with zero gradients and a residual of -inf (JAX
+averages over keys it must not see).
 """
 
 import math
@@ -12,7 +13,7 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 
-from accel.attention.flash import kernel, kernel_obstacle, kernels, no_hopper, on_hopper
+from accel.attention.flash import kernel, kernel_obstacle, kernels, no_hopper, on_hopper, on_hopper_biased
 from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
@@ -43,14 +44,16 @@ def dot_product_attention(
 
     Args: query [B, T, N, H] (or [T, N, H], as all of them), key, value [B, S, K, H], N a multiple of K, of
         one floating dtype.
-      bias: added to the scaled logits; mask: bool, True = takes part; both broadcastable to [B, N, T, S].
+      bias: added to the scaled logits; mask: bool, True = takes part; both broadcastable to [B, N, T, S]. A
+        bias of -inf hides a key. "hopper" takes a bias in query's dtype, what is beyond 2^127 scale as
+        infinite, and for its gradient, if that is asked for, memory for B N T S numbers of that dtype.
       scale: number or scalar array; None is 1 / sqrt(H).
       is_causal: query i sees keys j <= i (aligned top-left, as JAX; `flash_attention` aligns bottom-right).
       query_seq_lengths, key_value_seq_lengths: int32 [B]: queries and keys from there on are padding.
       local_window_size: (left, right), or a number for both: query i sees keys i - left .. i + right.
       implementation: None is the best for the device and the call; "xla" is plain JAX, the only one with
         forward mode and second derivatives; "triton" and "tpu" are kernels, without bias; so is "hopper",
-        for half precision; "cudnn" is JAX's own, called as it is.
+        for half precision, but with a bias; "cudnn" is JAX's own, called as it is.
       return_residual: also return the log-sum-exp of the logits, [B, T, N], without a gradient, as JAX.
     Returns: [B, T, N, H] in query's dtype, or (that, residual in key's dtype). Sums are float32 (float64).
     Raises: ValueError naming the argument; NotImplementedError for an implementation that cannot run.
@@ -75,7 +78,9 @@ def dot_product_attention(
     fixed = scale is None or isinstance(scale, Real)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    obstacle = _obstacle(query, key, value, bias, fixed)
+    obstacle = None if fixed else 'needs a scale that is a number; use implementation="xla"'
+    obstacle = obstacle or kernel_obstacle(query, key, value)
+    unbiased = obstacle if bias is None else 'has no bias; use implementation="xla"'
     hidden = mask, query_seq_lengths, key_value_seq_lengths
     pairs = None if all(x is None for x in hidden) else math.prod(query.shape[:-1]) * key.shape[1]
     impl = choose_impl(
@@ -84,9 +89,9 @@ def dot_product_attention(
         name="implementation",
         auto=kernels(query.shape[1], pairs),
         obstacles={
-            "hopper": obstacle or no_hopper((query, key, value)),
-            "triton": obstacle or too_wide(query, value),
-            "tpu": obstacle,
+            "hopper": obstacle or no_hopper((query, key, value)) or _no_bias(query, bias, scale),
+            "triton": unbiased or too_wide(query, value),
+            "tpu": unbiased,
         },
     )
     o, residual = _attention(
@@ -132,7 +137,12 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
             mask = jnp.broadcast_to(mask, (*mask.shape[:3], S))[..., seen]
         plan = Plan(scale, lo, hi, 128, 128, 0.0)
         hidden = {n: x for n, x in (("end", end), ("mask", mask)) if x is not None}
-        o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, hidden), hidden)
+        if bias is None:
+            o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, hidden), hidden)
+        else:
+            bias = bias[..., seen] if bias.shape[3] > 1 else bias
+            arrays = alike((q, k, v, bias), q, k, v, bias, hidden)
+            o, lse = on_hopper_biased(plan, True, *arrays, hidden)
         return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     queries, keys, values = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     if factor is not None:
@@ -199,10 +209,12 @@ def _window(size):
     return int(left), int(right)
 
 
-def _obstacle(query, key, value, bias, fixed):
-    """Why no kernel can run the call, or None."""
-    if bias is not None:
-        return 'has no bias; use implementation="xla"'
-    if not fixed:
-        return 'needs a scale that is a number; use implementation="xla"'
-    return kernel_obstacle(query, key, value)
+def _no_bias(query, bias, scale):
+    """Why the kernel for Hopper cannot take the bias, or None."""
+    if bias is None:
+        return None
+    if bias.dtype != query.dtype:
+        return f'takes a bias of {query.dtype} as query, not {bias.dtype}; use implementation="xla"'
+    if abs(scale) < 2.0**-30:  # scores begin with bias / scale
+        return f'takes no bias with a scale of {scale}; use implementation="xla"'
+    return None if query.shape[3] <= 128 else 'takes no bias for heads over 128; use implementation="xla"'

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from accel.blocks.attention import attention_dense
 from accel.blocks.backend import choose_impl, hopper_obstacle
@@ -394,7 +395,34 @@ def _on_hopper_rev(plan, rows_first, saved, cotangents):
 on_hopper.defvjp(_on_hopper_fwd, _on_hopper_rev)
 
 
-def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, hidden, dlse=None):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def on_hopper_biased(plan, rows_first, q, k, v, bias, hidden):
+    """As `on_hopper`, with a bias in q's dtype; only where that is differentiated is its gradient made."""
+    return once(_hopper, "hopper", rows_first, plan, (q, k, v), {**hidden, "bias": bias})
+
+
+def _on_hopper_biased_fwd(plan, rows_first, *given):
+    told = lambda x: isinstance(x, CustomVJPPrimal)
+    q, k, v, bias, hidden = jax.tree.map(lambda x: x.value, given, is_leaf=told)
+    hidden = {**hidden, "bias": bias}
+    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
+    learnt = jnp.zeros(int(given[3].perturbed), bool)  # its length tells: JAX may mix up trees of two traces
+    return (o, lse), (q, k, v, o, lse, hidden, learnt)
+
+
+def _on_hopper_biased_rev(plan, rows_first, saved, cotangents):
+    *saved, learnt = saved
+    do, dlse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros_like(saved[3]) if do is None else do
+    back = _hopper_backward_learnt if learnt.size else _hopper_backward
+    grads = _back_on_hopper(plan, rows_first, do, *saved, dlse=dlse, back=back)
+    return *grads[:3], grads[3] if learnt.size else None, None
+
+
+on_hopper_biased.defvjp(_on_hopper_biased_fwd, _on_hopper_biased_rev, symbolic_zeros=True)
+
+
+def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, hidden, dlse=None, back=None):
     """(dq, dk, dv) by the kernels for Hopper, once differentiable."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     delta = jnp.moveaxis(delta, 1, 2) if rows_first else delta
@@ -402,7 +430,7 @@ def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, hidden, dlse=None):
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
     arrays = do.astype(q.dtype), q, k, v, lse, delta
-    return once(_hopper_backward, "hopper", rows_first, plan, arrays, hidden)
+    return once(back or _hopper_backward, "hopper", rows_first, plan, arrays, hidden)
 
 
 def _hopper(impl, rows_first, plan, arrays, hidden):
@@ -410,9 +438,12 @@ def _hopper(impl, rows_first, plan, arrays, hidden):
     return alike(kernel_module(impl).attend(*arrays, **hidden, **options), arrays, hidden)
 
 
-def _hopper_backward(impl, rows_first, plan, arrays, hidden):
-    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
+def _hopper_backward(impl, rows_first, plan, arrays, hidden, **more):
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first, **more}
     return alike(kernel_module(impl).attend_backward(*arrays, **hidden, **options), arrays, hidden)
+
+
+_hopper_backward_learnt = partial(_hopper_backward, learnt=True)
 
 
 def _joined(q, k, v, mask, key_lengths, q_ids, kv_ids, causal):

@@ -36,6 +36,7 @@ ROWS = 64  # queries a warpgroup: the height of a wgmma
 CORES = 132  # of an H100 or H200 SXM
 WHOLE = (lambda: None), (lambda s, words: s)  # of a tile that nothing cuts: what to read, and to hide
 SPARE = {"reduction_scratch_bytes": 0}  # shared memory for sums across warps, which these kernels do not take
+SPACE = (227 * 1024 - 2560) // 2  # half-precision numbers that shared memory holds beside rows and barriers
 ROUND = 6  # items of work that a block has at least, where a call has that many for every core
 
 
@@ -52,6 +53,7 @@ class Tiles:
     own_o: bool = True  # results leave through shared memory of their own, not through that of the queries
     ahead: bool = False  # the queries of the next tile load while this one is computed
     share: int = 1  # blocks of a cluster, which hold tiles of one head and load keys and values together
+    aside: int = 1  # tiles of a bias that a group holds, where there is one
 
     @staticmethod
     def fit(D, Dv, L, causal, narrow=False):
@@ -72,6 +74,16 @@ class Tiles:
     def shared(self):
         """These in clusters of two, whose groups then issue their products when they like."""
         return replace(self, share=2, turns=False)
+
+    def beside(self, D, Dv, masked):
+        """The same with as many tiles of a bias as fit, at most one for each stage."""
+        rows = self.groups * ROWS
+        used = rows * D * (2 if self.ahead else 1) + self.stages * self.keys * (D + Dv)
+        used += rows * Dv * self.own_o + self.stages * rows * 8 * masked  # half-precision numbers
+        count = (SPACE - used) // (rows * self.keys)
+        if count < 1 and self.own_o:
+            return replace(self, own_o=False).beside(D, Dv, masked)
+        return replace(self, aside=max(1, min(self.stages, count)))
 
     def spot(self, group, turn):
         """Where the queries of a group lie in its turn."""
@@ -95,20 +107,24 @@ def up(n, size):
 
 
 def attend_backward(
-    do, q, k, v, lse, delta, *, start=None, end=None, mask=None, scale, lo=None, hi=None, rows_first=False
+    do, q, k, v, lse, delta, *, start=None, end=None, mask=None, bias=None, scale, lo=None, hi=None,
+    rows_first=False, learnt=False,
 ):  # fmt: skip
     """(dq, dk, dv) like q, k, v, operands as in `attend`; lse, delta [B, H, L] as in `flash_triton.backward`.
 
-    Heads wider than 128 and a few queries are Triton's, which is faster there.
+    Heads wider than 128 and a few queries are Triton's, which is faster there; it takes no bias.
+    learnt: a fourth result, like bias.
     """
     from accel.kernels import flash_hopper_backward
 
-    few = q.shape[1 if rows_first else 2] <= 16
+    few = q.shape[1 if rows_first else 2] <= 16 and bias is None
     if not few and max(q.shape[3], v.shape[3]) <= flash_hopper_backward.WIDEST:
         return flash_hopper_backward.attend_backward(
-            do, q, k, v, lse, delta, start=start, end=end, mask=mask, scale=scale, lo=lo, hi=hi,
-            rows_first=rows_first,
+            do, q, k, v, lse, delta, start=start, end=end, mask=mask, bias=bias, scale=scale, lo=lo, hi=hi,
+            rows_first=rows_first, learnt=learnt,
         )  # fmt: skip
+    if bias is not None:
+        raise NotImplementedError(f"no gradients with a bias for heads of {q.shape[3]}, {v.shape[3]}")
     turned = (lambda x: jnp.moveaxis(x, 1, 2)) if rows_first else (lambda x: x)
     do, q, k, v = (turned(x) for x in (do, q, k, v))
     (B, H, L), (Hkv, S) = q.shape[:3], k.shape[1:3]
@@ -135,10 +151,10 @@ def attend_backward(
 
 @partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
 def attend(
-    q, k, v, *, start=None, end=None, mask=None, lists=None, scale, lo=None, hi=None, rows_first=False,
-    tiles=None, cores=None,
+    q, k, v, *, start=None, end=None, mask=None, bias=None, lists=None, scale, lo=None, hi=None,
+    rows_first=False, tiles=None, cores=None,
 ):  # fmt: skip
-    """softmax(scale q k^T) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
+    """softmax(scale q k^T + bias) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
 
     Args: q [B, H, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], bfloat16 or float16, D and Dv up to 256;
         query head h uses key head h // (H / Hkv). rows_first: q [B, L, H, D] and k, v, o likewise.
@@ -146,6 +162,8 @@ def attend(
         lse = -inf.
       start, end: int32 [B or 1, H or 1, L or 1]: a row sees keys from start on and below end; mask: bool [B
         or 1, H or 1, L or 1, S]. Keys that no row of any query head of their key head sees may hold NaN.
+      bias: [B or 1, H or 1, L or 1, S or 1] in q's dtype, for scales that are no nearer to 0 than 2^-30; -inf
+        hides a key, but none that holds NaN.
       lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of these, which make their
         own: for each tile of queries how many tiles of keys it sees, how many of these lo, hi or S cut,
         and where they begin, those first.
@@ -171,7 +189,11 @@ def attend(
     if tiles is None:
         plain = lo is None and hi is None and not jax.tree.leaves(hidden)
         tiles = fit.shared() if plain and 64 < max(D, wide) <= 128 and tasks.side_by_side else fit
-    plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks)
+    batches = None
+    if bias is not None:
+        tiles, hidden = tiles.beside(D, wide, mask is not None), hidden._replace(bias=laid(bias, tiles.keys))
+        batches = B if bias.shape[0] == 1 and hidden.order is None else None
+    plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks, batches)
     o, lse = _run(plan, tiles, scale * LOG2E, hidden, q, k, v)
     o = lax.slice_in_dim(o, 0, L, axis=rows)
     return o[..., :Dv], lse[:, :, :L]
@@ -408,6 +430,32 @@ class Band:
         return jnp.where(seen, s, -jnp.inf)
 
 
+def split(head, H, batches=None):
+    """(batch, head) of the number of a head of all: batch by batch of H heads, or `batches` of each head."""
+    if batches is None:
+        return lax.div(head, jnp.int32(H)), lax.rem(head, jnp.int32(H))
+    return lax.rem(head, jnp.int32(batches)), lax.div(head, jnp.int32(batches))
+
+
+def laid(bias, keys):
+    """A bias [B or 1, H or 1, L or 1, S or 1] as kernels with tiles of `keys` keys load it: rows in eights,
+    columns in 64s; SHARED rows where all rows are alike, one tile of columns where all columns are.
+    """
+    b, h, rows, columns = bias.shape
+    rows, columns = (SHARED if rows == 1 else rows), (keys if columns == 1 else columns)
+    bias = jnp.broadcast_to(bias, (b, h, rows, columns))
+    return jnp.pad(bias, [(0, 0), (0, 0), (0, -rows % 8), (0, max(up(columns, 64), keys) - columns)])
+
+
+def bias_at(bias, b, h, first, rows, at, keys, group=None):
+    """Some rows of a tile of `keys` keys of a bias in device memory; given a group, of its 64 keys."""
+    first = first if bias.shape[2] != SHARED else 0
+    at = at if bias.shape[3] > keys else 0
+    if group is not None:
+        at, keys = at + group * ROWS, ROWS
+    return bias.at[*pick(bias, b, h), pl.ds(first, rows), pl.ds(at, keys)]
+
+
 def pick(x, *at):
     """x[at], 0 on axes of length 1."""
     return tuple(i if n > 1 else jnp.int32(0) for i, n in zip(at, x.shape, strict=False))
@@ -439,6 +487,7 @@ class _Plan:
     keys: int
     rows_first: bool
     tasks: Tasks
+    batches: int | None = None  # of which all run side by side, as they share a bias
 
     @property
     def band(self):
@@ -446,7 +495,7 @@ class _Plan:
 
     def place(self, head, t):
         """(batch, head, first query) of a tile of queries."""
-        return lax.div(head, jnp.int32(self.H)), lax.rem(head, jnp.int32(self.H)), t * self.rows
+        return *split(head, self.H, self.batches), t * self.rows
 
     def cut(self, ref, b, h, first, size):
         """Rows of a head of an operand in device memory."""
@@ -568,6 +617,10 @@ def _run(plan, tiles, factor, hidden, q, k, v):
     given = jax.tree.leaves(hidden)
     tall = None if hidden.mask is None else min(groups * ROWS, hidden.mask.shape[2])
 
+    def beside():
+        slots = groups * tiles.aside
+        return room(slots, ROWS, tiles.keys, q.dtype), signal(slots), signal(slots)
+
     def kernel(*refs):
         told, refs = with_refs(hidden, refs)
         _kernel(*refs, hidden=told, plan=plan, tiles=tiles, factor=factor)
@@ -589,6 +642,7 @@ def _run(plan, tiles, factor, hidden, q, k, v):
             (signal(stages, 1 + (hidden.mask is not None)), free),
             (signal(stages), free),
             signal(groups),
+            None if hidden.bias is None else beside(),
         ),
         grid=(plan.tasks.blocks // tiles.share,),
         grid_names=("block",),
@@ -598,15 +652,18 @@ def _run(plan, tiles, factor, hidden, q, k, v):
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            **(SPARE if tiles.ahead else {}),
+            **(SPARE if tiles.ahead or hidden.bias is not None else {}),
         ),
         **cluster,
     )(*given, q, k, v)
 
 
-def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, **options):
+def _kernel(
+    q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, bs, **options
+):  # fmt: skip
     """Rooms are shared memory, hides that of bounds and mask; qs, ks, vs are its (full, free) barriers;
-    turn[g]: group g may issue. A tile's bounds come with its queries, a mask with the keys.
+    turn[g]: group g may issue. A tile's bounds come with its queries, a mask with the keys. bs: room and
+    barriers for a bias, of which every group has its own ring, or None.
     """
     tiles = options["tiles"]
     group = lax.axis_index("group")
@@ -616,16 +673,16 @@ def _kernel(q, k, v, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs
         if tiles.groups > 1:
             plgpu.set_max_registers({2: 240, 3: 160}[tiles.groups], action="increase")
         rooms = q_room, k_room, v_room, q_room if o_room is None else o_room, lse_room
-        _compute(group, o, lse, *rooms, hides, qs, ks, vs, turn, **options)
+        _compute(group, o, lse, *rooms, hides, qs, ks, vs, turn, bs, **options)
 
     @pl.when(group == tiles.groups)
     def _():
         if tiles.groups > 1:
             plgpu.set_max_registers(24, action="decrease")
-        _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, **options)
+        _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, bs, **options)
 
 
-def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, *, hidden, plan, tiles, factor):
+def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, bs, *, hidden, plan, tiles, factor):
     """The loading warpgroup: fills what the others have set free."""
     stages, (bounds_room, mask_room) = jnp.int32(tiles.stages), hides
 
@@ -658,6 +715,18 @@ def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, *, hidden, plan, t
                 slot = lax.rem(loaded + x, stages)
                 load_mask(hidden.mask, mask_room.at[slot], ks[0].at[slot], b, h, first, at, x < see.hidden)
 
+        def side(x, at):
+            for g in range(tiles.groups if bs else 0):
+                beside, full, free = bs
+                slot = g * tiles.aside + lax.rem(loaded + x, jnp.int32(tiles.aside))
+
+                @pl.when(loaded + x >= tiles.aside)
+                def _(slot=slot, free=free):
+                    plgpu.barrier_wait(free.at[slot])
+
+                own = bias_at(hidden.bias, b, h, first + g * ROWS, ROWS, at, plan.keys)
+                plgpu.copy_gmem_to_smem(own, beside.at[slot], full.at[slot])
+
         key(jnp.int32(0), newest)
         for g in range(tiles.groups):
             spot = tiles.spot(g, turn)
@@ -671,12 +740,14 @@ def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, *, hidden, plan, t
             if hidden.bounds is not None:
                 own = bounds_at(hidden.bounds, b, h, first + g * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(own, bounds_room.at[spot], qs[0].at[spot])
+        side(jnp.int32(0), newest)
         value(jnp.int32(0), newest)
 
         @pl.loop(jnp.int32(1), n)
         def _(x):
             at = see.key(x)
             key(x, at)
+            side(x, at)
             value(x, at)
 
         return loaded + n
@@ -691,8 +762,8 @@ def _load(q, k, v, q_room, k_room, v_room, hides, qs, ks, vs, *, hidden, plan, t
 
 
 def _compute(
-    group, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, *, hidden, plan, tiles,
-    factor,
+    group, o, lse, q_room, k_room, v_room, o_room, lse_room, hides, qs, ks, vs, turn, bs, *, hidden, plan,
+    tiles, factor,
 ):  # fmt: skip
     """A computing warpgroup: 64 rows of every query tile of its block."""
     keys, Dv, dtype = tiles.keys, v_room.shape[2], v_room.dtype
@@ -732,18 +803,27 @@ def _compute(
         rows = pl.ds(0 if hides[1].shape[1] == ROWS else group * ROWS, ROWS)
         return words_of(hides[1].at[slot(at), rows], key, keys)
 
+    def own_bias(at, read=True):
+        """What the scores of tile `at` begin with."""
+        beside, full, free = bs
+        spot = group * tiles.aside + lax.rem(at, jnp.int32(tiles.aside))
+        plgpu.barrier_wait(full.at[spot])
+        bias = spread(beside.at[spot], whole) if read else None
+        plgpu.barrier_arrive(free.at[spot])
+        return plgpu.ACC.init(bias.astype(jnp.float32) * (LOG2E / factor)) if read else None
+
     def first_scores(q, at, cut=WHOLE):
         plgpu.barrier_wait(ks[0].at[slot(at)])
         read, hide = cut
-        words = read()
+        words, begun = read(), own_bias(at) if bs else None
         wait_turn()
 
         def product(s):
             plgpu.wgmma(s, q, transposed(k_room.at[slot(at)]))
             pass_turn()
-            return s[...]
+            return s[...] if begun is None else None
 
-        s = pl.run_scoped(product, scores)
+        s = pl.run_scoped(product, scores) if begun is None else pl.run_state(product)(begun)
         plgpu.barrier_arrive(ks[1].at[slot(at)])
         return hide(s, words)
 
@@ -763,12 +843,13 @@ def _compute(
         """values of tile at - 1 and scores of tile `at`, and the softmax of these."""
         plgpu.barrier_wait(ks[0].at[slot(at)])
         read, hide = cut
-        words = read()
+        words, begun = read(), (own_bias(at),) if bs else ()
         plgpu.barrier_wait(vs[0].at[slot(at - 1)])
         wait_turn()
 
         def products(refs):
             acc_ref, *found = refs
+            begins_with, found = found[: len(begun)], found[len(begun) :]
 
             def issue(s):
                 plgpu.wgmma(s, q, transposed(k_room.at[slot(at)]))
@@ -776,7 +857,7 @@ def _compute(
                 pass_turn()
                 return plgpu.wgmma_accumulator_load(s, wait_n=1)
 
-            s = pl.run_scoped(issue, scores)
+            s = issue(*begins_with) if begun else pl.run_scoped(issue, scores)
             plgpu.barrier_arrive(ks[1].at[slot(at)])
             new = softmax(hide(lax.optimization_barrier(s), words), m, l)
             new = lax.optimization_barrier(new) if tiles.late else new
@@ -784,7 +865,7 @@ def _compute(
                 ref[...] = x
 
         blank = fill((ROWS, keys), 0.0, whole), fill((ROWS,), 1.0, by_row)
-        acc, m, l, new, fix = pl.run_state(products)((plgpu.ACC.init(acc), m, l, *blank))
+        acc, *_, m, l, new, fix = pl.run_state(products)((plgpu.ACC.init(acc), *begun, m, l, *blank))
         plgpu.barrier_arrive(vs[1].at[slot(at - 1)])
         # p must not be narrowed earlier: the products still read the registers of the last one
         return acc * wide(fix, Dv), m, l, new.astype(dtype)
@@ -810,6 +891,8 @@ def _compute(
             for full, free in (ks, vs):
                 plgpu.barrier_wait(full.at[slot(loaded + x)])
                 plgpu.barrier_arrive(free.at[slot(loaded + x)])
+            if bs:
+                own_bias(loaded + x, read=False)
             wait_turn()
             pass_turn()
 

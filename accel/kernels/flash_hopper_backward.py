@@ -18,14 +18,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from accel.kernels.flash_hopper import (
     LOG2E,
     ROWS,
+    SPACE,
     SPARE,
     Band,
     Tasks,
     begins,
+    bias_at,
     bounds_at,
     cleaned,
     cores_of,
     evens_out,
+    laid,
     listed,
     load_mask,
     load_tile,
@@ -36,6 +39,7 @@ from accel.kernels.flash_hopper import (
     room,
     rooms_for,
     shown,
+    split,
     spread,
     transposed,
     up,
@@ -65,6 +69,7 @@ class Sizes:
     step: int = 64  # queries or keys that pass at a time
     stages: int = 4
     ahead: bool = False  # what the next tile holds loads, and the results of the last leave, beside this one
+    batches: int | None = None  # of which all run side by side, as they share a bias
 
     @property
     def spots(self):
@@ -96,7 +101,7 @@ class Sizes:
         return ref.at[b, at, h] if self.rows_first else ref.at[b, h, at]
 
 
-STATIC = ("scale", "lo", "hi", "rows_first", "cores", "key_sizes", "query_sizes")
+STATIC = ("scale", "lo", "hi", "rows_first", "cores", "key_sizes", "query_sizes", "learnt")
 
 
 @partial(jax.jit, static_argnames=STATIC)
@@ -113,10 +118,12 @@ def attend_backward(
     start=None,
     end=None,
     mask=None,
+    bias=None,
     scale,
     lo=None,
     hi=None,
     rows_first=False,
+    learnt=False,
     cores=None,
     key_sizes=None,
     query_sizes=None,
@@ -127,6 +134,7 @@ def attend_backward(
         the cotangent of lse; do, and delta, of rows that saw nothing may hold NaN.
       by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, in place of
         start, end and mask, which make their own: see `attend`.
+      learnt: a fourth result, of bias; dS is written out for it, B H L S numbers in q's dtype.
       key_sizes, query_sizes: (groups, step, stages, ahead) of the two kernels; None is what suits.
     """
     rows, heads = (1, 2) if rows_first else (2, 1)
@@ -150,8 +158,13 @@ def attend_backward(
     cores = cores or cores_of()
     operands = do, q, k, v, lse, delta
     wide, near = max(q.shape[3], v.shape[3]), narrow(lo, hi)  # None by now where something else hides keys
-    key_sizes = sizes(*(key_sizes or (_groups(S, wide), 64, 4, near and wide <= 64)))
-    query_sizes = sizes(*(query_sizes or (_groups(L, wide), 64, 3 if near and wide > 64 else 4, near)))
+    by_key_sizes = _groups(S, wide), 64, 4, near and wide <= 64
+    by_query_sizes = _groups(L, wide), 64, 3 if near and wide > 64 else 4, near
+    if bias is not None:  # its tiles take the room of a stage
+        fit = lambda sizes, more: (*sizes[:2], _stages(sizes[0], wide, mask is not None, more))
+        by_key_sizes, by_query_sizes = fit(by_key_sizes, False), fit(by_query_sizes, learnt)
+        sizes = partial(sizes, batches=q.shape[0] if bias.shape[0] == 1 else None)
+    key_sizes, query_sizes = sizes(*(key_sizes or by_key_sizes)), sizes(*(query_sizes or by_query_sizes))
     by_key, by_query = Hidden(by_key), Hidden(by_query)
     if seen.told:
         copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
@@ -160,10 +173,16 @@ def attend_backward(
         stay = dirty.astype(jnp.int32), *copies
         copies, dirty = cleaned((q, do), alive, ROWS, rows) if seen.uneven else ((), None)
         by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, ordered)
+    if bias is not None:
+        by_key, by_query = (
+            x._replace(bias=laid(bias, n))
+            for x, n in ((by_key, key_sizes.groups * ROWS), (by_query, query_sizes.step))
+        )
     dk, dv = _run_keys(key_sizes, cores, by_key, *operands)
-    dq = _run_queries(query_sizes, cores, by_query, *operands)
+    dq, *ds = _run_queries(query_sizes, cores, by_query, learnt, *operands)
     trim = lambda x, n, d: lax.slice_in_dim(lax.slice_in_dim(x, 0, n, axis=rows), 0, d, axis=3)
-    return trim(dq, L, D), trim(dk, S, D), trim(dv, S, Dv)
+    more = (seen.of_bias(ds[0][:, :, :L, :S], bias),) if learnt else ()
+    return trim(dq, L, D), trim(dk, S, D), trim(dv, S, Dv), *more
 
 
 def _groups(n, wide):
@@ -171,8 +190,14 @@ def _groups(n, wide):
     return 3 if wide <= 64 and up(n, 3 * ROWS) <= 1.15 * up(n, 2 * ROWS) else 2
 
 
+def _stages(groups, wide, masked, learnt):
+    """How many stages fit beside a bias, of 64 rows a tile."""
+    each = 2 * ROWS * wide + groups * ROWS * (ROWS + 8 * masked)
+    return min(4, (SPACE - groups * ROWS * (2 * wide + ROWS * learnt)) // each)
+
+
 def _call(kernel, name, hidden, operands, outputs, scratch, groups, blocks, ahead):
-    given = jax.tree.leaves(hidden)
+    given, spare = jax.tree.leaves(hidden), ahead or hidden.bias is not None
 
     def told(*refs):
         mine, refs = with_refs(hidden, refs)
@@ -188,7 +213,7 @@ def _call(kernel, name, hidden, operands, outputs, scratch, groups, blocks, ahea
         thread_name="group",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **(SPARE if ahead else {})
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **(SPARE if spare else {})
         ),
     )(*given, *operands)
 
@@ -218,10 +243,16 @@ def _zeros(shape, layout=None):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout or plgpu.Layout.WGMMA)
 
 
+def begin_with(bias, scale, less=0.0):
+    """What scores begin with, so that once scaled they have the bias in them."""
+    return plgpu.ACC.init(bias.astype(jnp.float32) * (1 / scale) - less)
+
+
 def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
     """(dk, dv): blocks of keys stay, queries pass."""
     high = ROWS * z.groups
     B, Hkv = k.shape[0], z.H // z.G
+    place = partial(split, H=Hkv, batches=z.batches if hidden.order is None else None)
     tasks = Tasks.make(B * Hkv, -(-z.S // high), z.causal and hidden.order is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     count = -(-z.L // z.step)  # tiles of queries a head
@@ -237,12 +268,13 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
         return start, stop
 
     def kernel(hidden, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch):
-        q_room, do_room, lse_room, delta_room, k_room, v_room, hides, *signals = scratch
+        q_room, do_room, lse_room, delta_room, k_room, v_room, hides, beside, *signals = scratch
         seen_q, seen_do, free, held, let_go = signals
         bounds_room, mask_room = hides
         veiled = hidden.bounds is not None or hidden.mask is not None
         slot = lambda at: lax.rem(at, jnp.int32(z.stages))
         by_column = plgpu.Layout.WGMMA.reduce(0)
+        across_keys = plgpu.Layout.WGMMA_TRANSPOSED
         across = lambda x: lax.broadcast_in_dim(x, (ROWS, z.step), [1])
         scores = plgpu.ACC((ROWS, z.step), jnp.float32)
         unit = z.scale * LOG2E
@@ -264,18 +296,23 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                 s_at, (key, value) = slot(at), mine
                 plgpu.barrier_wait(seen_q.at[s_at])
                 plgpu.barrier_wait(seen_do.at[s_at])
-                lse, words = spread(lse_room.at[s_at], by_column), None
+                lse, words, begun = spread(lse_room.at[s_at], by_column), None, ()
+                if hidden.bias is not None:  # lse then takes no registers of its own
+                    bias = spread(transposed(beside.at[s_at * z.groups + group]), across_keys)
+                    bias = plgpu.layout_cast(bias, plgpu.Layout.WGMMA)
+                    begun = (begin_with(bias, z.scale, across(lse * (1 / unit))),)
                 if masked and hidden.mask is not None:
                     words = words_of(mask_room.at[s_at, pl.ds(group * ROWS, ROWS)], query, z.step)
 
                 def products(refs):
-                    dk_ref, dv_ref = refs
+                    dk_ref, dv_ref, *begins_with = refs
 
-                    def issue(s, dp):
+                    def issue(*refs):
+                        s, dp = refs
                         plgpu.wgmma(s, key, transposed(q_room.at[s_at]))
                         plgpu.wgmma(dp, value, transposed(do_room.at[s_at]))
                         x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=1))
-                        x = x * unit - across(lse)
+                        x = x * unit if begun else x * unit - across(lse)
                         if masked and veiled:
                             x = veil(x, s_at, first, words)
                         elif masked:
@@ -295,9 +332,9 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                         ds = p * (y - across(spread(delta_room.at[s_at], by_column)))
                         plgpu.wgmma(dk_ref, ds.astype(dtype), q_room.at[s_at])
 
-                    pl.run_scoped(issue, scores, scores)
+                    pl.run_scoped(partial(issue, *begins_with), *[scores] * (2 - len(begun)))
 
-                dk, dv = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                dk, dv, *_ = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv), *begun))
                 plgpu.barrier_arrive(free.at[s_at])
                 return dk, dv
 
@@ -354,7 +391,7 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
             def task(loaded, turn, head, t):
                 tile, spot = tasks.tall - 1 - t, z.spot(group, turn)
                 first = tile * high
-                b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
+                b, h = place(head)
                 key, value = k_room.at[spot], v_room.at[spot]
                 plgpu.barrier_wait(held.at[spot])
                 if hidden.lists is None:
@@ -379,7 +416,7 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
             def task(loaded, turn, head, t):
                 tile = tasks.tall - 1 - t
                 first = tile * high
-                b, h = lax.div(head, jnp.int32(Hkv)), lax.rem(head, jnp.int32(Hkv))
+                b, h = place(head)
                 for g in range(z.groups):
                     spot = z.spot(g, turn)
 
@@ -426,6 +463,9 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                         if hidden.mask is not None:
                             part = hidden.mask, mask_room.at[to], seen_q.at[to]
                             load_mask(*part, b, head, first, i, x < entry[1])
+                        for group in range(z.groups if hidden.bias is not None else 0):
+                            own = bias_at(hidden.bias, b, head, i, z.step, first, high, group)
+                            plgpu.copy_gmem_to_smem(own, beside.at[to * z.groups + group], seen_q.at[to])
                         load_tile(cut, do_ref, spare[1], do_room.at[to], seen_do.at[to])
                         plgpu.copy_gmem_to_smem(
                             delta_ref.at[b, head, rows], delta_room.at[to], seen_do.at[to]
@@ -444,23 +484,33 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
         room(z.stages, z.step, D, dtype), room(z.stages, z.step, Dv, dtype), row, row,
         room(z.spots, ROWS, D, dtype), room(z.spots, ROWS, Dv, dtype),
         rooms_for(hidden, (z.stages, z.step), (z.stages, high)),
-        _signal(z.stages, 2 + (hidden.bounds is not None) + (hidden.mask is not None)), _signal(z.stages, 2),
+        None if hidden.bias is None else room(z.stages * z.groups, z.step, ROWS, dtype),
+        _signal(z.stages, 2 + _more(hidden, z.groups) + (hidden.bounds is not None)), _signal(z.stages, 2),
         _signal(z.stages, z.groups), _signal(z.spots, 2), _signal(z.spots),
     )  # fmt: skip
     operands = do, q, k, v, lse, delta
     return _call(kernel, "flash_dkv", hidden, operands, (k, v), scratch, z.groups, tasks.blocks, z.ahead)
 
 
-def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
-    """dq: blocks of queries stay, keys pass, from the last to the first."""
+def _more(hidden, groups):
+    """How many copies come with the queries or keys that pass, of a mask and of a bias."""
+    return (hidden.mask is not None) + groups * (hidden.bias is not None)
+
+
+def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
+    """[dq], or learnt, [dq, dS [B, H, L, S], unwritten where no tile is met]: blocks of queries stay, keys
+    pass, from the last to the first.
+    """
     high = ROWS * z.groups
     B = q.shape[0]
     tasks = Tasks.make(B * z.H, -(-z.L // high), z.causal and hidden.order is None, cores)
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     band = Band(z.S, z.lo, z.hi, z.step)
+    place = partial(split, H=z.H, batches=z.batches if hidden.order is None else None)
 
     def kernel(hidden, do_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, dq_ref, *scratch):
-        k_room, v_room, q_room, do_room, lse_room, delta_room, hides, *signals = scratch
+        ds_ref, *scratch = scratch if learnt else (None, *scratch)
+        k_room, v_room, q_room, do_room, lse_room, delta_room, hides, beside, ds_room, *signals = scratch
         ks, vs, k_free, v_free, held, let_go = signals
         lists, (bounds_room, mask_room) = hidden.lists, hides
         veiled = hidden.bounds is not None or hidden.mask is not None
@@ -482,7 +532,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 first, spot = t * high, z.spot(group, turn)
                 query, cotangent = q_room.at[spot], do_room.at[spot]
                 bounds = None if hidden.bounds is None else bounds_room.at[spot]
-                b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
+                b, h = place(head)
                 if lists is None:
                     begin, end = band.of_block(first, high)
                     own_begin, own_end = band.ends(first + group * ROWS, ROWS)
@@ -495,6 +545,22 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 plgpu.barrier_wait(held.at[spot])
                 lse, delta = spread(lse_room.at[spot], by_row), spread(delta_room.at[spot], by_row)
 
+                def own_bias(at):
+                    if hidden.bias is None:
+                        return ()
+                    return (begin_with(spread(beside.at[at * z.groups + group], whole), z.scale),)
+
+                def put_out(ds, x):
+                    """dS of tile x, for the gradient of a bias."""
+                    if learnt:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        mine = ds_room.at[group]
+                        mine[...] = ds
+                        plgpu.commit_smem()
+                        to = ds_ref.at[b, h, pl.ds(first, ROWS), pl.ds(see.key(x), z.step)]
+                        plgpu.copy_smem_to_gmem(mine, to)
+                    return ds
+
                 def hide(y, x, words):
                     if veiled:
                         return veil(y, see.key(x), bounds, words, whole)
@@ -506,11 +572,13 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                     plgpu.barrier_wait(ks.at[at])
                     plgpu.barrier_wait(vs.at[at])
                     words = own_words(at, see.key(x)) if masked else None
+                    begun = own_bias(at)
 
                     def products(refs):
-                        acc_ref, ds_ref = refs
+                        acc_ref, ds_ref, *begins_with = refs
 
-                        def issue(s, dp):
+                        def issue(*refs):
+                            s, dp = refs
                             plgpu.wgmma(s, query, transposed(k_room.at[at]))
                             plgpu.wgmma(dp, cotangent, transposed(v_room.at[at]))
                             plgpu.wgmma(acc_ref, ds, k_room.at[last])
@@ -521,11 +589,14 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                             plgpu.barrier_arrive(v_free.at[at])
                             return p * (y - wide(delta, z.step))
 
-                        ds_ref[...] = pl.run_scoped(issue, scores, scores)
+                        ds_ref[...] = pl.run_scoped(
+                            partial(issue, *begins_with), *[scores] * (2 - len(begun))
+                        )
 
-                    acc, new = pl.run_state(products)((plgpu.ACC.init(acc), _zeros((ROWS, z.step))))
+                    blank = _zeros((ROWS, z.step))
+                    acc, new, *_ = pl.run_state(products)((plgpu.ACC.init(acc), blank, *begun))
                     plgpu.barrier_arrive(k_free.at[last])
-                    return acc, new.astype(dtype)
+                    return acc, put_out(new.astype(dtype), x)
 
                 def skip(x):
                     at = slot(loaded + x)
@@ -539,17 +610,23 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                 plgpu.barrier_wait(ks.at[at])
                 plgpu.barrier_wait(vs.at[at])
                 words = own_words(at, see.key(jnp.int32(0))) if banded else None
+                begun = own_bias(at)
 
                 def products(s, dp):
                     plgpu.wgmma(s, query, transposed(k_room.at[at]))
                     plgpu.wgmma(dp, cotangent, transposed(v_room.at[at]))
-                    return s[...], dp[...]
+                    return None if begun else (s[...], dp[...])
 
-                s, dp = pl.run_scoped(products, scores, scores)
+                if begun:
+                    blank = plgpu.ACC.init(_zeros((ROWS, z.step)))
+                    s, dp = pl.run_state(lambda refs: products(*refs))((*begun, blank))
+                else:
+                    s, dp = pl.run_scoped(products, scores, scores)
                 plgpu.barrier_arrive(v_free.at[at])
                 y = s * unit - wide(lse, z.step)
                 p = jnp.exp2(hide(y, jnp.int32(0), words) if banded else y)
                 carry = _zeros((ROWS, D)), (p * (dp - wide(delta, z.step))).astype(dtype)
+                put_out(carry[1], jnp.int32(0))
                 start = jnp.int32(1)
                 z.settle(let_go, group, turn)
                 if z.hi is not None or lists is not None:
@@ -580,7 +657,7 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
         def load():
             def task(loaded, turn, head, t):
                 first = t * high
-                b, h = lax.div(head, jnp.int32(z.H)), lax.rem(head, jnp.int32(z.H))
+                b, h = place(head)
                 key_head = lax.div(h, jnp.int32(z.G))
                 if lists is None:
                     see = band.sight(first, *band.of_block(first, high))
@@ -621,6 +698,9 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
                         load_tile(cut, ref, other, to_room.at[to], full.at[to])
                     if hidden.mask is not None:
                         load_mask(hidden.mask, mask_room.at[to], ks.at[to], b, h, first, key, x < see.hidden)
+                    for g in range(z.groups if hidden.bias is not None else 0):
+                        own = bias_at(hidden.bias, b, h, first + g * ROWS, ROWS, key, z.step)
+                        plgpu.copy_gmem_to_smem(own, beside.at[to * z.groups + g], ks.at[to])
 
                 return loaded + see.n
 
@@ -634,9 +714,13 @@ def _run_queries(z, cores, hidden, do, q, k, v, lse, delta):
         room(z.stages, z.step, D, dtype), room(z.stages, z.step, Dv, dtype),
         room(z.spots, ROWS, D, dtype), room(z.spots, ROWS, Dv, dtype), row, row,
         rooms_for(hidden, (z.spots, ROWS), (z.stages, tall)),
-        _signal(z.stages, 1 + (hidden.mask is not None)), _signal(z.stages),
+        None if hidden.bias is None else room(z.stages * z.groups, ROWS, z.step, dtype),
+        room(z.groups, ROWS, z.step, dtype) if learnt else None,
+        _signal(z.stages, 1 + _more(hidden, z.groups)), _signal(z.stages),
         _signal(z.stages, z.groups), _signal(z.stages, z.groups),
         _signal(z.spots, 4 + (hidden.bounds is not None)), _signal(z.spots),
     )  # fmt: skip
     operands = do, q, k, v, lse, delta
-    return _call(kernel, "flash_dq", hidden, operands, (q,), scratch, z.groups, tasks.blocks, z.ahead)[0]
+    slopes = jax.ShapeDtypeStruct((B, z.H, up(z.L, 8), up(z.S, z.step)), dtype)
+    results = (q, slopes) if learnt else (q,)
+    return _call(kernel, "flash_dq", hidden, operands, results, scratch, z.groups, tasks.blocks, z.ahead)

@@ -31,6 +31,7 @@ class Hidden(NamedTuple):
     stay: (int32 [B or 1, Hkv or 1, S / 64], whether 64 keys are to be taken from them; arrays like the keys
       and values that are held, likewise), or nothing.
     order: int32 [B tiles], see `by_cost`.
+    bias: what is added to the scaled scores, see `flash_hopper.laid`.
     """
 
     lists: jax.Array | None = None
@@ -39,6 +40,7 @@ class Hidden(NamedTuple):
     spare: tuple[jax.Array, ...] = ()
     stay: tuple[jax.Array, ...] = ()
     order: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,17 @@ class Seen:
         back = lists[:, :, ::-1]  # the kernel counts its tiles from the last
         order = by_cost(back, lists.shape[2]) if ordered or len(lists) > 1 else None
         return Hidden(lists, self._bounds(), self._padded(turned=True), spare, stay, order)
+
+    def of_bias(self, ds, bias):
+        """The gradient of a bias [B or 1, H or 1, L or 1, S or 1] of dS [B, H, L, S], which may hold anything
+        for what is not seen.
+        """
+        start, end = (x[..., None] for x in self.rows)
+        j = np.arange(self.S, dtype=np.int32)[None, None, None]
+        seen = (j >= start) & (j < end)
+        ds = jnp.where(seen if self.mask is None else seen & self.mask, ds, 0)
+        axes = tuple(a for a in range(4) if bias.shape[a] == 1)
+        return ds.sum(axes, keepdims=True, dtype=jnp.float32).astype(bias.dtype)
 
     def _bounds(self):
         if self.start is None and self.end is None:

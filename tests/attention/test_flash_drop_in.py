@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import accel
+from accel.attention import drop_in, flash
 from accel.attention.flash import kernel
+from accel.blocks import backend
 from accel.blocks.tiled_attention import tiled_attention
+from tests.lower import lowered
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # (B, T, S, N, K, H): odd sizes, several query heads on a key head, one key head for all, T longer and shorter
@@ -289,6 +292,191 @@ def test_drop_in_for_hopper_on_a_gpu(name):
             np.asarray(w)[np.isfinite(w)]
         ).max()  # of a query that sees nothing the residual is -inf
         np.testing.assert_allclose(g.astype(np.float32), w, rtol=0, atol=4 * 2**-8 * largest)
+
+
+BIASED = {  # (B, T, S, N, K, H), the bias's shape, the share of it that is -inf, dtype, options
+    "of heads": ((2, 300, 400, 4, 2, 64), (1, 4, 300, 400), 0, "bfloat16", {}),
+    "causal": ((2, 333, 333, 4, 1, 128), (2, 1, 333, 333), 0.1, "bfloat16", {"is_causal": True}),
+    "of keys": (
+        (2, 500, 500, 4, 2, 64),
+        (2, 1, 1, 500),
+        0.1,
+        "bfloat16",
+        {"local_window_size": (70, 40), "key_value_seq_lengths": np.array([260, 500])},
+    ),
+    "of queries": (
+        (2, 300, 400, 4, 2, 128),
+        (1, 4, 300, 1),
+        0,
+        "bfloat16",
+        {"mask": (np.arange(400) % 7 < np.arange(300)[:, None] % 6)[None, None]},
+    ),
+    "of everything": ((2, 200, 150, 3, 3, 96), (2, 3, 200, 150), 0.5, "float16", {}),
+    "few queries": (
+        (2, 3, 70, 4, 2, 32),
+        (1, 1, 3, 70),
+        0,
+        "float16",
+        {"query_seq_lengths": np.array([3, 2])},
+    ),
+}
+
+
+def defined(q, k, v, do, bias, seen):
+    """(o, residual, dq, dk, dv, dbias) in float64 by the definition, and what each would be if every term
+    counted by its size.
+    """
+    H, K = q.shape[3], k.shape[2]
+    heads = lambda x: np.repeat(np.moveaxis(x, 2, 1), q.shape[2] // x.shape[2], axis=1)
+    folded = lambda x: np.moveaxis(x.reshape(len(x), K, -1, *x.shape[2:]).sum(2), 1, 2)
+    down, back = lambda x: x.swapaxes(-1, -2), lambda x: np.moveaxis(x, 1, 2)
+    over = tuple(a for a in range(4) if bias.shape[a] == 1)
+    q, k, v, do = (heads(x) for x in (q, k, v, do))
+    s = np.where(seen, H**-0.5 * q @ down(k) + bias, -np.inf)
+    top = s.max(-1, keepdims=True)
+    p = np.exp(s - np.where(np.isinf(top), 0, top))
+    total = p.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(total) + np.where(np.isinf(top), 0, top))[..., 0]
+    p = p / np.where(total == 0, 1, total)
+    o = p @ v
+    found, most = [back(o), back(lse)], [back(p @ np.abs(v)), back(np.abs(lse))]
+    ds = p * (do @ down(v) - (do * o).sum(-1, keepdims=True))
+    size = p * (np.abs(do) @ down(np.abs(v)) + np.abs(do * o).sum(-1, keepdims=True))
+    for into, slopes, sized in ((found, ds, lambda x: x), (most, size, np.abs)):
+        into += [
+            H**-0.5 * back(slopes @ sized(k)),
+            H**-0.5 * folded(down(slopes) @ sized(q)),
+            folded(down(p) @ sized(do)),
+            slopes.sum(over, keepdims=True),
+        ]
+    return found, most
+
+
+def in_hopper(options, learnt):
+    """Values, residual and gradients by the kernels for Hopper."""
+
+    def run(q, k, v, do, bias):
+        how = {"implementation": "hopper", "return_residual": True, **options}
+        f = lambda q, k, v, *bias: accel.dot_product_attention(q, k, v, *bias, **how)
+        if learnt:
+            (o, lse), pull = jax.vjp(f, q, k, v, bias)
+        else:
+            (o, lse), pull = jax.vjp(lambda *x: f(*x, bias), q, k, v)
+        return o, lse, *pull((do.astype(o.dtype), jnp.zeros_like(lse)))
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("name", BIASED, ids=lambda n: n.replace(" ", "_"))
+def test_drop_in_for_hopper_takes_a_bias_on_a_gpu(name):
+    """Values and gradients, the bias's too, as defined; twice the same; keys hidden by -inf, all of a row's.
+
+    P (or o, which dS is made of, and dS) and the result are rounded to half precision, each to one part in
+    1 / eps of what it sums by size; 2^-14: float32's rounding of scores, and what float16 has no digits for.
+    """
+    (B, T, S, N, K, H), shape, gone, dtype, options = BIASED[name]
+    rng = np.random.default_rng()
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+    bias = np.where(rng.random(shape) < gone, -np.inf, 2 * rng.standard_normal(shape))
+    if gone and shape[2] > 1:
+        bias[:, :, 5] = -np.inf
+    x = [jnp.asarray(y, dtype) for y in (*(rng.standard_normal(s) for s in shapes), bias)]
+    call = jax.jit(in_hopper(options, True))
+    got, again = call(*x), call(*x)
+    wide = [np.asarray(y, np.float64) for y in x]
+    seen = visible(T, S, {"is_causal": False, "local_window_size": None, **options}, (B, T, S, N))
+    want, most = defined(*wide, seen)
+    eps = EPS[dtype]
+    for g, other, w, whole in zip(got, again, want, most, strict=True):
+        np.testing.assert_array_equal(g, other)
+        g, some = np.asarray(g, np.float64), np.isfinite(w)
+        assert (g[~some] == w[~some]).all()
+        assert (np.abs(g[some] - w[some]) <= 3 * eps * whole[some] + 2.0**-14).all()
+    if name == "of heads":  # the bias's gradient changes none of the others
+        for g, other in zip(got, jax.jit(in_hopper(options, False))(*x), strict=False):
+            np.testing.assert_array_equal(g, other)
+
+
+@pytest.mark.parametrize("name", ["causal", "of keys"], ids=lambda n: n.replace(" ", "_"))
+def test_drop_in_lowers_a_bias_for_hopper(name):
+    """Both passes down to the device's own language, without the device; with one more result if learnt."""
+    (B, T, S, N, K, H), shape, _, dtype, options = BIASED[name]
+    array = lambda *s: jax.ShapeDtypeStruct(s, dtype)
+    lengths = options.get("key_value_seq_lengths")
+
+    def run(q, k, v, do, bias):
+        attend = lambda *x: drop_in._attention(
+            *x, None, None, lengths, None, scale=0.1, impl="hopper",
+            is_causal=options.get("is_causal", False), window=options.get("local_window_size"),
+        )[0]  # fmt: skip
+        return jax.vjp(attend, q, k, v, bias)[1](do)
+
+    text = lowered(
+        run, (array(B, T, N, H), *[array(B, S, K, H)] * 2, array(B, T, N, H), array(*shape)), "hopper"
+    )
+    assert f"tensor<{B}x{N}x{-(-T // 8) * 8}x{-(-S // 64) * 64}x" in text  # dS
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9, 11), (2, 1, 1, 11), (1, 1, 9, 1)])
+def test_drop_in_sums_the_slopes_of_a_bias(shape):
+    """What kernels leave unwritten is NaN here, and does not count."""
+    from accel.kernels.flash_hopper_lists import Seen
+
+    rng = np.random.default_rng(0)
+    ds, mask = rng.standard_normal((2, 2, 9, 11)).astype(np.float32), rng.random((1, 2, 9, 11)) < 0.5
+    end = rng.integers(0, 12, (2, 1, 1)).astype(np.int32)
+    i, j = np.indices((9, 11))
+    seen = (j <= i + 1) & (j < end[..., None]) & mask
+    found = Seen.make(9, 11, 1, hi=1, end=jnp.asarray(end), mask=jnp.asarray(mask)).of_bias(
+        jnp.asarray(np.where(seen, ds, np.nan)), jnp.zeros(shape, jnp.bfloat16)
+    )
+    axes = tuple(a for a in range(4) if shape[a] == 1)
+    want = np.where(seen, ds.astype(np.float64), 0).sum(axes, keepdims=True)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), want, rtol=2.0**-8, atol=2.0**-20)
+
+
+def test_drop_in_makes_the_gradient_of_a_bias_only_where_asked():
+    """dS is a result of a kernel, in programs inside programs too, whatever was asked for before."""
+    q, bias = (
+        jax.ShapeDtypeStruct((2, 70, 2, 32), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 70, 70), jnp.bfloat16),
+    )
+
+    @jax.jit
+    def loss(q, bias):
+        inner = jax.jit(lambda q, b: flash.on_hopper_biased(plan, True, q, q, q, b[None], {})[0])
+        return inner(q, bias).astype(jnp.float32).sum()
+
+    plan = flash.Plan(0.1, None, None, 128, 128, 0.0)
+    for learnt in ((0, 1), 0, 1, 0, (0, 1)):
+        text = str(jax.make_jaxpr(jax.grad(loss, learnt))(q, bias))
+        assert ("bf16[2,2,72,128]" in text) == (learnt != 0)
+
+
+def test_drop_in_takes_hopper_for_a_bias_of_its_dtype(monkeypatch):
+    """The choice alone: no GPU is there."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(flash, "hopper_obstacle", lambda *_: None)
+    taken = []
+    monkeypatch.setattr(drop_in, "_attention", lambda q, *_, impl, **__: taken.append(impl) or (q, q[..., 0]))
+    call = accel.dot_product_attention
+    for width, dtype, bias in ((64, "bfloat16", "bfloat16"), (64, "bfloat16", "float32"),
+                               (192, "float16", "float16"), (64, "float32", "float32")):  # fmt: skip
+        x = jnp.zeros((1, 256, 1, width), dtype)
+        call(x, x, x, jnp.zeros((1, 1, 256, 256), bias))
+    assert taken == ["hopper", "xla", "xla", "xla"]
+    half = jnp.zeros((1, 256, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="takes a bias of bfloat16 as query, not float32"):
+        call(half, half, half, jnp.zeros((1, 1, 1, 256), jnp.float32), implementation="hopper")
+    with pytest.raises(NotImplementedError, match="takes no bias with a scale of 0"):
+        call(half, half, half, half[:, :1, :, :1], scale=0.0, implementation="hopper")
+    wide = jnp.zeros((1, 256, 1, 192), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="no bias for heads over 128"):
+        call(wide, wide, wide, jnp.zeros((1, 1, 1, 256), jnp.bfloat16), implementation="hopper")
 
 
 Q = np.zeros((2, 3, 4, 8), np.float32)

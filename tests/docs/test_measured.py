@@ -70,11 +70,13 @@ def test_measured_table_of_masks_counts_what_is_visible(pages):
     rows = [
         {"case": case, "width": 64, "causal": False, "backward": b, "share": 0.5, "flops": flops,
          "seconds": {"hopper": 1e-3} | ({"cudnn": 2e-3} if case == "plain" else {})}
-        for case, flops in (("plain", 5e11), ("packed", 4e11)) for b in (False, True)
+        for case, flops in (("plain", 5e11), ("packed", 4e11), ("learnt bias", 3e11)) for b in (False, True)
     ]  # fmt: skip
+    del rows[4]
     lines = list(measured.masks_table(record(masks=rows)))
     assert lines[2] == "| 64 | full | all visible | 500 | 1.00 | 2.00 | 500 | 1.00 | 2.00 |"
     assert lines[3] == "| 64 | full | texts side by side | 400 | 0.80 |  | 400 | 0.80 |  |"
+    assert lines[4].endswith("with its gradient |  |  |  | 300 | 0.60 |  |")
 
 
 def test_measured_growth_is_drawn_with_its_fits(pages):
