@@ -37,7 +37,7 @@ __all__ = [
     "online_softmax",
 ]
 
-FEW = 1 << 24  # 15 µs of Hopper's kernel at heads of 128
+FEW = 1 << 20  # pairs, for which both kernels take some 20 µs, tables included
 STATIC = ("causal", "scale", "dropout_p", "tiles", "impl", "interpret")
 
 
@@ -193,7 +193,7 @@ def kernels(L, pairs=None):
     """The kernels for "auto" with L queries, best first, as measured on an H200 (docs/notes/gpu.md).
 
     pairs: of queries and keys, over all heads, where something but causal order hides some: the tables that
-    say which take Hopper some 20 µs to make, too long below FEW pairs (an estimate).
+    say which take Hopper up to 15 µs to make, too long below FEW pairs.
     """
     if 16 < L < 128:
         return ("triton", "tpu")
