@@ -74,24 +74,26 @@ def peak_bytes():
 def growth(sizes=SIZES, *, heads=2, width=128, budget=0.5):
     """[{tokens, seconds, peak_bytes, operands, temporary_bytes}] of forward and backward, shortest first.
 
-    The allocator's peak never falls, so sizes go up: each has more than all before it. operands: bytes of q,
-    k, v, do and of dq, dk, dv; what the call adds to these are o, the row statistics, and what its kernels
-    write beside.
+    The allocator's peak never falls, so sizes go up, and it is read after one call of each, before any loop:
+    in a loop the results of several calls are alive. operands: bytes of q, k, v, do and of dq, dk, dv; what
+    the call adds to these are o, the row statistics, and what its kernels write beside.
     """
     both = jax.jit(lambda q, k, v, do: jax.vjp(partial(flash_attention, causal=True), q, k, v)[1](do))
-    rows = []
+    rows, calls = [], []
+    draw = lambda n: drawn([(1, heads, n, width)] * 4)
     for n in sorted(sizes):
-        args = drawn([(1, heads, n, width)] * 4)
+        args = draw(n)
         call = both.lower(*args).compile()
-        took, extra = seconds(call, *args, budget=budget), call.memory_analysis().temp_size_in_bytes
-        rows.append(
-            {
-                "tokens": n, "seconds": took, "peak_bytes": peak_bytes(), "temporary_bytes": extra,
-                "operands": 7 * args[0].nbytes,
-                "tflops": 0.5 * 3.5 * 4 * heads * n * n * width / took / 1e12,
-            }
-        )  # fmt: skip
-        print(rows[-1], flush=True)
+        wait(call(*args))
+        extra, operands = call.memory_analysis().temp_size_in_bytes, 7 * args[0].nbytes
+        del args
+        row = {"tokens": n, "peak_bytes": peak_bytes(), "temporary_bytes": extra, "operands": operands}
+        rows, calls = [*rows, row], [*calls, call]
+    for row, call in zip(rows, calls, strict=True):
+        n, args = row["tokens"], draw(row["tokens"])
+        took = seconds(call, *args, budget=budget)
+        row |= {"seconds": took, "tflops": 0.5 * 3.5 * 4 * heads * n * n * width / took / 1e12}
+        print(row, flush=True)
         del args
     return rows
 
