@@ -25,6 +25,7 @@ from accel.attention.flash import attention_dense, flash_attention
 from accel.blocks.attention import rows_first
 from accel.models import gpt
 from accel.race import race
+from tests.claims import flash_inside
 from tests.claims.device_time import kernel_seconds
 from tests.claims.flash import adamw, class_loss, start
 from tests.claims.record import store
@@ -62,8 +63,7 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
         (w, n, c, b) for w in widths for n in tokens for c in (False, True) for b in (False, True)
     ):
         shape = max(1, total // n), n, heads, width
-        rng = np.random.default_rng(0)
-        x = [jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for _ in range(4)]
+        x = flash_inside.drawn(shape, 4)
 
         def timed(attend, causal=causal, backward=backward, x=x):
             f = lambda q, k, v: attend(q, k, v, is_causal=causal)
@@ -95,8 +95,7 @@ def hidden(name, batch, tokens, heads, rng):
     if name == "plain":
         return {}, 1.0
     if "bias" in name:
-        drawn = jax.random.normal(jax.random.key(0), (1, heads, tokens, tokens), jnp.bfloat16)
-        return {"bias": drawn}, 1.0
+        return {"bias": flash_inside.drawn((1, heads, tokens, tokens), 1)[0]}, 1.0
     if name == "lengths":
         lengths = rng.integers(1, tokens + 1, batch)
         return {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}, lengths.mean() / tokens
@@ -125,9 +124,8 @@ def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
     ):
         if (causal and name not in ("plain", "lengths")) or (name == "learnt bias" and not backward):
             continue
-        rng = np.random.default_rng(0)
-        x = [jnp.asarray(rng.standard_normal((*shape, width), np.float32), jnp.bfloat16) for _ in range(4)]
-        told, share = hidden(name, *shape, rng)
+        x = flash_inside.drawn((*shape, width), 4)
+        told, share = hidden(name, *shape, np.random.default_rng(0))
         if causal:  # top-left: below the diagonal all keys up to the length
             n = np.asarray(told.get("key_value_seq_lengths", np.full(shape[0], shape[1]))) / shape[1]
             share = float((n - n**2 / 2).mean())
