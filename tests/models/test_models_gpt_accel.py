@@ -43,6 +43,7 @@ def test_models_gpt_accel_loss_matches_ref(stacked, unroll):
     options = {"num_heads": 2, "ignore": 3, "chunk": 4}
     loss = lambda p: gpt.gpt_loss(ids, p, unroll=unroll, **options)
     value, grads = jax.jit(jax.value_and_grad(loss))(device)
+    # a loss near 2.4 is off by what logits are, as above; gradients pass the layers twice, so four times that
     np.testing.assert_allclose(value, gpt_loss(ids, params, **options), rtol=0, atol=256 * EPS)
     wants = gpt_loss_vjp(ids, params, **options)
     wants = gpt.stack_blocks(wants) if stacked else wants

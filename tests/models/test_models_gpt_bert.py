@@ -60,6 +60,7 @@ def test_models_gpt_loss_is_cross_entropy_of_the_next_tokens():
     told = {"num_heads": 2, "ignore": 0, "chunk": 3}
     logits = gpt.gpt_forward(ids[:, :-1], params, num_heads=2)
     want, dlogits = cross_entropy(logits, ids[:, 1:], ignore=0)
+    # the same products and the same eight losses in float64, added in another order: some tens of steps
     np.testing.assert_allclose(gpt.gpt_loss(ids, params, **told), want, rtol=1e-14)
     check(lambda p: gpt.gpt_loss(ids, p, **told), params, gpt.gpt_loss_vjp(ids, params, **told))
     pulled = gpt.gpt_forward_vjp(ids[:, :-1], params, -3 * dlogits, num_heads=2)
