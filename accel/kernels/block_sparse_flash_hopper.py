@@ -5,16 +5,19 @@ what it meets, tiles that causal order or the end of the keys cuts in front, so 
 Of a mask known at trace time they are constants.
 """
 
+import heapq
+
 import numpy as np
 
 from accel.kernels import flash_hopper, flash_hopper_backward
-from accel.kernels.flash_hopper import ROWS, Tiles
+from accel.kernels.flash_hopper import ROWS, Tiles, cores_of
 from accel.kernels.flash_hopper_lists import listing
 from ref.attention.block_sparse_flash import tiles_in_sight
 
 __all__ = ["backward", "forward"]
 
 STEP = 64  # queries or keys that pass at a time in the backward pass
+ALONE = 1.5  # what a row of tiles costs beside its tiles, in tiles
 
 
 def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
@@ -25,17 +28,24 @@ def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
     """
     high, keys = _tall(block_q), 128 if block_k % 128 == 0 else 64
     cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
+    order = cut.dealt(high, keys, q.shape[0], q.shape[1])
     tiles = Tiles(high // ROWS, keys, 256 // keys, turns=high > ROWS, late=hi is None)
-    return flash_hopper.attend(q, k, v, lists=cut.lists(high, keys), scale=scale, hi=hi, tiles=tiles)
+    lists = cut.lists(high, keys)
+    return flash_hopper.attend(q, k, v, lists=lists, order=order, scale=scale, hi=hi, tiles=tiles)
 
 
 def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, interpret=False):
     """(dq, dk, dv), operands as in `forward`, lse and delta [B, H, L] as in flash's kernels."""
     cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
     rows, columns = _tall(block_q), _tall(block_k)
+    orders = (
+        cut.dealt(STEP, columns, *k.shape[:2], by_key=True),
+        cut.dealt(rows, STEP, *q.shape[:2]),
+    )
     return flash_hopper_backward.attend_backward(
         do, q, k, v, lse, delta, cut.lists(STEP, columns, by_key=True), cut.lists(rows, STEP),
-        scale=scale, hi=hi, key_sizes=(columns // ROWS, STEP, 4), query_sizes=(rows // ROWS, STEP, 4),
+        orders=orders, scale=scale, hi=hi, key_sizes=(columns // ROWS, STEP, 4),
+        query_sizes=(rows // ROWS, STEP, 4),
     )  # fmt: skip
 
 
@@ -55,9 +65,9 @@ class Cut:
             hi is not None,
         )
 
-    def lists(self, rows, keys, by_key=False):
-        """int32 [1, H or 1, tiles, 2 + n]: how many tiles of rows x keys are seen, how many of them are cut,
-        and where they begin, the cut ones first; for every tile of queries, or of keys.
+    def tiles(self, rows, keys, by_key=False):
+        """(seen, whole), bool [1, H or 1, tiles of queries, tiles of keys], or with by_key turned: which
+        tiles of rows x keys are visited, and which of them nothing cuts.
         """
         fine = self.visited
         for axis, size, block, n in zip((1, 2), (rows, keys), self.blocks, self.sizes, strict=True):
@@ -67,5 +77,39 @@ class Cut:
         seen, whole = (fine & reach[None])[None], whole[None, None]
         if by_key:
             seen, whole = seen.swapaxes(2, 3), whole.swapaxes(2, 3)
+        return seen, whole
+
+    def lists(self, rows, keys, by_key=False):
+        """int32 [1, H or 1, tiles, 2 + n]: how many tiles of rows x keys are seen, how many of them are cut,
+        and where they begin, the cut ones first; for every tile of queries, or of keys.
+        """
+        seen, whole = self.tiles(rows, keys, by_key)
         step = rows if by_key else keys
         return listing(seen, whole, step * np.arange(seen.shape[-1], dtype=np.int32)[None, None, None])
+
+    def dealt(self, rows, keys, batches, heads, by_key=False):
+        """The order of these tiles, see `Tasks.dealt`, for so many batches and heads, or key heads, of each;
+        None for a mask that is not known, or where all tiles meet as many.
+
+        A head's tiles, those that meet most first, go to whichever block is free first: heads stay side by
+        side, as they share what they load.
+        """
+        seen, _ = self.tiles(rows, keys, by_key)
+        if not isinstance(seen, np.ndarray):
+            return None
+        counts = seen[0].sum(-1)  # [H or 1, tiles]
+        if by_key:  # the kernel counts tiles of keys from the last
+            counts = counts.reshape(min(heads, len(counts)), -1, counts.shape[1]).sum(1)[:, ::-1]
+        if (counts == counts[0, 0]).all():
+            return None
+        counts = np.broadcast_to(counts + ALONE, (heads, counts.shape[1]))
+        items = np.argsort(-counts, axis=1, kind="stable") + counts.shape[1] * np.arange(heads)[:, None]
+        cost, blocks = counts.reshape(-1), min(cores_of(), batches * counts.size)
+        load, own = [(0.0, i) for i in range(blocks)], [[] for _ in range(blocks)]
+        for batch in range(batches):
+            for item in items.reshape(-1):
+                least, i = load[0]
+                heapq.heapreplace(load, (least + cost[item], i))
+                own[i].append(batch * counts.size + item)
+        turns = max(map(len, own))
+        return np.array([x + [-1] * (turns - len(x)) for x in own], np.int32).T

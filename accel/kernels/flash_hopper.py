@@ -151,7 +151,7 @@ def attend_backward(
 
 @partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
 def attend(
-    q, k, v, *, start=None, end=None, mask=None, bias=None, lists=None, scale, lo=None, hi=None,
+    q, k, v, *, start=None, end=None, mask=None, bias=None, lists=None, order=None, scale, lo=None, hi=None,
     rows_first=False, tiles=None, cores=None,
 ):  # fmt: skip
     """softmax(scale q k^T + bias) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
@@ -167,6 +167,7 @@ def attend(
       lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of these, which make their
         own: for each tile of queries how many tiles of keys it sees, how many of these lo, hi or S cut,
         and where they begin, those first.
+      order: which block computes which of these tiles, see `Tasks.dealt`.
       tiles, cores: None is what suits the call and the device.
     """
     if scale <= 0:  # then the largest product is not the largest score
@@ -178,14 +179,15 @@ def attend(
     if max(D, wide) > 192:
         D = wide = 256  # the results leave through the room of the queries
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
-    fit = Tiles.fit(D, wide, L, hi is not None, narrow(lo, hi) and not seen.told)
+    short = narrow(lo, hi) and not seen.told
+    fit = Tiles.fit(D, wide, L, hi is not None, short)
     B, H, size = q.shape[0], q.shape[heads], ROWS * (tiles or fit).groups
-    hidden, causal = Hidden(lists), hi is not None and lo is None
+    hidden, causal = Hidden(lists, order=order), hi is not None and lo is None
     if seen.told:
         copies, dirty = cleaned((v,), seen.keys(), (tiles or fit).keys, rows)
         hidden = seen.by_query(size, (tiles or fit).keys, copies, dirty, evens_out(max(D, wide), start))
         lo = hi = None  # the bounds hold these
-    tasks = Tasks.make(B * H, -(-L // size), causal and hidden.order is None, cores or cores_of())
+    tasks = Tasks.make(B * H, -(-L // size), causal, cores or cores_of(), hidden.order, short)
     if tiles is None:
         plain = lo is None and hi is None and not jax.tree.leaves(hidden)
         tiles = fit.shared() if plain and 64 < max(D, wide) <= 128 and tasks.side_by_side else fit
@@ -193,6 +195,7 @@ def attend(
     if bias is not None:
         tiles, hidden = tiles.beside(D, wide, mask is not None), hidden._replace(bias=laid(bias, tiles.keys))
         batches = B if bias.shape[0] == 1 and hidden.order is None else None
+    hidden = hidden._replace(order=tasks.dealt(hidden.order))
     plan = _Plan(H, H // k.shape[heads], S, lo, hi, size, tiles.keys, rows_first, tasks, batches)
     o, lse = _run(plan, tiles, scale * LOG2E, hidden, q, k, v)
     o = lax.slice_in_dim(o, 0, L, axis=rows)
@@ -302,13 +305,18 @@ class Tasks:
     turns: int
 
     @staticmethod
-    def make(heads, tall, causal, cores):
+    def make(heads, tall, causal, cores, order=None, short=False):
+        """short: tiles of queries meet but a few of keys each."""
+        if order is not None and order.ndim == 2:  # as it was dealt
+            return Tasks(heads, tall, False, False, order.shape[1], order.shape[0])
+        causal = causal and order is None
         couples = heads * (-(-tall // 2))  # equal costs, unless they leave blocks without work in the end
         pairs = causal and couples >= 0.95 * up(couples, cores)
         items = couples if pairs else heads * tall
         # Long lists come in several rounds of blocks, at no cost: what another kernel takes of a core for a
         # while, as the one that sends keys between devices does, then delays a round and not the call.
-        blocks = min(cores * max(1, items // (ROUND * cores)), items)
+        least = ROUND * (2 if short else 1)
+        blocks = min(cores * max(1, items // (least * cores)), items)
         return Tasks(heads, tall, causal, pairs, blocks, -(-items // blocks) * (2 if pairs else 1))
 
     @property
@@ -317,15 +325,10 @@ class Tasks:
         return not self.causal and self.blocks % 2 == self.tall % 2 == 0
 
     def at(self, block, turn, order=None):
-        """What a block does in its turn: (whether anything, head of all, tile); order: see `by_cost`."""
+        """What a block does in its turn: (whether anything, head of all, tile); order: see `dealt`."""
         if order is not None:
-            entries = order.shape[0]
-            heads = jnp.int32(self.heads * self.tall // entries)  # that share an entry
-            back = lax.rem(turn, jnp.int32(2)) == 1
-            item = turn * self.blocks + jnp.where(back, self.blocks - 1 - block, block)
-            entry = order[jnp.minimum(lax.div(item, heads), entries - 1)]
-            b, t = lax.div(entry, jnp.int32(self.tall)), lax.rem(entry, jnp.int32(self.tall))
-            return item < self.heads * self.tall, b * heads + lax.rem(item, heads), t
+            item, tall = order[turn, block], jnp.int32(self.tall)
+            return item >= 0, lax.div(item, tall), lax.rem(item, tall)
         per_head = jnp.int32(-(-self.tall // 2) if self.pairs else self.tall)
         items = self.heads * per_head
         if self.pairs:  # tile p from the end, then tile p from the start; heads one after the other
@@ -341,6 +344,20 @@ class Tasks:
         item = turn * self.blocks + jnp.where(back, self.blocks - 1 - block, block)
         heads = jnp.int32(self.heads)
         return item < items, lax.rem(item, heads), self.tall - 1 - lax.div(item, heads)
+
+    def dealt(self, order):
+        """int32 [turns, blocks]: head of all x tall + tile of what a block does in its turns, below 0 for
+        nothing. Of an `order` by cost, see `by_cost`, every turn goes through the blocks, up and down.
+        """
+        if order is None or order.ndim == 2:
+            return order
+        heads = self.heads * self.tall // order.shape[0]  # that share an entry
+        b, t = order // self.tall, order % self.tall
+        own = b[:, None] * heads + np.arange(heads, dtype=np.int32)[None]
+        items = (own * self.tall + t[:, None]).reshape(-1)
+        rest = self.turns * self.blocks - items.shape[0]
+        rounds = jnp.pad(items, (0, rest), constant_values=-1).reshape(self.turns, self.blocks)
+        return jnp.where(np.arange(self.turns)[:, None] % 2 == 1, rounds[:, ::-1], rounds)
 
     def each(self, block, body, order=None):
         """body(loaded, turn, head, tile) -> loaded for the tiles of a block.
@@ -414,8 +431,18 @@ class Band:
         """Key tiles that begin before key `end`."""
         return lax.div(jnp.maximum(end, 0) + (self.keys - 1), jnp.int32(self.keys))
 
-    def hide(self, s, first, at, layout, none=None):
-        """The scores of 64 queries from `first` and the tile of keys from `at`, -inf where invisible."""
+    def apart(self, rows):
+        """Whether of so many queries none sees a tile that hi or the end of the keys cuts, and lo as well."""
+        if self.lo is None or self.hi is None:
+            return False
+        last = (self.S - 1) // self.keys * self.keys  # where the last tile begins
+        return self.hi - self.lo >= self.keys + ROWS - 3 and rows - 1 + self.lo <= last
+
+    def hide(self, s, first, at, layout, none=None, *, front=True, back=True):
+        """The scores of 64 queries from `first` and the tile of keys from `at`, -inf where invisible.
+
+        front, back: whether hi, or the end of the keys, and lo may cut the tile.
+        """
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
         wide = lambda x: lax.broadcast_in_dim(x, (ROWS, self.keys), [0])
         col = plgpu.broadcasted_iota(jnp.int32, (ROWS, self.keys), 1, layout=layout)
@@ -424,10 +451,11 @@ class Band:
             last = jnp.minimum(row + (first + self.hi), last)
         if none is not None:
             last = last - jnp.where(none, jnp.int32(2**30), jnp.int32(0))
-        seen = col <= wide(last - at)
-        if self.lo is not None:
-            seen = seen & (col >= wide(row + (first + self.lo) - at))
-        return jnp.where(seen, s, -jnp.inf)
+        if front:
+            s = jnp.where(col <= wide(last - at), s, -jnp.inf)
+        if back and self.lo is not None:
+            s = jnp.where(col >= wide(row + (first + self.lo) - at), s, -jnp.inf)
+        return s
 
 
 def split(head, H, batches=None):
@@ -776,6 +804,7 @@ def _compute(
     lists = hidden.lists
     banded = plan.band.edge or plan.lo is not None or lists is not None  # the first tile may be cut
     veiled = hidden.bounds is not None or hidden.mask is not None
+    apart = lists is None and plan.band.apart(plan.tasks.tall * plan.rows)
 
     def wait_turn():
         if tiles.turns:
@@ -898,16 +927,16 @@ def _compute(
 
         pl.loop(jnp.int32(0), before)(skip)
 
-        def masked_at(x):
-            """What `both` and `first_scores` take where tile x may be cut."""
+        def masked_at(x, front=True):
+            """What `both` and `first_scores` take where tile x may be cut: in front, or after clear ones."""
             if not veiled:
-                hide = lambda s, _: plan.band.hide(s, first, see.key(x), whole, see.none)
+                ends = {"back": not front, "front": front} if apart else {}
+                hide = lambda s, _: plan.band.hide(s, first, see.key(x), whole, see.none, **ends)
                 return WHOLE[0], hide
             read = lambda: own_words(loaded + before + x, see.key(x))
             return read, lambda s, words: veil(s, see.key(x), bounds, words, whole)
 
-        def step(x, carry, masked):
-            cut = masked_at(x) if masked else WHOLE
+        def step(x, carry, cut=WHOLE):
             if tiles.overlap:
                 return both(q, loaded + before + x, *carry, cut)
             acc, m, l, _ = carry
@@ -922,12 +951,12 @@ def _compute(
             acc, p = values(loaded + before, acc, p), zero
         start, carry = jnp.int32(1), (acc, m, l, p)
         if plan.hi is not None or lists is not None:
-            carry = lax.fori_loop(start, see.hidden, lambda x, c: step(x, c, True), carry)
+            carry = lax.fori_loop(start, see.hidden, lambda x, c: step(x, c, masked_at(x)), carry)
             start = jnp.maximum(see.hidden, 1)
         stop = see.n if plan.lo is None else jnp.maximum(see.clear, start)
-        carry = lax.fori_loop(start, stop, lambda x, c: step(x, c, False), carry)
+        carry = lax.fori_loop(start, stop, step, carry)
         if plan.lo is not None:
-            carry = lax.fori_loop(stop, see.n, lambda x, c: step(x, c, True), carry)
+            carry = lax.fori_loop(stop, see.n, lambda x, c: step(x, c, masked_at(x, False)), carry)
         acc, m, l, p = carry
         if tiles.own_o:
             plgpu.barrier_arrive(qs[1].at[spot])

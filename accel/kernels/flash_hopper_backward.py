@@ -115,6 +115,7 @@ def attend_backward(
     by_key=None,
     by_query=None,
     *,
+    orders=(None, None),
     start=None,
     end=None,
     mask=None,
@@ -134,6 +135,7 @@ def attend_backward(
         the cotangent of lse; do, and delta, of rows that saw nothing may hold NaN.
       by_key, by_query: lists of what each tile of keys, and of queries, of the two kernels meets, in place of
         start, end and mask, which make their own: see `attend`.
+      orders: which block computes which tiles of these, see `Tasks.dealt`; tiles of keys from the last.
       learnt: a fourth result, of bias; dS is written out for it, B H L S numbers in q's dtype.
       key_sizes, query_sizes: (groups, step, stages, ahead) of the two kernels; None is what suits.
     """
@@ -165,7 +167,7 @@ def attend_backward(
         by_key_sizes, by_query_sizes = fit(by_key_sizes, False), fit(by_query_sizes, learnt)
         sizes = partial(sizes, batches=q.shape[0] if bias.shape[0] == 1 else None)
     key_sizes, query_sizes = sizes(*(key_sizes or by_key_sizes)), sizes(*(query_sizes or by_query_sizes))
-    by_key, by_query = Hidden(by_key), Hidden(by_query)
+    by_key, by_query = (Hidden(x, order=y) for x, y in zip((by_key, by_query), orders, strict=True))
     if seen.told:
         copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
         ordered = evens_out(wide, start)
@@ -253,7 +255,8 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
     high = ROWS * z.groups
     B, Hkv = k.shape[0], z.H // z.G
     place = partial(split, H=Hkv, batches=z.batches if hidden.order is None else None)
-    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.causal and hidden.order is None, cores)
+    tasks = Tasks.make(B * Hkv, -(-z.S // high), z.causal, cores, hidden.order, narrow(z.lo, z.hi))
+    hidden = hidden._replace(order=tasks.dealt(hidden.order))
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     count = -(-z.L // z.step)  # tiles of queries a head
     tiles = lambda n: lax.div(jnp.maximum(n, 0), jnp.int32(z.step))  # that end by query n
@@ -503,7 +506,8 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
     """
     high = ROWS * z.groups
     B = q.shape[0]
-    tasks = Tasks.make(B * z.H, -(-z.L // high), z.causal and hidden.order is None, cores)
+    tasks = Tasks.make(B * z.H, -(-z.L // high), z.causal, cores, hidden.order, narrow(z.lo, z.hi))
+    hidden = hidden._replace(order=tasks.dealt(hidden.order))
     D, Dv, dtype = q.shape[3], v.shape[3], q.dtype
     band = Band(z.S, z.lo, z.hi, z.step)
     place = partial(split, H=z.H, batches=z.batches if hidden.order is None else None)
@@ -519,6 +523,7 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
         wide = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])
         scores = plgpu.ACC((ROWS, z.step), jnp.float32)
         unit = z.scale * LOG2E
+        apart = hidden.lists is None and band.apart(tasks.tall * high)
         banded = band.edge or z.lo is not None or hidden.lists is not None  # the first tile may be cut
 
         def compute(group):
@@ -561,13 +566,14 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
                         plgpu.copy_smem_to_gmem(mine, to)
                     return ds
 
-                def hide(y, x, words):
+                def hide(y, x, words, front):
                     if veiled:
                         return veil(y, see.key(x), bounds, words, whole)
-                    return band.hide(y, first, see.key(x), whole, see.none)
+                    ends = {"back": not front, "front": front} if apart else {}
+                    return band.hide(y, first, see.key(x), whole, see.none, **ends)
 
-                def both(x, acc, ds, masked):
-                    """dq of tile x - 1, ds of tile x."""
+                def both(x, acc, ds, masked=False, front=True):
+                    """dq of tile x - 1, ds of tile x, which may be cut in front or after the clear ones."""
                     at, last = slot(loaded + before + x), slot(loaded + before + x - 1)
                     plgpu.barrier_wait(ks.at[at])
                     plgpu.barrier_wait(vs.at[at])
@@ -584,7 +590,7 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
                             plgpu.wgmma(acc_ref, ds, k_room.at[last])
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s, wait_n=2))
                             y = y * unit - wide(lse, z.step)
-                            p = jnp.exp2(hide(y, x, words) if masked else y)
+                            p = jnp.exp2(hide(y, x, words, front) if masked else y)
                             y = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dp, wait_n=1))
                             plgpu.barrier_arrive(v_free.at[at])
                             return p * (y - wide(delta, z.step))
@@ -624,7 +630,7 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
                     s, dp = pl.run_scoped(products, scores, scores)
                 plgpu.barrier_arrive(v_free.at[at])
                 y = s * unit - wide(lse, z.step)
-                p = jnp.exp2(hide(y, jnp.int32(0), words) if banded else y)
+                p = jnp.exp2(hide(y, jnp.int32(0), words, True) if banded else y)
                 carry = _zeros((ROWS, D)), (p * (dp - wide(delta, z.step))).astype(dtype)
                 put_out(carry[1], jnp.int32(0))
                 start = jnp.int32(1)
@@ -633,9 +639,9 @@ def _run_queries(z, cores, hidden, learnt, do, q, k, v, lse, delta):
                     carry = lax.fori_loop(start, see.hidden, lambda x, c: both(x, *c, True), carry)
                     start = jnp.maximum(see.hidden, 1)
                 stop = see.n if z.lo is None else jnp.maximum(see.clear, start)
-                carry = lax.fori_loop(start, stop, lambda x, c: both(x, *c, False), carry)
+                carry = lax.fori_loop(start, stop, lambda x, c: both(x, *c), carry)
                 if z.lo is not None:
-                    carry = lax.fori_loop(stop, see.n, lambda x, c: both(x, *c, True), carry)
+                    carry = lax.fori_loop(stop, see.n, lambda x, c: both(x, *c, True, False), carry)
                 acc, ds = carry
                 at = slot(loaded + before + see.n - 1)
                 final = lambda acc_ref: plgpu.wgmma(acc_ref, ds, k_room.at[at])

@@ -342,6 +342,34 @@ def test_block_sparse_flash_lists_name_every_visible_tile_once():
     np.testing.assert_array_equal(traced, lists)
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+def test_block_sparse_flash_deals_rows_of_tiles_evenly(by_key):
+    """The order for Hopper of a known mask: every row of tiles of every head once, heads after one another,
+    and no block with more than a row beyond its share.
+    """
+    from accel.kernels.block_sparse_flash_hopper import ALONE, Cut, cores_of
+
+    rng = np.random.default_rng(0)
+    B, heads, size, tall = 2, 3, 4096, 32
+    mask = rng.random((2 * heads, tall, tall)) < 0.3  # two query heads a key head
+    cut = Cut(mask, 128, 128, size, size, 0)
+    own = heads if by_key else 2 * heads
+    order = cut.dealt(128, 128, B, own, by_key)
+    assert order.shape[1] == min(cores_of(), B * own * tall)
+    assert sorted(order[order >= 0]) == list(range(B * own * tall))
+    seen = np.tril(np.ones((tall, tall), bool)) & mask
+    n = seen.sum(1).reshape(heads, 2, tall).sum(1)[:, ::-1] if by_key else seen.sum(2)
+    cost = np.tile((n + ALONE).reshape(-1), B)
+    work = np.where(order >= 0, cost[order], 0).sum(0)
+    assert work.max() <= work.mean() + cost.max()
+    head = np.where(order >= 0, order // tall, B * own)
+    assert (np.diff(head, axis=0) >= 0).all()
+    full = Cut(np.ones((1, tall, tall), bool), 128, 128, size, size, None)
+    assert full.dealt(128, 128, B, own, by_key) is None  # all rows meet as many
+    unknown = lambda mask: Cut(mask, 128, 128, size, size, 0).dealt(128, 128, B, own, by_key)
+    assert jax.eval_shape(unknown, mask) is None
+
+
 @pytest.mark.gpu
 def test_block_sparse_flash_triton_in_float32_on_a_gpu():
     q, k, v, do, tiles = problem(64, 64, heads=(2,), L=300)

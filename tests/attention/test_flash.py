@@ -380,7 +380,8 @@ def test_flash_hopper_takes_long_tiles_first_where_batches_differ():
     met = cost.reshape(-1)[np.asarray(order)]
     assert (np.diff(met) <= 0).all()
     tasks = accel.flash.kernel_module("hopper").Tasks.make(B * H, tall, False, 7)
-    each = jax.jit(jax.vmap(jax.vmap(lambda b, i: tasks.at(b, i, order), (None, 0)), (0, None)))
+    rounds = tasks.dealt(order)
+    each = jax.jit(jax.vmap(jax.vmap(lambda b, i: tasks.at(b, i, rounds), (None, 0)), (0, None)))
     count = lambda n: jnp.arange(n, dtype=jnp.int32)
     some, head, tile = map(np.asarray, each(count(tasks.blocks), count(tasks.turns)))
     assert sorted(zip(head[some], tile[some], strict=True)) == list(np.ndindex(B * H, tall))
@@ -394,12 +395,17 @@ BANDS = {  # L, S, lo, hi, keys a tile
     "flash_before": (200, 200, -500, -30, 64),
     "flash_ahead": (190, 333, 70, 90, 128),
     "flash_all": (70, 129, None, None, 64),
+    "flash_window_apart": (700, 700, -256, 256, 64),
+    "flash_causal_apart": (500, 500, -300, 0, 128),
+    "flash_window_past_the_end": (700, 400, -256, 256, 64),
 }
 
 
 @pytest.mark.parametrize("name", BANDS)
 def test_flash_hopper_bands_hold_what_is_seen_and_know_what_is_cut(name):
-    """Every group's tiles: all that hold a visible pair are taken; those taken for whole are whole."""
+    """Every group's tiles: all that hold a visible pair are taken; those taken for whole are whole; where
+    both ends are apart, lo cuts none of the tiles in front, and nothing else those after the whole ones.
+    """
     L, S, lo, hi, keys = BANDS[name]
     module = accel.flash.kernel_module("hopper")
     band = module.Band(S, lo, hi, keys)
@@ -408,6 +414,8 @@ def test_flash_hopper_bands_hold_what_is_seen_and_know_what_is_cut(name):
         far <= (S if hi is None else hi) + (0 if hi is not None else L)
     )
     seen = np.pad(seen, [(0, 0), (0, -S % keys)])
+    apart = band.apart(len(seen))
+    assert apart == (name in ("flash_before", "flash_window_apart", "flash_causal_apart"))
     for block in range(0, L, 192):
         begin, end = map(int, band.of_block(block, 192))
         for first in range(block, min(block + 192, L), 64):
@@ -421,6 +429,12 @@ def test_flash_hopper_bands_hold_what_is_seen_and_know_what_is_cut(name):
             taken = [int(see.key(x)) // keys for x in range(int(see.n))]
             assert sorted(taken) == list(range(own_begin, own_end))
             assert whole[taken[int(see.hidden) : int(see.clear)]].all()
+            if apart:
+                row, key = np.arange(64)[:, None] + first, np.arange(seen.shape[1])[None]
+                tiles = lambda cut: cut.reshape(64, -1, keys).any((0, 2))
+                below, beyond = tiles(key < row + lo), tiles((key > row + hi) | (key >= S))
+                assert not below[taken[: int(see.hidden)]].any()
+                assert not beyond[taken[int(see.clear) :]].any()
             if not (band.edge or lo is not None):
                 assert whole.all()
 
