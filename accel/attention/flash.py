@@ -20,6 +20,7 @@ from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
 from accel.blocks.tiles import too_wide
+from accel.kernels.flash_hopper_lists import searched
 from ref.attention.flash import block_sizes, check_blocks, check_segments, example, hbm_accesses
 from ref.blocks.attention import check_attention
 from ref.dims import dims
@@ -466,22 +467,10 @@ def _joined(q, k, v, mask, key_lengths, q_ids, kv_ids, causal):
         hidden["mask"] = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
     if q_ids is not None:  # a run of keys for every query
         ids, others = (joined(lift(jnp.asarray(x), q.ndim - 2), 1) for x in (q_ids, kv_ids))
-        hidden["start"], last = (_count(op, others, ids)[:, None] for op in (jnp.less, jnp.less_equal))
+        hidden["start"], last = (searched(others, ids, side)[:, None] for side in ("left", "right"))
         hidden["end"] = jnp.minimum(last, hidden["end"]) if "end" in hidden else last
     q, k, v = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
     return alike((q, k, v), q, k, v, hidden), told["hi"], hidden
-
-
-def _count(op, values, than, size=64):
-    """int32 [B, L]: of how many values [B or 1, S], which do not decrease, op(value, than [B or 1, L]) holds,
-    op less or less_equal. Whole blocks first, then the block in which that ends: few comparisons.
-    """
-    (b, S), (c, L) = values.shape, than.shape
-    values = jnp.pad(jnp.broadcast_to(values, (max(b, c), S)), [(0, 0), (0, -S % size)], mode="edge")
-    blocks, than = values.reshape(max(b, c), -1, size), jnp.broadcast_to(than, (max(b, c), L))[..., None]
-    whole = op(blocks[:, None, :, -1], than).sum(-1, dtype=jnp.int32)
-    last = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(blocks, whole)
-    return jnp.minimum(whole * size + op(last, than).sum(-1, dtype=jnp.int32), S)
 
 
 def kernel_module(impl):

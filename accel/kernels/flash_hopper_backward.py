@@ -144,7 +144,7 @@ def attend_backward(
     H, Hkv = q.shape[heads], k.shape[heads]
     seen = Seen.make(L, S, H // Hkv, lo, hi, start, end, mask)
     if seen.told:
-        alive = lse < jnp.inf
+        alive = seen.alive(lse) if bias is None else lse < jnp.inf  # -inf hides rows as well
         (delta,) = of_seen_rows(lse, delta)
     q, k = (pad(x, rows, up(D, 32)) for x in (q, k))
     do, v = (pad(x, rows, up(Dv, 32)) for x in (do, v))

@@ -1,12 +1,13 @@
 """What the kernels for Hopper are told about hidden keys: lists of tiles, bounds of rows, and a mask.
 
-A row sees the keys start <= j < end, and of these those of a boolean mask. From that follow, by comparisons
-in plain JAX, for every tile of queries (or of keys) the tiles that it meets, those that something cuts in
-front: only these are masked, and tiles that nobody sees are not visited. Axes of length 1 are shared.
+A row sees the keys start <= j < end, and of these those of a boolean mask. From that follow, in plain JAX,
+for every tile of queries (or of keys) the tiles that it meets, those that something cuts in front: only these
+are masked, and tiles that nobody sees are not visited. Without a mask they are runs of tiles, known by their
+ends, and the largest array has an entry for every pair of tiles. Axes of length 1 are shared.
 """
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from jax import lax
 __all__ = ["Hidden", "Seen", "listing", "packed"]
 
 SHARED = 64  # rows of a table or a mask that all rows share: what a group of the kernels takes
+MANY = 512  # tiles in a list, from which on sorting takes less than comparing all with all
 
 
 class Hidden(NamedTuple):
@@ -47,6 +49,9 @@ class Hidden(NamedTuple):
 class Seen:
     """Which of S keys L rows see: start <= j < end, int32 [B or 1, H or 1, L or 1], and mask, bool [B or 1, H
     or 1, L or 1, S]; None: no such bound. G query heads share a key head.
+
+    A start that is no constant, and end with it, never decrease from row to row, as with texts end to end.
+    Other ends may: of the rows that see something, if these skip tiles, the tiles between are met in vain.
     """
 
     L: int
@@ -82,7 +87,15 @@ class Seen:
     @property
     def _unbroken(self):
         """Whether the ranges of the rows that see something leave no gap between them."""
-        return self.start is None or isinstance(self.start, np.ndarray)  # one key further from row to row
+        fixed = self.start is None or isinstance(self.start, np.ndarray)  # one key further from row to row
+        return fixed or max(x.shape[2] for x in self.rows) == 1
+
+    def alive(self, lse):
+        """bool [B or 1, H or 1, L]: the rows that see something; by lse [B, H, L], where a mask tells."""
+        if self.mask is not None:
+            return lse < jnp.inf
+        start, end = self.rows
+        return jnp.broadcast_to(start < end, (*start.shape[:2], self.L))
 
     @property
     def rows(self):
@@ -92,25 +105,33 @@ class Seen:
         xp = jnp if isinstance(end, jax.Array) or isinstance(start, jax.Array) else np
         return xp.broadcast_arrays(start, end)
 
+    def reach(self, size):
+        """(first, last, least, most), int32 [B or 1, H or 1, tiles or 1], of every tile of `size` rows: all
+        keys that a row sees are among first <= j < last, and every row sees all least <= j < most.
+        """
+        start, end = self.rows
+        xp, some = np if isinstance(end, np.ndarray) else jnp, start < end
+        if start.shape[2] > 1:
+            long = [(0, 0), (0, 0), (0, -self.L % size)]
+            cut = lambda x, fill: xp.pad(x, long, constant_values=fill).reshape(*x.shape[:2], -1, size)
+        else:
+            cut = lambda x, fill: x[..., None]
+        first, last = cut(xp.where(some, start, self.S), self.S).min(3), cut(xp.where(some, end, 0), 0).max(3)
+        return first, last, cut(start, 0).max(3), cut(end, self.S).min(3)
+
     def tiles(self, size, keys):
         """(seen, whole), bool [B or 1, H or 1, tiles or 1, tiles of keys]: which tiles of `size` queries and
         `keys` keys may hold a key that a row sees, and of which every row sees every key.
         """
-        start, end = self.rows
-        xp = np if isinstance(end, np.ndarray) else jnp
-        if start.shape[2] > 1:
-            long = [(0, 0), (0, 0), (0, -self.L % size)]
-            cut = lambda x, fill: xp.pad(x, long, constant_values=fill).reshape(*x.shape[:2], -1, size, 1)
-            low, high, least, most = cut(start, self.S), cut(end, 0), cut(start, 0), cut(end, 2**30)
-        else:
-            low, high = (x[..., None, None] for x in (start, end))
-            least, most = low, high
-        first = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None, None]
-        seen = ((low < high) & (low < first + keys) & (high > first)).any(3)
-        whole = ((least <= first) & (most >= first + keys)).all(3)
+        first, last, least, most = (x[..., None] for x in self.reach(size))
+        at = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None]
+        seen, whole = (first < at + keys) & (last > at), (least <= at) & (most >= at + keys)
         if self.mask is None:
+            if not self._unbroken:
+                some = jnp.pad(self._met(), [(0, 0), (0, 0), (0, -self.S % keys)])
+                seen = seen & some.reshape(*some.shape[:2], 1, -1, keys).any(4)
             return seen, whole
-        bits, n = packed(self.mask), first.shape[4]
+        bits, n = packed(self.mask), at.shape[3]
         bits = jnp.pad(bits, [(0, 0), (0, 0), (0, 0), (0, keys // 8)])[..., : n * keys // 8]
         tall = size if bits.shape[2] > 1 else 1
         cut = lambda fill: _rows_of(bits, tall, fill).reshape(*bits.shape[:2], -1, tall, n, keys // 8)
@@ -124,7 +145,7 @@ class Seen:
         if dirty is not None:
             each = self.G if dirty.shape[1] > 1 else 1
             at = jnp.where(jnp.repeat(dirty, each, axis=1)[:, :, None], -1 - at, at)
-        lists = listing(*self.tiles(size, keys), at)
+        lists = self._listed(*self.tiles(size, keys), at)
         order = by_cost(lists, -(-self.L // size)) if ordered else None
         return Hidden(lists, self._bounds(), self._padded(), spare, order=order)
 
@@ -134,13 +155,13 @@ class Seen:
         where batches differ.
         """
         seen, whole = self.tiles(size, keys)
-        if seen.shape[2] == 1:
-            tall = -(-self.L // size)
-            seen, whole = (jnp.broadcast_to(x, (*x.shape[:2], tall, x.shape[3])) for x in (seen, whole))
         at = np.arange(0, self.L, size, dtype=np.int32)[None, None, None]
+        seen, whole = (
+            jnp.broadcast_to(x, (*x.shape[:2], at.shape[3], x.shape[3])).swapaxes(2, 3) for x in (seen, whole)
+        )
         if dirty is not None:
             at = jnp.where(dirty[:, :, None], -1 - at, at)
-        lists = listing(seen.swapaxes(2, 3), whole.swapaxes(2, 3), at)
+        lists = self._listed(seen, whole, at)
         back = lists[:, :, ::-1]  # the kernel counts its tiles from the last
         order = by_cost(back, lists.shape[2]) if ordered or len(lists) > 1 else None
         return Hidden(lists, self._bounds(), self._padded(turned=True), spare, stay, order)
@@ -155,6 +176,9 @@ class Seen:
         ds = jnp.where(seen if self.mask is None else seen & self.mask, ds, 0)
         axes = tuple(a for a in range(4) if bias.shape[a] == 1)
         return ds.sum(axes, keepdims=True, dtype=jnp.float32).astype(bias.dtype)
+
+    def _listed(self, seen, whole, at):
+        return running(seen, whole, at, not self._unbroken) if self.mask is None else listing(seen, whole, at)
 
     def _bounds(self):
         if self.start is None and self.end is None:
@@ -174,20 +198,24 @@ class Seen:
 
     def keys(self):
         """bool [B or 1, Hkv or 1, S]: the keys that some row of a key head's query heads sees."""
-        j = np.arange(self.S, dtype=np.int32)[None, None, None]
-        if self.start is None and self.end is None:
-            seen = unpacked(lax.reduce(packed(self.mask), np.uint8(0), lax.bitwise_or, (2,)))[..., : self.S]
-        elif self.mask is None and self._unbroken:
-            start, end = self.rows
-            none = start >= end
-            first, last = jnp.where(none, self.S, start).min(2), jnp.where(none, 0, end).max(2)
-            seen = (j[0] >= first[..., None]) & (j[0] < last[..., None])
-        else:
-            start, end = (x[..., None] for x in self.rows)
-            seen = (j >= start) & (j < end)
-            seen = (seen if self.mask is None else seen & self.mask).any(2)
+        seen = self._met()
         B, H = seen.shape[:2]
         return seen.reshape(B, -1, self.G if H > 1 else 1, self.S).any(2)
+
+    def _met(self):
+        """bool [B or 1, H or 1, S]: the keys that some row sees."""
+        if self.start is None and self.end is None:
+            return unpacked(lax.reduce(packed(self.mask), np.uint8(0), lax.bitwise_or, (2,)))[..., : self.S]
+        j = np.arange(self.S, dtype=np.int32)[None, None]
+        if self.mask is not None:
+            start, end = (x[..., None] for x in self.rows)
+            return ((j[None] >= start) & (j[None] < end) & self.mask).any(2)
+        if self._unbroken:
+            first, last = self.reach(self.L)[:2]
+            return (j >= first) & (j < last)
+        start, end = self.rows
+        row = searched(end, j, "right")  # the first to end behind the key: later ones begin no earlier
+        return (row < self.L) & (jnp.take_along_axis(start, jnp.minimum(row, self.L - 1), 2) <= j)
 
 
 def by_cost(lists, tall):
@@ -202,6 +230,14 @@ def by_cost(lists, tall):
     ahead = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (number[None] < number[:, None]))
     rank = ahead.sum(-1, dtype=jnp.int32)
     return jnp.where(rank[None] == number[:, None], number[None], 0).sum(-1, dtype=jnp.int32)
+
+
+def searched(values, than, side):
+    """int32 [.., n]: of how many of values [.., m], which do not decrease, value < than [.., n] holds; with
+    side="right", value <= than. Unrolled it is one kernel.
+    """
+    search = partial(jnp.searchsorted, side=side, method="scan_unrolled")
+    return jnp.vectorize(search, signature="(m),(n)->(n)")(values, than).astype(jnp.int32)
 
 
 def packed(mask):
@@ -234,9 +270,39 @@ def listing(seen, whole, at):
     number = np.broadcast_to(np.arange(n, dtype=np.int32), seen.shape)
     place = xp.where(seen, xp.where(whole, 1, 0), 2) * n + number
     count = lambda x: x.sum(-1, keepdims=True)
-    if xp is np:
-        found = np.take_along_axis(at, np.argsort(place, axis=-1), axis=-1)
+    if xp is np or n >= MANY:
+        found = xp.take_along_axis(at, xp.argsort(place, axis=-1), axis=-1)
     else:  # all against all in one small kernel, where sorting takes many
         rank = (place[..., None, :] < place[..., :, None]).sum(-1)
         found = jnp.where(rank[..., None, :] == number[..., :, None], at[..., None, :], 0).sum(-1)
     return jnp.asarray(xp.concatenate([count(seen), count(seen & ~whole), found], axis=-1), jnp.int32)
+
+
+def running(seen, whole, at, broken):
+    """As `listing`, where every tile sees a run of others, of which a run is whole: found by their ends.
+
+    broken: but for others that no tile sees, which are left out. Whole ones that are no run are taken for
+    cut, and what lies within a run for seen. seen, whole: bool [.., tiles, n]; at: int32 [.., 1, n].
+    """
+    n = seen.shape[-1]
+    number = place = np.arange(n, dtype=np.int32).reshape(*[1] * (seen.ndim - 1), n)
+    if broken:  # by the place among those that some tile sees
+        some = seen.any(-2, keepdims=True)
+        upright = lambda x: x.reshape(*x.shape[:-2], n, 1)
+        place = (some & (number < upright(number))).sum(-1, dtype=jnp.int32)[..., None, :]
+        own = some & (place == upright(number))
+        at = jnp.where(own, at, 0).sum(-1, dtype=jnp.int32)[..., None, :]
+    ends = lambda x: (
+        jnp.where(x, place, n).min(-1, keepdims=True),
+        jnp.where(x, place + 1, 0).max(-1, keepdims=True),
+    )
+    (begin, end), (first, stop) = ends(seen), ends(whole)
+    clear = whole.sum(-1, keepdims=True, dtype=jnp.int32)
+    clear = jnp.where(clear == stop - first, clear, 0)
+    count = jnp.maximum(end - begin, 0)
+    cut, x = count - clear, begin + number
+    x = jnp.where((clear > 0) & (x >= first), x + clear, x)
+    x = jnp.where(number < cut, x, first + number - cut)
+    found = jnp.take_along_axis(at, jnp.minimum(x, n - 1), axis=-1)
+    count, cut = (jnp.broadcast_to(y, (*found.shape[:-1], 1)) for y in (count, cut))
+    return jnp.concatenate([count, cut, found], axis=-1)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import accel
 import ref
@@ -466,7 +467,7 @@ def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
             "ends": {"end": rng.integers(-1, S - 50, (B, H, L)).astype(np.int32)},
             "causal": {"hi": S - L},
             "window": {"lo": -20, "hi": 30},
-            "segments": {"start": rng.integers(0, S, (B, 1, L)), "end": rng.integers(0, S, (B, 1, L))},
+            "segments": {n: np.sort(rng.integers(0, S, (B, 1, L)), -1) for n in ("start", "end")},
             "padding": {"mask": rng.random((B, 1, 1, S)) < np.linspace(1.5, 0, S)},
             "mask": {"mask": rng.random((1, H, L, S)) < np.where(np.arange(S) < 150, 1, 1e-4)},
         }[part]
@@ -506,17 +507,129 @@ def test_flash_hopper_lists_meet_every_visible_pair_once(name, by_key):
     assert not met[:, :, L:].any()
 
 
+def _texts(rng, L, S):
+    """{start, end}, [2, 1, L], of texts by ids with gaps on both sides, cut by lengths."""
+    draw = lambda n: np.sort(rng.choice(rng.integers(-1, 20, 6), (2, n)), -1)
+    ids, others, length = draw(L), draw(S), rng.integers(S // 2, S + 1, (2, 1, 1))
+    each = lambda side: np.stack([np.searchsorted(x, y, side) for x, y in zip(others, ids, strict=True)])
+    return {"start": each("left")[:, None], "end": np.minimum(each("right")[:, None], length)}
+
+
+def _ends(rng, L, S):
+    """{end}, [2, 1, L]: lengths of keys, and of queries, beyond which rows see nothing."""
+    length, rows = rng.integers(0, S + 1, (2, 1, 1)), rng.integers(0, L + 1, (2, 1, 1))
+    return {"end": np.where(np.arange(L) < rows, length, 0)}
+
+
+RUNS = {  # what is drawn by lot for two batches, and lo, hi
+    "flash_lengths": (lambda rng, L, S: {"end": rng.integers(0, S + 1, (2, 1, 1))}, None, None),
+    "flash_window": (_ends, -99, 30),
+    "flash_segments": (_texts, None, None),
+    "flash_segments_causal": (_texts, None, 20),
+}
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("name", RUNS)
+def test_flash_hopper_runs_are_what_comparisons_list(name, by_key):
+    """Lists found from the ends of runs are those of the pairs themselves, seen and whole, in their order; so
+    are the keys that anybody sees.
+    """
+    from accel.kernels.flash_hopper_lists import Seen, listing
+
+    L, S, size, keys = (140, 300, 64, 128) if by_key else (333, 270, 128, 64)
+    draw, lo, hi = RUNS[name]
+
+    @jax.jit
+    def told(arrays):
+        made = Seen.make(L, S, 1, lo, hi, **arrays)
+        return (made.by_key if by_key else made.by_query)(size, keys).lists, made.keys()
+
+    i, j = np.indices((L, S))
+    band = (j - i >= (-L if lo is None else lo)) & (j - i <= (S if hi is None else hi))
+    for seed in range(20):
+        arrays = draw(np.random.default_rng(seed), L, S)
+        lists, some = map(np.asarray, told({n: x.astype(np.int32) for n, x in arrays.items()}))
+        seen = (
+            band & (j < arrays["end"][..., None]) & (j >= arrays.get("start", np.zeros((1, 1, 1)))[..., None])
+        )
+        np.testing.assert_array_equal(some, seen.any(2))
+        full = [(0, 0), (0, 0), (0, -L % size), (0, -S % keys)]
+        cut = lambda x, fill, full=full: np.pad(x, full, constant_values=fill).reshape(
+            2, 1, -1, size, -(-S // keys), keys
+        )
+        seen, whole = cut(seen, False).any((3, 5)), cut(seen, True).all((3, 5))
+        whole[..., -1] = False  # the end of the keys cuts the last
+        if by_key:
+            seen, whole = seen.swapaxes(2, 3), whole.swapaxes(2, 3)
+        at = (size if by_key else keys) * np.arange(seen.shape[3], dtype=np.int32)[None, None, None]
+        want = np.asarray(listing(seen, whole, at))
+        told_of = np.arange(want.shape[3]) < 2 + want[..., :1]
+        np.testing.assert_array_equal(np.where(told_of, lists, 0), np.where(told_of, want, 0))
+
+
+def test_flash_hopper_lists_of_rows_out_of_order_meet_all():
+    """Ends that go up and down: tiles may be met in vain, and none is missed or taken for whole."""
+    from accel.kernels.flash_hopper_lists import Seen
+
+    L, S, rng = 200, 500, np.random.default_rng(0)
+    end = np.where(rng.random((1, 1, L)) < 0.1, rng.integers(0, S, (1, 1, L)), 64).astype(np.int32)
+    seen = np.pad(np.arange(S) < end[0, 0, :, None], [(0, 56), (0, 12)]).reshape(4, 64, 4, 128)
+    whole = np.pad(np.arange(S) < end[0, 0, :, None], [(0, 56), (0, 12)], constant_values=True)
+    whole = whole.reshape(4, 64, 4, 128).all((1, 3))
+    lists = np.asarray(jax.jit(lambda e: Seen.make(L, S, 1, end=e).by_key(64, 128).lists)(end))[0, 0]
+    for tile, (n, cut, *at) in enumerate(lists):
+        met = np.array(at[:n], int) // 64
+        assert set(met) >= set(np.flatnonzero(seen[:, :, tile].any((1, 2))))
+        assert len(set(met)) == n
+        assert whole[met[cut:], tile].all()
+
+
+@pytest.mark.parametrize("both", ["by_query", "by_key"])
+def test_flash_hopper_tables_grow_with_pairs_of_tiles(both):
+    """Texts end to end: the largest array on the way to the lists, and keys, is one of pairs of tiles."""
+    from accel.kernels.flash_hopper_lists import Seen, searched
+
+    def largest(N):
+        def tables(ids):
+            start, end = (searched(ids, ids, side)[:, None] for side in ("left", "right"))
+            seen = Seen.make(N, N, 1, hi=0, start=start, end=end)
+            return getattr(seen, both)(128, 128), seen.keys()
+
+        def sizes(jaxpr):
+            for e in jaxpr.eqns:
+                yield from (x.aval.size for x in e.outvars)
+                for inner in jaxprs_in_params(e.params):
+                    yield from sizes(inner)
+
+        return max(sizes(jax.make_jaxpr(tables)(jax.ShapeDtypeStruct((1, N), jnp.int32)).jaxpr))
+
+    for N in (2**15, 2**20):
+        assert largest(N) <= max(4 * N, 2 * (N // 128) ** 2 + 4 * N // 128), N
+
+
+def test_flash_hopper_long_lists_are_sorted():
+    """Lists long enough for a sort are those of NumPy, as short ones are."""
+    from accel.kernels.flash_hopper_lists import MANY, listing
+
+    rng = np.random.default_rng(0)
+    for n in (MANY, 9):
+        seen, whole = rng.random((2, 1, 2, 3, n)) < 0.5
+        at = 64 * np.arange(n, dtype=np.int32)[None, None, None]
+        np.testing.assert_array_equal(*(f(seen, whole, at) for f in (jax.jit(listing), listing)))
+
+
 @pytest.mark.parametrize(("B", "b", "S", "L"), [(1, 1, 5, 7), (3, 1, 64, 10), (1, 3, 65, 33), (2, 2, 200, 1)])
 def test_flash_segments_are_counted_as_by_searching(B, b, S, L):
-    """Where the run of keys of every query begins and ends, whole blocks and parts of them."""
+    """Where the run of keys of every query begins and ends."""
     rng = np.random.default_rng(S)
     ids = np.sort(rng.integers(-3, 9, (B, S)).astype(np.int32))
     than = rng.integers(-4, 10, (b, L)).astype(np.int32)
     n = max(B, b)
     full = np.broadcast_to(ids, (n, S)), np.broadcast_to(than, (n, L))
-    for op, side in ((jnp.less, "left"), (jnp.less_equal, "right")):
+    for side in ("left", "right"):
         want = [np.searchsorted(x, y, side=side) for x, y in zip(*full, strict=True)]
-        np.testing.assert_array_equal(accel.flash._count(op, jnp.asarray(ids), jnp.asarray(than)), want)
+        np.testing.assert_array_equal(accel.flash.searched(jnp.asarray(ids), jnp.asarray(than), side), want)
 
 
 def test_flash_kernels_lower_for_their_devices():
