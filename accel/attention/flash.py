@@ -69,30 +69,11 @@ def flash_attention(
     impl: "auto" is a kernel on a GPU or TPU that can run the call, else "xla".
     Raises: ValueError naming the argument; NotImplementedError for an impl that cannot run, saying why.
     """
-    check_blocks(block_q, block_k)
-    check_attention(q, k, v, mask, key_lengths, dropout_mask, dropout_p)
-    check_segments(q, k, q_segment_ids, kv_segment_ids)
+    told = mask, key_lengths, dropout_mask, q_segment_ids, kv_segment_ids
+    static = _static((q, k, v), told, causal, scale, block_q, block_k, dropout_p, impl, interpret)
     if order != "q_outer":
         raise ValueError(f'order must be "q_outer" in accel ("k_outer" is in ref), got {order!r}')
-    o, lse = _flash(
-        *map(jnp.asarray, (q, k, v)),
-        mask,
-        key_lengths,
-        dropout_mask,
-        q_segment_ids,
-        kv_segment_ids,
-        **_static(
-            (q, k, v),
-            (mask, key_lengths, q_segment_ids),
-            causal,
-            scale,
-            block_q,
-            block_k,
-            dropout_p,
-            impl,
-            interpret,
-        ),
-    )
+    o, lse = _flash(*map(jnp.asarray, (q, k, v)), *told, **static)
     return (o, lse) if return_lse else o
 
 
@@ -120,37 +101,23 @@ def flash_attention_bwd(
     """(dq, dk, dv) for the cotangent do of o, probabilities recomputed by tiles from lse; in q's, k's, v's
     dtypes.
     """
-    check_blocks(block_q, block_k)
-    check_attention(q, k, v, mask, key_lengths, dropout_mask, dropout_p)
-    check_segments(q, k, q_segment_ids, kv_segment_ids)
+    told = mask, key_lengths, dropout_mask, q_segment_ids, kv_segment_ids
+    static = _static((q, k, v), told, causal, scale, block_q, block_k, dropout_p, impl, interpret)
     rows = "... H L" if q.ndim > 2 else "L"
     like_v = (v, "... Hkv S Dv" if q.ndim > 2 else "S Dv")
     dims(q=(q, rows + " D"), v=like_v, do=(do, rows + " Dv"), o=(o, rows + " Dv"), lse=(lse, rows))
-    return _flash_bwd(
-        *map(jnp.asarray, (do, q, k, v, o, lse)),
-        mask,
-        key_lengths,
-        dropout_mask,
-        q_segment_ids,
-        kv_segment_ids,
-        **_static(
-            (q, k, v),
-            (mask, key_lengths, q_segment_ids),
-            causal,
-            scale,
-            block_q,
-            block_k,
-            dropout_p,
-            impl,
-            interpret,
-        ),
-    )
+    return _flash_bwd(*map(jnp.asarray, (do, q, k, v, o, lse)), *told, **static)
 
 
-def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, interpret):
-    q = arrays[0]
+def _static(arrays, told, causal, scale, block_q, block_k, dropout_p, impl, interpret):
+    """The static arguments of a call, all of them checked."""
+    (q, k, v), (mask, key_lengths, keep, q_ids, kv_ids) = arrays, told
+    check_blocks(block_q, block_k)
+    check_attention(q, k, v, mask, key_lengths, keep, dropout_p)
+    check_segments(q, k, q_ids, kv_ids)
+    hidden = any(x is not None for x in (mask, key_lengths, q_ids))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    pairs = math.prod(q.shape[:-1]) * arrays[1].shape[-2] if any(x is not None for x in hidden) else None
+    pairs = math.prod(q.shape[:-1]) * k.shape[-2] if hidden else None
     obstacle = 'has no dropout; use impl="xla"' if dropout_p > 0 else kernel_obstacle(*arrays)
     impl = choose_impl(
         impl,
@@ -159,7 +126,7 @@ def _static(arrays, hidden, causal, scale, block_q, block_k, dropout_p, impl, in
         auto=[i for i in kernels(q.shape[-2], pairs) if _takes_tiles(i, block_q, block_k)],
         obstacles={
             "hopper": obstacle or no_hopper(arrays, interpret),
-            "triton": obstacle or too_wide(arrays[0], arrays[2]),
+            "triton": obstacle or too_wide(q, v),
             "tpu": obstacle,
         },
     )
