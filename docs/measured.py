@@ -85,30 +85,36 @@ def attention_table(record):
 
 
 def masks_table(record):
-    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, and cuDNN."""
+    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, and cuDNN; if
+    the record has it, also which share of what the kernels compute is visible.
+    """
     words = {"plain": "all visible", "lengths": "lengths of keys", "packed": "texts side by side",
              "blocks": "tiles of 128, half of them", "random": "single pairs, half of them",
              "bias": "none, a bias for each head", "learnt bias": "the same, with its gradient"}  # fmt: skip
-    rows = {}
-    for r in record["results"]["masks"]:
-        rows.setdefault((r["width"], r["causal"], r["case"]), {})[r["backward"]] = r
-    head = "TFLOP/s | of all visible | cuDNN"
-    yield f"| d | | hidden | forward: {head} | with gradients: {head} |"
-    yield "|--:|---|---|" + "--:|" * 6
+    rows, results = {}, record["results"]["masks"]
+    for r in results:
+        place = r["width"], r.get("tokens", 4096), r["causal"], r["case"]
+        rows.setdefault(place, {})[r["backward"]] = r
+    counted = any("useful" in r for r in results)
+    head = "TFLOP/s | of all visible" + " | of pairs computed" * counted + " | cuDNN"
+    yield f"| d | N | | hidden | forward: {head} | with gradients: {head} |"
+    yield "|--:|--:|---|---|" + "--:|" * (8 if counted else 6)
     speed = lambda r: r["flops"] / r["seconds"]["hopper"] if r["seconds"].get("hopper") else None
-    for (width, causal, case), passes in rows.items():
+    for (*place, case), passes in rows.items():
         cells = []
         for backward in (False, True):
             if (r := passes.get(backward)) is None:
-                cells += [""] * 3
+                cells += [""] * (4 if counted else 3)
                 continue
-            ours, plain = speed(r), speed(rows[width, causal, "plain"][backward])
+            ours, plain = speed(r), speed(rows[*place, "plain"][backward])
             them = r["seconds"].get("cudnn")
             cells.append(f"{ours / 1e12:.0f}" if ours else "")
             cells.append(f"{ours / plain:.2f}" if ours and plain else "")
+            cells += [f"{r['useful']:.2f}" if "useful" in r else ""] * counted
             cells.append(f"{them / r['seconds']['hopper']:.2f}" if ours and them else "")
+        width, tokens, causal = place
         shape = "causal" if causal else "full"
-        yield f"| {width} | {shape} | {words.get(case, case)} | " + " | ".join(cells) + " |"
+        yield f"| {width} | {tokens:,} | {shape} | {words.get(case, case)} | " + " | ".join(cells) + " |"
 
 
 def left_out(record):

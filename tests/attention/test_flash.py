@@ -619,6 +619,25 @@ def test_flash_hopper_long_lists_are_sorted():
         np.testing.assert_array_equal(*(f(seen, whole, at) for f in (jax.jit(listing), listing)))
 
 
+def test_flash_share_of_pairs_computed_is_counted_from_the_lists():
+    """What the GPU's claims store: tiles with a visible pair, and visible pairs, counted one by one."""
+    from tests.claims import flash_gpu
+
+    N, rng = 300, np.random.default_rng(0)
+    told, share = flash_gpu.hidden("packed", 2, N, 1, rng)
+    ids = np.asarray(told["q_segment_ids"])
+    seen = ids[:, :, None] == ids[:, None]
+    assert share == pytest.approx(seen.mean())
+    seen = np.pad(seen & np.tri(N, dtype=bool), [(0, 0), (0, 84), (0, 84)])
+    found = flash_gpu.met(told, 2, N, 128, True)
+    for name, rows, keys in (("forward", 128, 128), ("keys", 64, 128), ("queries", 128, 64)):
+        tiles = seen.reshape(2, -1, rows, 384 // keys, keys).any((2, 4))
+        assert found[name] == pytest.approx(tiles.sum() / 2 * rows * keys / N**2), name
+    told, share = flash_gpu.hidden("lengths", 2, N, 1, rng, causal=True)
+    lengths = np.asarray(told["key_value_seq_lengths"])[:, None, None]
+    assert share == pytest.approx((np.tri(N, dtype=bool) & (np.arange(N) < lengths)).mean())
+
+
 @pytest.mark.parametrize(("B", "b", "S", "L"), [(1, 1, 5, 7), (3, 1, 64, 10), (1, 3, 65, 33), (2, 2, 200, 1)])
 def test_flash_segments_are_counted_as_by_searching(B, b, S, L):
     """Where the run of keys of every query begins and ends."""

@@ -15,6 +15,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,11 @@ import numpy as np
 import accel
 from accel.attention.flash import attention_dense, flash_attention
 from accel.blocks.attention import rows_first
+from accel.kernels import flash_hopper, flash_hopper_backward
+from accel.kernels.flash_hopper_lists import Hidden, searched
 from accel.models import gpt
 from accel.race import race
+from hw.commands.bench_problem import in_threads
 from tests.claims import flash_inside
 from tests.claims.device_time import kernel_seconds
 from tests.claims.flash import adamw, class_loss, start
@@ -86,82 +90,156 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
     return rows
 
 
-def hidden(name, batch, tokens, heads, rng):
+def hidden(name, batch, tokens, heads, rng, causal=False):
     """(options, share): what hides keys, of `flash_attention` in a packed batch, of dot_product_attention
     else, and which share of the pairs of queries and keys counts. Lengths drawn evenly; seven texts, cut by
     lot, end to end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed;
-    a bias for each head, which hides none.
+    a bias for each head, which hides none. causal: top-left, for plain and lengths.
     """
-    if name == "plain":
-        return {}, 1.0
+    if name in ("plain", "lengths"):
+        lengths = rng.integers(1, tokens + 1, batch) if name == "lengths" else np.full(batch, tokens)
+        pairs = lengths * (2 * tokens - lengths + 1) // 2 if causal else lengths * tokens
+        told = {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)} if name == "lengths" else {}
+        return told, float(pairs.mean() / tokens**2)
     if "bias" in name:
         return {"bias": flash_inside.drawn((1, heads, tokens, tokens), 1)[0]}, 1.0
-    if name == "lengths":
-        lengths = rng.integers(1, tokens + 1, batch)
-        return {"key_value_seq_lengths": jnp.asarray(lengths, jnp.int32)}, lengths.mean() / tokens
     if name == "packed":
         cuts = rng.integers(1, tokens, (batch, 6))
         text = (np.arange(tokens) >= cuts[..., None]).sum(1)
-        share = (text[:, None] == text[..., None]).mean()
+        share = np.mean([(np.bincount(x) ** 2).sum() for x in text]) / tokens**2
         return {n: jnp.asarray(text, jnp.int32) for n in ("q_segment_ids", "kv_segment_ids")}, float(share)
     size, keep = (128, 0.5) if name == "blocks" else (1, 0.5)
     mask = (rng.random((1, 1, tokens // size, tokens // size)) < keep).repeat(size, 2).repeat(size, 3)
     return {"mask": jnp.asarray(mask)}, float(mask.mean()) if size > 1 else 1.0
 
 
+def met(told, batch, tokens, width, causal):
+    """{forward, keys, queries: share of the pairs of queries and keys}: in the tiles that the lists of the
+    three kernels for Hopper name, where `told`, options of `hidden`, hides keys.
+    """
+
+    @jax.jit
+    def lists(told):
+        bounds, found = {"scale": 1.0, "hi": 0 if causal else None}, {}
+        if "q_segment_ids" in told:
+            ids = told["q_segment_ids"]
+            bounds |= {n: searched(ids, ids, x)[:, None] for n, x in (("start", "left"), ("end", "right"))}
+        elif "key_value_seq_lengths" in told:
+            bounds["end"] = told["key_value_seq_lengths"][:, None, None]
+        else:
+            bounds["mask"] = told["mask"]
+
+        def noting(name, area, results):
+            def run(how, *args):
+                (told,) = (x for x in args if isinstance(x, Hidden))
+                tall, count = -(-tokens // area(how)[0]), told.lists[..., 0].astype(jnp.float32)
+                found[name] = count.mean() * tall * area(how)[0] * area(how)[1] / tokens**2
+                return results
+
+            return run
+
+        x, row = jnp.zeros((batch, 1, tokens, width), jnp.bfloat16), jnp.zeros((batch, 1, tokens))
+        held = lambda z: (z.groups * flash_hopper.ROWS, z.step)
+        dirty = lambda keep, size: jnp.zeros((1, 1, -(-keep.shape[2] // size)), bool)
+        clean = {"cleaned": lambda arrays, keep, size, *_: ((), dirty(keep, size))}
+        with (
+            mock.patch.multiple(
+                flash_hopper, _run=noting("forward", lambda z: (z.rows, z.keys), (x, row)), **clean
+            ),
+            mock.patch.multiple(
+                flash_hopper_backward,
+                _run_keys=noting("keys", held, (x, x)),
+                _run_queries=noting("queries", held, (x,)),
+                **clean,
+            ),
+        ):
+            flash_hopper.attend.__wrapped__(x, x, x, **bounds)
+            flash_hopper_backward.attend_backward.__wrapped__(x, x, x, x, row, row, **bounds)
+        return found
+
+    return {n: float(x) for n, x in lists(told).items()}
+
+
+PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}  # that each kernel takes of a tile
 HIDES = ("plain", "lengths", "packed", "blocks", "random", "bias", "learnt bias")
+CASES = {(4, 4096, 16): HIDES, (1, 16384, 16): ("plain", "packed")}
 
 
-def masks(names=HIDES, *, shape=(4, 4096, 16), widths=(128, 64)):
-    """[{case, width, causal, backward, share, flops, seconds}] of attention with hidden keys in bfloat16, or
-    with a bias, which gets a gradient if learnt.
+def masks(cases=CASES, *, widths=(128, 64)):
+    """[{case, tokens, width, causal, backward, share, useful, flops, seconds}] of attention with hidden keys
+    in bfloat16, or with a bias, which gets a gradient if learnt; cases by [B, N, H].
 
-    seconds: on the device, ours with all that JAX adds, and cuDNN's where it runs; flops: of `share` alone.
+    seconds: on the device, ours with all that JAX adds, and cuDNN's where it runs; flops: of `share` alone;
+    useful: the share of these pairs in all that our kernels compute, weighted by their products.
     """
     rows = []
-    for width, name, causal, backward in (
-        (w, n, c, b) for w in widths for n in names for c in (False, True) for b in (False, True)
-    ):
-        if (causal and name not in ("plain", "lengths")) or (name == "learnt bias" and not backward):
-            continue
+    for width, shape in ((w, s) for w in widths for s in cases):
         x = flash_inside.drawn((*shape, width), 4)
-        told, share = hidden(name, *shape, np.random.default_rng(0))
-        if causal:  # top-left: below the diagonal all keys up to the length
-            n = np.asarray(told.get("key_value_seq_lengths", np.full(shape[0], shape[1]))) / shape[1]
-            share = float((n - n**2 / 2).mean())
-        ids = told.get("q_segment_ids")
-        as_mask = told if ids is None else {"mask": ids[:, None, :, None] == ids[:, None, None]}
-        named = partial(accel.dot_product_attention, is_causal=causal)
-        entries = {"hopper": (partial(named, implementation="hopper"), x, told)}
-        if ids is not None:
-            turned = [jnp.moveaxis(y, 1, 2) for y in x]
-            entries["hopper"] = (partial(flash_attention, causal=causal, impl="hopper"), turned, told)
-        entries["cudnn"] = (partial(named, implementation="cudnn"), x, as_mask)
-        seconds = {}
-        for who, (attend, arrays, hides) in entries.items():
-
-            def pulled(q, k, v, do, hides, attend=attend, learnt=name == "learnt bias"):
-                if learnt:
-                    return jax.vjp(attend, q, k, v, hides["bias"])[1](do)
-                return jax.vjp(partial(attend, **hides), q, k, v)[1](do)
-
-            if backward:
-                call, args = jax.jit(pulled), (*arrays, hides)
-            else:
-                call, args = (
-                    jax.jit(lambda q, k, v, hides, f=attend: f(q, k, v, **hides)),
-                    (*arrays[:3], hides),
-                )
-            try:
-                seconds[who] = sum(kernel_seconds(lambda call=call, args=args: call(*args)).values())
-            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-                print(name, who, str(error).split("\n")[0][:200], flush=True)
-        flops = 4 * shape[0] * shape[2] * shape[1] ** 2 * width * share * (3.5 if backward else 1)
-        rows.append({"case": name, "width": width, "causal": causal, "backward": backward, "share": share,
-                     "flops": flops, "seconds": seconds})  # fmt: skip
-        speeds = {who: round(flops / s / 1e12) for who, s in seconds.items()}
-        print(f"D {width:4} {name:8} causal {causal!s:5} both {backward!s:5} TFLOP/s {speeds}", flush=True)
+        for name, causal in ((n, c) for n in cases[shape] for c in (False, True)):
+            if causal and name not in ("plain", "lengths"):
+                continue
+            told, share = hidden(name, *shape, np.random.default_rng(0), causal)
+            passes = (True,) if name == "learnt bias" else (False, True)
+            programs = [
+                (backward, who, program, args)
+                for backward in passes
+                for who, program, args in _programs(name, x, told, causal, backward)
+            ]
+            computed = None if not told or "bias" in told else met(told, *shape[:2], width, causal)
+            compiled = in_threads(lambda p: _compiled(p[2], p[3]), programs)
+            for backward in passes:
+                seconds = {
+                    who: sum(kernel_seconds(partial(call, *args)).values())
+                    for (one, who, _, args), call in zip(programs, compiled, strict=True)
+                    if one == backward and call
+                }
+                row = {"case": name, "tokens": shape[1], "width": width, "causal": causal, "share": share}
+                row |= {"backward": backward, "seconds": seconds}
+                row["flops"] = 4 * x[0].size * shape[1] * share * (3.5 if backward else 1)
+                if computed:
+                    parts = PRODUCTS if backward else {"forward": 1}
+                    done = sum(parts[n] * computed[n] for n in parts)
+                    row["useful"] = share * sum(parts.values()) / done
+                rows.append(row)
+                speeds = {who: round(row["flops"] / s / 1e12) for who, s in seconds.items()}
+                told_of = {
+                    n: row[n] for n in ("tokens", "width", "case", "causal", "backward", "useful") if n in row
+                }
+                print(*told_of.values(), "TFLOP/s", speeds, flush=True)
     return rows
+
+
+def _programs(name, x, told, causal, backward):
+    """[(who, jitted function, its arguments)] of ours and cuDNN's attention, x = (q, k, v, do)."""
+    ids = told.get("q_segment_ids")
+    as_mask = told if ids is None else {"mask": ids[:, None, :, None] == ids[:, None, None]}
+    named = partial(accel.dot_product_attention, is_causal=causal)
+    entries = {"hopper": (partial(named, implementation="hopper"), x, told)}
+    if ids is not None:
+        turned = [jnp.moveaxis(y, 1, 2) for y in x]
+        entries["hopper"] = (partial(flash_attention, causal=causal, impl="hopper"), turned, told)
+    entries["cudnn"] = (partial(named, implementation="cudnn"), x, as_mask)
+
+    def program(attend):
+        if not backward:
+            return jax.jit(lambda q, k, v, hides: attend(q, k, v, **hides))
+        if name == "learnt bias":
+            return jax.jit(lambda q, k, v, do, hides: jax.vjp(attend, q, k, v, hides["bias"])[1](do))
+        return jax.jit(lambda q, k, v, do, hides: jax.vjp(partial(attend, **hides), q, k, v)[1](do))
+
+    return [
+        (who, program(attend), (*arrays[: 4 if backward else 3], hides))
+        for who, (attend, arrays, hides) in entries.items()
+    ]
+
+
+def _compiled(program, args):
+    """The program for these arguments, or None where that fails, which is printed."""
+    try:
+        return program.lower(*args).compile()
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        print(str(error).split("\n")[0][:200], flush=True)
+    return None
 
 
 GPT2 = {"vocab": 50257, "dim": 768, "depth": 12, "heads": 12}
