@@ -127,9 +127,6 @@ class Seen:
         at = np.arange(0, self.S, keys, dtype=np.int32)[None, None, None]
         seen, whole = (first < at + keys) & (last > at), (least <= at) & (most >= at + keys)
         if self.mask is None:
-            if not self._unbroken:
-                some = jnp.pad(self._met(), [(0, 0), (0, 0), (0, -self.S % keys)])
-                seen = seen & some.reshape(*some.shape[:2], 1, -1, keys).any(4)
             return seen, whole
         bits, n = packed(self.mask), at.shape[3]
         bits = jnp.pad(bits, [(0, 0), (0, 0), (0, 0), (0, keys // 8)])[..., : n * keys // 8]
@@ -145,7 +142,12 @@ class Seen:
         if dirty is not None:
             each = self.G if dirty.shape[1] > 1 else 1
             at = jnp.where(jnp.repeat(dirty, each, axis=1)[:, :, None], -1 - at, at)
-        lists = self._listed(*self.tiles(size, keys), at)
+        if self.mask is None:
+            first, last, least, most = self.reach(size)
+            run = first // keys, -(-last // keys), -(-least // keys), most // keys
+            lists = running(*run, at, None if self._unbroken else self._met_tiles(keys))
+        else:
+            lists = listing(*self.tiles(size, keys), at)
         order = by_cost(lists, -(-self.L // size)) if ordered else None
         return Hidden(lists, self._bounds(), self._padded(), spare, order=order)
 
@@ -154,14 +156,22 @@ class Seen:
         that are `dirty`, bool [B or 1, H or 1, tiles]; ordered: with the order by cost, which it has anyway
         where batches differ.
         """
-        seen, whole = self.tiles(size, keys)
         at = np.arange(0, self.L, size, dtype=np.int32)[None, None, None]
-        seen, whole = (
-            jnp.broadcast_to(x, (*x.shape[:2], at.shape[3], x.shape[3])).swapaxes(2, 3) for x in (seen, whole)
-        )
+        tall, tiles = at.shape[3], self.tiles(size, keys)
+        seen, whole = (jnp.broadcast_to(x, (*x.shape[:2], tall, x.shape[3])) for x in tiles)
         if dirty is not None:
             at = jnp.where(dirty[:, :, None], -1 - at, at)
-        lists = self._listed(seen, whole, at)
+        if self.mask is None:
+            number, some = np.arange(tall, dtype=np.int32)[None, None, :, None], None
+            ends = lambda x: (jnp.where(x, number, tall).min(2), jnp.where(x, number + 1, 0).max(2))
+            (begin, end), (clear, stop) = ends(seen), ends(whole)
+            stop = jnp.where(whole.sum(2) == stop - clear, stop, clear)  # none is whole if they are no run
+            if not self._unbroken:
+                first, last = self.reach(size)[:2]
+                end, some = jnp.where(self._met_tiles(keys), end, begin), first < last
+            lists = running(begin, end, clear, stop, at, some)
+        else:
+            lists = listing(seen.swapaxes(2, 3), whole.swapaxes(2, 3), at)
         back = lists[:, :, ::-1]  # the kernel counts its tiles from the last
         order = by_cost(back, lists.shape[2]) if ordered or len(lists) > 1 else None
         return Hidden(lists, self._bounds(), self._padded(turned=True), spare, stay, order)
@@ -176,9 +186,6 @@ class Seen:
         ds = jnp.where(seen if self.mask is None else seen & self.mask, ds, 0)
         axes = tuple(a for a in range(4) if bias.shape[a] == 1)
         return ds.sum(axes, keepdims=True, dtype=jnp.float32).astype(bias.dtype)
-
-    def _listed(self, seen, whole, at):
-        return running(seen, whole, at, not self._unbroken) if self.mask is None else listing(seen, whole, at)
 
     def _bounds(self):
         if self.start is None and self.end is None:
@@ -216,6 +223,11 @@ class Seen:
         start, end = self.rows
         row = searched(end, j, "right")  # the first to end behind the key: later ones begin no earlier
         return (row < self.L) & (jnp.take_along_axis(start, jnp.minimum(row, self.L - 1), 2) <= j)
+
+    def _met_tiles(self, keys):
+        """bool [B or 1, H or 1, tiles]: of so many keys, those of which some row sees one."""
+        met = jnp.pad(self._met(), [(0, 0), (0, 0), (0, -self.S % keys)])
+        return met.reshape(*met.shape[:2], -1, keys).any(3)
 
 
 def by_cost(lists, tall):
@@ -278,31 +290,22 @@ def listing(seen, whole, at):
     return jnp.asarray(xp.concatenate([count(seen), count(seen & ~whole), found], axis=-1), jnp.int32)
 
 
-def running(seen, whole, at, broken):
-    """As `listing`, where every tile sees a run of others, of which a run is whole: found by their ends.
-
-    broken: but for others that no tile sees, which are left out. Whole ones that are no run are taken for
-    cut, and what lies within a run for seen. seen, whole: bool [.., tiles, n]; at: int32 [.., 1, n].
+def running(begin, end, whole, stop, at, some=None):
+    """As `listing`, where a tile sees the others begin <= x < end, and all of whole <= x < stop among these,
+    int32 [.., tiles]; but for others that are not in `some`, bool [.., n]. at: int32 [.., 1, n].
     """
-    n = seen.shape[-1]
-    number = place = np.arange(n, dtype=np.int32).reshape(*[1] * (seen.ndim - 1), n)
-    if broken:  # by the place among those that some tile sees
-        some = seen.any(-2, keepdims=True)
-        upright = lambda x: x.reshape(*x.shape[:-2], n, 1)
-        place = (some & (number < upright(number))).sum(-1, dtype=jnp.int32)[..., None, :]
-        own = some & (place == upright(number))
-        at = jnp.where(own, at, 0).sum(-1, dtype=jnp.int32)[..., None, :]
-    ends = lambda x: (
-        jnp.where(x, place, n).min(-1, keepdims=True),
-        jnp.where(x, place + 1, 0).max(-1, keepdims=True),
-    )
-    (begin, end), (first, stop) = ends(seen), ends(whole)
-    clear = whole.sum(-1, keepdims=True, dtype=jnp.int32)
-    clear = jnp.where(clear == stop - first, clear, 0)
-    count = jnp.maximum(end - begin, 0)
-    cut, x = count - clear, begin + number
-    x = jnp.where((clear > 0) & (x >= first), x + clear, x)
-    x = jnp.where(number < cut, x, first + number - cut)
-    found = jnp.take_along_axis(at, jnp.minimum(x, n - 1), axis=-1)
-    count, cut = (jnp.broadcast_to(y, (*found.shape[:-1], 1)) for y in (count, cut))
-    return jnp.concatenate([count, cut, found], axis=-1)
+    n, stop = at.shape[-1], jnp.maximum(whole, stop)
+    if some is not None:  # all by the place among these
+        before = jnp.cumsum(some, -1, dtype=jnp.int32)
+        place = np.arange(n, dtype=np.int32).reshape(*[1] * (some.ndim - 1), n)
+        at = jnp.take_along_axis(at, searched(before, place, "right")[..., None, :], -1, mode="clip")
+        before = jnp.pad(before, [(0, 0)] * (some.ndim - 1) + [(1, 0)])
+        begin, end, whole, stop = (jnp.take_along_axis(before, x, -1) for x in (begin, end, whole, stop))
+    count, clear = jnp.maximum(end - begin, 0), stop - whole
+    begin, whole, count, clear = (x[..., None] for x in (begin, whole, count, clear))
+    cut = count - clear
+    entry = np.arange(-2, n, dtype=np.int32).reshape(*[1] * (at.ndim - 1), n + 2)
+    x = begin + entry
+    x = jnp.where(entry < cut, jnp.where((clear > 0) & (x >= whole), x + clear, x), whole + entry - cut)
+    found = jnp.take_along_axis(at, x, -1, mode="clip")
+    return jnp.where(entry < 0, jnp.where(entry == -2, count, cut), found)
