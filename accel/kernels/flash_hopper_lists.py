@@ -274,7 +274,8 @@ def _rows_of(x, tall, fill):
 
 def listing(seen, whole, at):
     """int32 [.., tiles, 2 + n]: for every tile how many of n others it sees, how many of these are cut, and
-    where they begin, the cut ones first. seen, whole: bool [.., tiles, n]; at: int32, broadcastable to these.
+    where they begin, the cut ones first; where the first begins if it sees none, as kernels look there then.
+    seen, whole: bool [.., tiles, n]; at: int32, broadcastable to these.
     """
     xp = np if all(isinstance(x, np.ndarray) for x in (seen, whole, at)) else jnp
     seen, whole, at = xp.broadcast_arrays(seen, whole, at)
@@ -294,7 +295,7 @@ def running(begin, end, whole, stop, at, some=None):
     """As `listing`, where a tile sees the others begin <= x < end, and all of whole <= x < stop among these,
     int32 [.., tiles]; but for others that are not in `some`, bool [.., n]. at: int32 [.., 1, n].
     """
-    n, stop = at.shape[-1], jnp.maximum(whole, stop)
+    n, first, stop = at.shape[-1], at[..., :1], jnp.maximum(whole, stop)
     if some is not None:  # all by the place among these
         before = jnp.cumsum(some, -1, dtype=jnp.int32)
         place = np.arange(n, dtype=np.int32).reshape(*[1] * (some.ndim - 1), n)
@@ -307,5 +308,5 @@ def running(begin, end, whole, stop, at, some=None):
     entry = np.arange(-2, n, dtype=np.int32).reshape(*[1] * (at.ndim - 1), n + 2)
     x = begin + entry
     x = jnp.where(entry < cut, jnp.where((clear > 0) & (x >= whole), x + clear, x), whole + entry - cut)
-    found = jnp.take_along_axis(at, x, -1, mode="clip")
+    found = jnp.where(count > 0, jnp.take_along_axis(at, x, -1, mode="clip"), first)
     return jnp.where(entry < 0, jnp.where(entry == -2, count, cut), found)
