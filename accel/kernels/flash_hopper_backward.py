@@ -281,6 +281,10 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
         across = lambda x: lax.broadcast_in_dim(x, (ROWS, z.step), [1])
         scores = plgpu.ACC((ROWS, z.step), jnp.float32)
         unit = z.scale * LOG2E
+        # Scores that begin with -lse leave it no registers of its own, of which heads of 128 with something
+        # to hide have too few; where registers suffice it takes longer.
+        cut = veiled or z.lo is not None or z.hi is not None
+        lse_first = hidden.bias is not None or (max(D, Dv) > 64 and cut and abs(z.scale) > 2.0**-30)
 
         def compute(group):
             def veil(x, s_at, first, words):
@@ -300,10 +304,14 @@ def _run_keys(z, cores, hidden, do, q, k, v, lse, delta):
                 plgpu.barrier_wait(seen_q.at[s_at])
                 plgpu.barrier_wait(seen_do.at[s_at])
                 lse, words, begun = spread(lse_room.at[s_at], by_column), None, ()
-                if hidden.bias is not None:  # lse then takes no registers of its own
-                    bias = spread(transposed(beside.at[s_at * z.groups + group]), across_keys)
-                    bias = plgpu.layout_cast(bias, plgpu.Layout.WGMMA)
-                    begun = (begin_with(bias, z.scale, across(lse * (1 / unit))),)
+                if lse_first:
+                    less = across(lse * (1 / unit))
+                    if hidden.bias is None:
+                        begun = (plgpu.ACC.init(-less),)
+                    else:
+                        bias = spread(transposed(beside.at[s_at * z.groups + group]), across_keys)
+                        bias = plgpu.layout_cast(bias, plgpu.Layout.WGMMA)
+                        begun = (begin_with(bias, z.scale, less),)
                 if masked and hidden.mask is not None:
                     words = words_of(mask_room.at[s_at, pl.ds(group * ROWS, ROWS)], query, z.step)
 
