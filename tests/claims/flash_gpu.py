@@ -161,51 +161,47 @@ def met(told, batch, tokens, width, causal):
 
 
 PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}  # that each kernel takes of a tile
-HIDES = ("plain", "lengths", "packed", "blocks", "random", "bias", "learnt bias")
-CASES = {(4, 4096, 16): HIDES, (1, 16384, 16): ("plain", "packed")}
+CASES = (  # [B, N, H], what hides keys, causal
+    *(((4, 4096, 16), n, c) for n in ("plain", "lengths") for c in (False, True)),
+    *(((4, 4096, 16), n, False) for n in ("packed", "blocks", "random", "bias", "learnt bias")),
+    *(((1, 16384, 16), n, False) for n in ("plain", "packed")),
+)
 
 
 def masks(cases=CASES, *, widths=(128, 64)):
     """[{case, tokens, width, causal, backward, share, useful, flops, seconds}] of attention with hidden keys
-    in bfloat16, or with a bias, which gets a gradient if learnt; cases by [B, N, H].
+    in bfloat16, or with a bias, which gets a gradient if learnt.
 
     seconds: on the device, ours with all that JAX adds, and cuDNN's where it runs; flops: of `share` alone;
     useful: the share of these pairs in all that our kernels compute, weighted by their products.
     """
     rows = []
-    for width, shape in ((w, s) for w in widths for s in cases):
+    for width, (shape, name, causal) in ((w, c) for w in widths for c in cases):
         x = flash_inside.drawn((*shape, width), 4)
-        for name, causal in ((n, c) for n in cases[shape] for c in (False, True)):
-            if causal and name not in ("plain", "lengths"):
-                continue
-            told, share = hidden(name, *shape, np.random.default_rng(0), causal)
-            passes = (True,) if name == "learnt bias" else (False, True)
-            programs = [
-                (backward, who, program, args)
-                for backward in passes
-                for who, program, args in _programs(name, x, told, causal, backward)
-            ]
-            computed = None if not told or "bias" in told else met(told, *shape[:2], width, causal)
-            compiled = in_threads(lambda p: _compiled(p[2], p[3]), programs)
-            for backward in passes:
-                seconds = {
-                    who: sum(kernel_seconds(partial(call, *args)).values())
-                    for (one, who, _, args), call in zip(programs, compiled, strict=True)
-                    if one == backward and call
-                }
-                row = {"case": name, "tokens": shape[1], "width": width, "causal": causal, "share": share}
-                row |= {"backward": backward, "seconds": seconds}
-                row["flops"] = 4 * x[0].size * shape[1] * share * (3.5 if backward else 1)
-                if computed:
-                    parts = PRODUCTS if backward else {"forward": 1}
-                    done = sum(parts[n] * computed[n] for n in parts)
-                    row["useful"] = share * sum(parts.values()) / done
-                rows.append(row)
-                speeds = {who: round(row["flops"] / s / 1e12) for who, s in seconds.items()}
-                told_of = {
-                    n: row[n] for n in ("tokens", "width", "case", "causal", "backward", "useful") if n in row
-                }
-                print(*told_of.values(), "TFLOP/s", speeds, flush=True)
+        told, share = hidden(name, *shape, np.random.default_rng(0), causal)
+        passes = (True,) if name == "learnt bias" else (False, True)
+        programs = [(b, *p) for b in passes for p in _programs(name, x, told, causal, b)]
+        computed = None if not told or "bias" in told else met(told, *shape[:2], width, causal)
+        compiled = in_threads(lambda p: _tried(lambda: p[2].lower(*p[3]).compile()), programs)
+        for backward in passes:
+            seconds = {}
+            for (one, who, _, args), call in zip(programs, compiled, strict=True):
+                if one == backward and call:
+                    took = _tried(partial(kernel_seconds, partial(call, *args)))
+                    seconds |= {who: sum(took.values())} if took else {}
+            row = {"case": name, "tokens": shape[1], "width": width, "causal": causal, "share": share}
+            row |= {"backward": backward, "seconds": seconds}
+            row["flops"] = 4 * x[0].size * shape[1] * share * (3.5 if backward else 1)
+            if computed:
+                parts = PRODUCTS if backward else {"forward": 1}
+                done = sum(parts[n] * computed[n] for n in parts)
+                row["useful"] = share * sum(parts.values()) / done
+            rows.append(row)
+            speeds = {who: round(row["flops"] / s / 1e12) for who, s in seconds.items()}
+            told_of = {
+                n: row[n] for n in ("tokens", "width", "case", "causal", "backward", "useful") if n in row
+            }
+            print(*told_of.values(), "TFLOP/s", speeds, flush=True)
     return rows
 
 
@@ -233,10 +229,10 @@ def _programs(name, x, told, causal, backward):
     ]
 
 
-def _compiled(program, args):
-    """The program for these arguments, or None where that fails, which is printed."""
+def _tried(fn):
+    """fn(), or None where it fails, which is printed."""
     try:
-        return program.lower(*args).compile()
+        return fn()
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         print(str(error).split("\n")[0][:200], flush=True)
     return None
