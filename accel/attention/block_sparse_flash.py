@@ -137,7 +137,7 @@ class Tiles(NamedTuple):
     clean, cut: uint32 [n, 4], (query head, key head, first query, first key) of tiles without and with an
     element mask; unsigned, since an index that may be negative costs three operations more on every axis.
     valid: bool [n], which of `cut` are visited, or None for all. by_row, by_col: int32 [n, 4], the entries of
-    the TPU's kernels, or None.
+    the TPU's kernels, or None. orders: those of the kernels for Hopper, of a known mask.
     """
 
     visited: jax.Array
@@ -146,6 +146,7 @@ class Tiles(NamedTuple):
     valid: jax.Array | None
     by_row: jax.Array | None = None
     by_col: jax.Array | None = None
+    orders: tuple[jax.Array | None, ...] = ()
 
 
 def _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, interpret):
@@ -201,6 +202,12 @@ def _prepare(q, k, v, block_mask, mask, block_q, block_k, causal, scale, impl, i
         tiles = Tiles(visited, listed(clean), listed(visited & ~clean), None)
     if impl == "tpu":
         tiles = tiles._replace(**entries(visited, whole, heads, kv_heads))
+    if impl == "hopper":
+        from accel.kernels.block_sparse_flash_hopper import orders
+
+        batches = q.size // max(1, heads * L * q.shape[-1])
+        sizes = batches, heads, kv_heads, (L, S)
+        tiles = tiles._replace(orders=orders(visited, *sizes, plan.hi, block_q, block_k))
     return plan, tiles
 
 
@@ -287,7 +294,7 @@ def _run_tiles(plan, q, k, v, mask, tiles):
         return jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype), jnp.full(q.shape[:-1], -jnp.inf, dtype)
     if plan.impl == "xla":
         return _walk(plan, _visit_forward, (q, k, v), mask, tiles, k)
-    lists = (tiles.by_row,) if plan.impl == "tpu" else (tiles.visited,)
+    lists = (tiles.by_row,) if plan.impl == "tpu" else (tiles.visited, *tiles.orders[:1])
     return _once("forward", plan, (q, k, v), lists)
 
 
@@ -321,7 +328,7 @@ def _pull(plan, do, q, k, v, o, lse, mask, tiles, dlse=None):
     if plan.impl == "xla":
         return _walk(plan, _visit_backward, (q, k, v, do, shift(lse), delta), mask, tiles, k)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that saw nothing: exp(s - lse) = 0
-    lists = (tiles.by_row, tiles.by_col) if plan.impl == "tpu" else (tiles.visited,)
+    lists = (tiles.by_row, tiles.by_col) if plan.impl == "tpu" else (tiles.visited, *tiles.orders)
     return _once("backward", plan, (do.astype(q.dtype), q, k, v, lse, delta), lists)
 
 

@@ -2,7 +2,7 @@
 
 Blocks are refined to the kernels' tiles. The lists name for every tile of queries (or of keys, for dk and dv)
 what it meets, tiles that causal order or the end of the keys cuts in front, so that only those are masked.
-Of a mask known at trace time they are constants.
+Of a mask that is known the rows of tiles are dealt to the blocks beforehand, so that all have as much to do.
 """
 
 import heapq
@@ -14,37 +14,47 @@ from accel.kernels.flash_hopper import ROWS, Tiles, cores_of
 from accel.kernels.flash_hopper_lists import listing
 from ref.attention.block_sparse_flash import tiles_in_sight
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "orders"]
 
 STEP = 64  # queries or keys that pass at a time in the backward pass
 ALONE = 1.5  # what a row of tiles costs beside its tiles, in tiles
 
 
-def forward(q, k, v, visited, *, scale, hi, block_q, block_k, interpret=False):
+def orders(visited, batches, heads, kv_heads, sizes, hi, block_q, block_k):
+    """(of queries, of keys): which block computes which tiles, for `forward` and for `backward`, of so many
+    batches of heads and key heads and sizes (L, S); () for a mask that is not known.
+    """
+    if not isinstance(visited, np.ndarray):
+        return ()
+    cut = Cut(visited, block_q, block_k, *sizes, hi)
+    rows, columns = _tall(block_q), _tall(block_k)
+    return cut.dealt(rows, _wide(block_k), batches, heads), cut.dealt(STEP, columns, batches, kv_heads, True)
+
+
+def forward(q, k, v, visited, order=None, *, scale, hi, block_q, block_k, interpret=False):
     """(o, lse) as the other kernels of the technique: q [B, H, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv],
     visited bool [H or 1, tiles of queries, tiles of keys]; blocks in multiples of 64, D and Dv up to 128.
 
-    interpret is for other kernels.
+    order: of queries, see `orders`; interpret is for other kernels.
     """
-    high, keys = _tall(block_q), 128 if block_k % 128 == 0 else 64
-    cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
-    order = cut.dealt(high, keys, q.shape[0], q.shape[1])
+    high, keys = _tall(block_q), _wide(block_k)
+    lists = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi).lists(high, keys)
     tiles = Tiles(high // ROWS, keys, 256 // keys, turns=high > ROWS, late=hi is None)
-    lists = cut.lists(high, keys)
     return flash_hopper.attend(q, k, v, lists=lists, order=order, scale=scale, hi=hi, tiles=tiles)
 
 
-def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, interpret=False):
-    """(dq, dk, dv), operands as in `forward`, lse and delta [B, H, L] as in flash's kernels."""
+def backward(
+    do, q, k, v, lse, delta, visited, by_query=None, by_key=None, *, scale, hi, block_q, block_k,
+    interpret=False,
+):  # fmt: skip
+    """(dq, dk, dv), operands as in `forward`, lse and delta [B, H, L] as in flash's kernels; by_query and
+    by_key are the `orders`.
+    """
     cut = Cut(visited, block_q, block_k, q.shape[2], k.shape[2], hi)
     rows, columns = _tall(block_q), _tall(block_k)
-    orders = (
-        cut.dealt(STEP, columns, *k.shape[:2], by_key=True),
-        cut.dealt(rows, STEP, *q.shape[:2]),
-    )
     return flash_hopper_backward.attend_backward(
         do, q, k, v, lse, delta, cut.lists(STEP, columns, by_key=True), cut.lists(rows, STEP),
-        orders=orders, scale=scale, hi=hi, key_sizes=(columns // ROWS, STEP, 4),
+        orders=(by_key, by_query), scale=scale, hi=hi, key_sizes=(columns // ROWS, STEP, 4),
         query_sizes=(rows // ROWS, STEP, 4),
     )  # fmt: skip
 
@@ -52,6 +62,11 @@ def backward(do, q, k, v, lse, delta, visited, *, scale, hi, block_q, block_k, i
 def _tall(block):
     """Rows of a kernel's block: two groups of 64 where the mask's blocks hold them."""
     return 2 * ROWS if block % (2 * ROWS) == 0 else ROWS
+
+
+def _wide(block):
+    """Keys of a tile in the forward pass."""
+    return 128 if block % 128 == 0 else 64
 
 
 class Cut:
@@ -89,15 +104,12 @@ class Cut:
 
     def dealt(self, rows, keys, batches, heads, by_key=False):
         """The order of these tiles, see `Tasks.dealt`, for so many batches and heads, or key heads, of each;
-        None for a mask that is not known, or where all tiles meet as many.
+        None where all tiles meet as many.
 
         A head's tiles, those that meet most first, go to whichever block is free first: heads stay side by
         side, as they share what they load.
         """
-        seen, _ = self.tiles(rows, keys, by_key)
-        if not isinstance(seen, np.ndarray):
-            return None
-        counts = seen[0].sum(-1)  # [H or 1, tiles]
+        counts = self.tiles(rows, keys, by_key)[0][0].sum(-1)  # [H or 1, tiles]
         if by_key:  # the kernel counts tiles of keys from the last
             counts = counts.reshape(min(heads, len(counts)), -1, counts.shape[1]).sum(1)[:, ::-1]
         if (counts == counts[0, 0]).all():

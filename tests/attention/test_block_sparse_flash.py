@@ -366,8 +366,19 @@ def test_block_sparse_flash_deals_rows_of_tiles_evenly(by_key):
     assert (np.diff(head, axis=0) >= 0).all()
     full = Cut(np.ones((1, tall, tall), bool), 128, 128, size, size, None)
     assert full.dealt(128, 128, B, own, by_key) is None  # all rows meet as many
-    unknown = lambda mask: Cut(mask, 128, 128, size, size, 0).dealt(128, 128, B, own, by_key)
-    assert jax.eval_shape(unknown, mask) is None
+
+
+def test_block_sparse_flash_knows_the_order_of_a_known_mask(monkeypatch):
+    """A call deals the rows of a mask that is known; those of a traced one are taken in turn."""
+    from accel.attention import block_sparse_flash as module
+
+    monkeypatch.setattr(module, "choose_impl", lambda *args, **options: "hopper")
+    q, k = (jax.ShapeDtypeStruct((2, h, 256, 64), jnp.bfloat16) for h in (4, 2))
+    mask, options = np.tril(np.ones((2, 2), bool)), (128, 128, False, None, "hopper", False)
+    prepared = lambda q, k, mask: module._prepare(q, k, k, mask, None, *options)[1]
+    of_queries, of_keys = jax.eval_shape(lambda q, k: prepared(q, k, mask).orders, q, k)
+    assert (of_queries.shape, of_keys.shape) == ((1, 16), (1, 8))
+    assert jax.eval_shape(lambda q, k, mask: prepared(q, k, mask).orders, q, k, mask) == ()
 
 
 @pytest.mark.gpu
