@@ -296,6 +296,33 @@ def test_block_sparse_flash_for_hopper_with_a_mask_a_head_on_a_gpu(causal, trace
         np.testing.assert_allclose(got.astype(np.float32), w, rtol=0, atol=4 * 2**-11 * scale)
 
 
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_sparse_flash_rows_of_a_known_mask_follow_each_other_on_a_gpu(causal, monkeypatch):
+    """Two blocks that take all rows of tiles, as dealt to them: the bits of blocks that take one row each."""
+    from accel.kernels import block_sparse_flash_hopper as module
+
+    rng = np.random.default_rng(0)
+    q, do = (jnp.asarray(rng.standard_normal((2, 4, 640, 64)), jnp.bfloat16) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((2, 2, 640, 64)), jnp.bfloat16) for _ in range(2))
+    options = {"block_q": 128, "block_k": 64, "causal": causal, "impl": "hopper"}
+
+    def passes(mask):
+        o, back = jax.vjp(
+            lambda *x: accel.block_sparse_flash.block_sparse_attention(*x, mask, **options), q, k, v
+        )
+        return o, *back(do)
+
+    for heads in ((), (4,)):
+        mask = rng.random((*heads, 5, 10)) < 0.5
+        apart = passes(mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "cores_of", lambda: 2)
+            for got, want in zip(passes(mask), apart, strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
 def test_block_sparse_flash_lowers_for_hopper():
     """Both passes with a traced mask."""
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)

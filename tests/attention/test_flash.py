@@ -345,6 +345,46 @@ def test_flash_hopper_takes_every_tile_once_and_evenly(name):
         assert np.ptp(work.sum(-1)) <= 0.05 * work.sum(-1).mean()
 
 
+ROWS_IN_BLOCKS = {  # (B, H, L, D), what hides keys, given the queries' numbers [1, 1, L]
+    "causal": ((1, 3, 640, 128), lambda i: {"hi": 0}),
+    "causal_slim": ((1, 3, 960, 64), lambda i: {"hi": 0}),
+    "window": ((2, 2, 900, 128), lambda i: {"lo": -200, "hi": 100}),
+    "window_slim": ((1, 2, 900, 64), lambda i: {"lo": -100, "hi": 130}),
+    "together": ((1, 2, 512, 128), lambda i: {}),
+    "wide": ((1, 2, 500, 192), lambda i: {}),
+    "lengths": ((2, 2, 640, 64), lambda i: {"end": jnp.array([[[640]], [[77]]], jnp.int32)}),
+    "texts": ((1, 2, 700, 128), lambda i: {"start": i // 300 * 300, "end": i // 300 * 300 + 300, "hi": 0}),
+    "mask": ((1, 2, 500, 128), lambda i: {"mask": i[..., None] * i[..., None, :] % 3 > 0}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("name", ROWS_IN_BLOCKS, ids=lambda n: f"flash_{n}")
+def test_flash_hopper_rows_of_tiles_follow_each_other_on_a_gpu(name):
+    """One or two blocks that take all rows of tiles, one after the other: the bits of blocks that take one
+    row each, whose values the tests below check.
+    """
+    from accel.kernels import flash_hopper, flash_hopper_backward
+
+    shape, hides = ROWS_IN_BLOCKS[name]
+    rng = np.random.default_rng(0)
+    q, k, v, do = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(4))
+    told = {"scale": 0.1, **hides(jnp.arange(shape[2], dtype=jnp.int32)[None, None])}
+
+    def passes(cores):
+        o, lse = flash_hopper.attend(q, k, v, cores=cores, **told)
+        if shape[3] > flash_hopper_backward.WIDEST:
+            return o, lse
+        x = do, q, k, v, jnp.where(lse > -jnp.inf, lse, jnp.inf), (o * do).sum(-1, dtype=jnp.float32)
+        return o, lse, *flash_hopper_backward.attend_backward(*x, cores=cores, **told)
+
+    apart = passes(132)
+    for cores in (1, 2):
+        for got, want in zip(passes(cores), apart, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_flash_hopper_clusters_hold_tiles_side_by_side():
     """Both blocks of a cluster: the same turns, one head, tiles 2j and 2j + 1, where they load together."""
     module = accel.flash.kernel_module("hopper")
