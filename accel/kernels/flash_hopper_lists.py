@@ -19,7 +19,6 @@ from jax import lax
 __all__ = ["Hidden", "Seen", "listing", "packed"]
 
 SHARED = 64  # rows of a table or a mask that all rows share: what a group of the kernels takes
-MANY = 512  # tiles in a list, from which on sorting takes less than comparing all with all
 
 
 class Hidden(NamedTuple):
@@ -279,15 +278,8 @@ def listing(seen, whole, at):
     """
     xp = np if all(isinstance(x, np.ndarray) for x in (seen, whole, at)) else jnp
     seen, whole, at = xp.broadcast_arrays(seen, whole, at)
-    n = seen.shape[-1]
-    number = np.broadcast_to(np.arange(n, dtype=np.int32), seen.shape)
-    place = xp.where(seen, xp.where(whole, 1, 0), 2) * n + number
-    count = lambda x: x.sum(-1, keepdims=True)
-    if xp is np or n >= MANY:
-        found = xp.take_along_axis(at, xp.argsort(place, axis=-1), axis=-1)
-    else:  # all against all in one small kernel, where sorting takes many
-        rank = (place[..., None, :] < place[..., :, None]).sum(-1)
-        found = jnp.where(rank[..., None, :] == number[..., :, None], at[..., None, :], 0).sum(-1)
+    order = xp.argsort(xp.where(seen, xp.where(whole, 1, 0), 2), axis=-1, stable=True)
+    found, count = xp.take_along_axis(at, order, axis=-1), lambda x: x.sum(-1, keepdims=True)
     return jnp.asarray(xp.concatenate([count(seen), count(seen & ~whole), found], axis=-1), jnp.int32)
 
 

@@ -648,15 +648,22 @@ def test_flash_hopper_tables_grow_with_pairs_of_tiles(both):
         assert largest(N) <= max(4 * N, 2 * (N // 128) ** 2 + 4 * N // 128), N
 
 
-def test_flash_hopper_long_lists_are_sorted():
-    """Lists long enough for a sort are those of NumPy, as short ones are."""
-    from accel.kernels.flash_hopper_lists import MANY, listing
+def test_flash_hopper_lists_of_masks_are_cut_ones_then_whole_ones():
+    """On a device as in NumPy, and as one by one."""
+    from accel.kernels.flash_hopper_lists import listing
 
     rng = np.random.default_rng(0)
-    for n in (MANY, 9):
-        seen, whole = rng.random((2, 1, 2, 3, n)) < 0.5
-        at = 64 * np.arange(n, dtype=np.int32)[None, None, None]
-        np.testing.assert_array_equal(*(f(seen, whole, at) for f in (jax.jit(listing), listing)))
+    seen, whole = rng.random((2, 1, 2, 3, 70)) < 0.5
+    at = 64 * np.arange(70, dtype=np.int32)[None, None, None]
+    lists = np.asarray(listing(seen, whole, at))
+    np.testing.assert_array_equal(jax.jit(listing)(seen, whole, at), lists)
+    for b, h, t in np.ndindex(1, 2, 3):
+        n, cut, *found = lists[b, h, t]
+        some, all_seen = seen[b, h, t], whole[b, h, t]
+        assert cut == (some & ~all_seen).sum()
+        np.testing.assert_array_equal(
+            np.array(found[:n]) // 64, [*np.flatnonzero(some & ~all_seen), *np.flatnonzero(some & all_seen)]
+        )
 
 
 def test_flash_share_of_pairs_computed_is_counted_from_the_lists():
