@@ -6,10 +6,10 @@ the scores of the next key tile and the values of this one together (wgmma, asyn
 exponentials of the former, to base 2, while the latter run. Key tiles go from the last to the first, so that
 those on the edge of what is visible, the only ones masked, come first (and last, in a window); or in the
 order of a list, if lengths or a mask hide keys (flash_hopper_lists.py): of a tile that these cut, the rows'
-bounds and the mask's tile come with the queries and the keys. Causal calls take query tiles in pairs, a long
-one and a short one, so that all pairs cost the same; where everything is visible, two blocks side by side
-load keys and values together (a cluster). Sums are float32; nothing is atomic: the same call gives the same
-bits.
+bounds and the mask's tile come with the queries and the keys. Each group has its own ring of tiles of a bias,
+which its scores begin with. Causal calls take query tiles in pairs, a long one and a short one, so that all
+pairs cost the same; where everything is visible, two blocks side by side load keys and values together (a
+cluster). Sums are float32; nothing is atomic: the same call gives the same bits.
 """
 
 import inspect
@@ -161,7 +161,8 @@ def attend(
       lo, hi: query i sees keys i + lo <= j <= i + hi; None: no such bound. A row that sees no key: o = 0,
         lse = -inf.
       start, end: int32 [B or 1, H or 1, L or 1]: a row sees keys from start on and below end; mask: bool [B
-        or 1, H or 1, L or 1, S]. Keys that no row of any query head of their key head sees may hold NaN.
+        or 1, H or 1, L or 1, S]. With a start neither goes back from row to row. Keys that no row of any
+        query head of their key head sees may hold NaN.
       bias: [B or 1, H or 1, L or 1, S or 1] in q's dtype, for scales that are no nearer to 0 than 2^-30; -inf
         hides a key, but none that holds NaN.
       lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of these, which make their
@@ -180,17 +181,17 @@ def attend(
         D = wide = 256  # the results leave through the room of the queries
     q, k, v = (pad(x, rows, d) for x, d in ((q, D), (k, D), (v, wide)))
     short = narrow(lo, hi) and not seen.told
-    fit = Tiles.fit(D, wide, L, hi is not None, short)
-    B, H, size = q.shape[0], q.shape[heads], ROWS * (tiles or fit).groups
+    given, tiles = tiles, tiles or Tiles.fit(D, wide, L, hi is not None, short)
+    B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
     hidden, causal = Hidden(lists, order=order), hi is not None and lo is None
     if seen.told:
-        copies, dirty = cleaned((v,), seen.keys(), (tiles or fit).keys, rows)
-        hidden = seen.by_query(size, (tiles or fit).keys, copies, dirty, evens_out(max(D, wide), start))
+        copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
+        hidden = seen.by_query(size, tiles.keys, copies, dirty, evens_out(max(D, wide), start))
         lo = hi = None  # the bounds hold these
     tasks = Tasks.make(B * H, -(-L // size), causal, cores or cores_of(), hidden.order, short)
-    if tiles is None:
-        plain = lo is None and hi is None and not jax.tree.leaves(hidden)
-        tiles = fit.shared() if plain and 64 < max(D, wide) <= 128 and tasks.side_by_side else fit
+    plain = lo is None and hi is None and not jax.tree.leaves(hidden)
+    if given is None and plain and 64 < max(D, wide) <= 128 and tasks.side_by_side:
+        tiles = tiles.shared()
     batches = None
     if bias is not None:
         tiles, hidden = tiles.beside(D, wide, mask is not None), hidden._replace(bias=laid(bias, tiles.keys))

@@ -4,6 +4,7 @@ One kernel holds 64 keys a warpgroup and takes the queries past them for dk and 
 heads of a group; the other holds 64 queries a warpgroup and takes the keys past them for dq. Probabilities
 are computed anew in both: 7 matrix products for the 5 of one kernel, which would have to add dq up
 atomically; here the same call gives the same bits. Loading, lists of tiles and order are the forward pass's.
+Tiles of a bias come with what passes; for its gradient the second kernel also writes dS out.
 """
 
 from dataclasses import dataclass
