@@ -14,6 +14,7 @@ EXPERIMENTS = (
     ("flash_op_gpu", "attention alone", "flash_gpu op", "attention/flash"),
     ("flash_masks_gpu", "attention with hidden keys", "flash_gpu masks", "attention/flash"),
     ("flash_inside_gpu", "the kernels taken apart", "flash_inside", "attention/flash"),
+    ("flash_counters_gpu", "what the hardware counts", "flash_counters", "attention/flash"),
     ("flash_memory_gpu", "memory and time up to 1,048,576 tokens", "flash_memory_gpu", "attention/flash"),
     ("flash_gpt2_gpu", "a training step of GPT-2", "flash_gpu gpt2", "attention/flash"),
     ("flash_reviews_gpu", "reviews, told apart", "flash_gpu reviews --csv FILE", "attention/flash"),
@@ -85,32 +86,31 @@ def attention_table(record):
 
 
 def masks_table(record):
-    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, and cuDNN; if
-    the record has it, also which share of what the kernels compute is visible.
+    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, which share of
+    what the kernels compute is visible, and cuDNN.
     """
     words = {"plain": "all visible", "lengths": "lengths of keys", "packed": "texts side by side",
              "blocks": "tiles of 128, half of them", "random": "single pairs, half of them",
              "bias": "none, a bias for each head", "learnt bias": "the same, with its gradient"}  # fmt: skip
     rows, results = {}, record["results"]["masks"]
     for r in results:
-        place = r["width"], r.get("tokens", 4096), r["causal"], r["case"]
+        place = r["width"], r["tokens"], r["causal"], r["case"]
         rows.setdefault(place, {})[r["backward"]] = r
-    counted = any("useful" in r for r in results)
-    head = "TFLOP/s | of all visible" + " | of pairs computed" * counted + " | cuDNN"
+    head = "TFLOP/s | of all visible | of pairs computed | cuDNN"
     yield f"| d | N | | hidden | forward: {head} | with gradients: {head} |"
-    yield "|--:|--:|---|---|" + "--:|" * (8 if counted else 6)
+    yield "|--:|--:|---|---|" + "--:|" * 8
     speed = lambda r: r["flops"] / r["seconds"]["hopper"] if r["seconds"].get("hopper") else None
     for (*place, case), passes in rows.items():
         cells = []
         for backward in (False, True):
             if (r := passes.get(backward)) is None:
-                cells += [""] * (4 if counted else 3)
+                cells += [""] * 4
                 continue
             ours, plain = speed(r), speed(rows[*place, "plain"][backward])
             them = r["seconds"].get("cudnn")
             cells.append(f"{ours / 1e12:.0f}" if ours else "")
             cells.append(f"{ours / plain:.2f}" if ours and plain else "")
-            cells += [f"{r['useful']:.2f}" if "useful" in r else ""] * counted
+            cells.append(f"{r['useful']:.2f}" if "useful" in r else "")
             cells.append(f"{them / r['seconds']['hopper']:.2f}" if ours and them else "")
         width, tokens, causal = place
         shape = "causal" if causal else "full"
@@ -156,6 +156,30 @@ def backward_kernels(record):
         yield f"| `{name}` | {count} | " + " | ".join(cells) + " |"
     rest = [(sum(took.values()) - sum(part(took, n) for n in products)) * 1e6 for took in passes.values()]
     yield "| the rest: $D_i$, padding | | " + " | ".join(f"{t:,.0f} | " for t in rest) + " |"
+
+
+def counters(record):
+    """Markdown lines: how long each kernel takes and which share of that its units are busy."""
+    shown = {"flash_forward": ("tensor", "exponentials", "issue", "shared memory"),
+             "flash_dkv": ("tensor", "shared memory"), "flash_dq": ("tensor", "shared memory")}  # fmt: skip
+    words = {"flash_forward": "forward", "flash_dkv": "$dK$, $dV$", "flash_dq": "$dQ$"}
+    units = {"tensor": "tensor cores", "issue": "instructions issued"}
+    heads = [f"{words[k]}: µs | " + " | ".join(units.get(m, m) for m in shown[k]) for k in shown]
+    yield "| d | | " + " | ".join(heads) + " |"
+    yield "|--:|---|" + "--:|" * sum(1 + len(m) for m in shown.values())
+    found = record["results"]["widths"]
+    for d, cases in found.items():
+        for case, kernels in cases.items():
+            cells = []
+            for kernel, metrics in shown.items():
+                cells.append(f"{kernels[kernel]['microseconds']:,.0f}")
+                cells += [f"{kernels[kernel][m]:.2f}" for m in metrics]
+            yield f"| {d} | {case} | " + " | ".join(cells) + " |"
+    full = {d: cases["full"] for d, cases in found.items()}
+    clocks = [f"{k[n]['gigahertz']:.2f}" for k in full.values() for n in shown]
+    yield ""
+    where_full = " and ".join(full)
+    yield f"The clock, GHz, in the three kernels of full attention: {', '.join(clocks)} (d = {where_full})."
 
 
 def clocked(record, cycles=6000):

@@ -82,7 +82,7 @@ def play():
 
 
 def counted(ncu):
-    """{width: {case: {kernel: {metric: value}}}}."""
+    """What `read` finds of all calls."""
     names = [(str(w), case, kernel) for w in WIDTHS for case in cases(w) for kernel in KERNELS]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "counters"
@@ -91,8 +91,15 @@ def counted(ncu):
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         module = [sys.executable, "-m", "tests.claims.flash_counters", "--play"]
         subprocess.run([*look, *module], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-        read = [ncu, "--import", f"{report}.ncu-rep", "--page", "raw", "--csv"]
-        text = subprocess.run(read, check=True, capture_output=True, text=True).stdout
+        page = [ncu, "--import", f"{report}.ncu-rep", "--page", "raw", "--csv"]
+        text = subprocess.run(page, check=True, capture_output=True, text=True).stdout
+    return read(text, names)
+
+
+def read(text, names):
+    """{width: {case: {kernel: {metric: value}}}} of ncu's page of raw values, for kernels of these names:
+    microseconds, gigahertz, and shares of the time.
+    """
     units, *rows = csv.DictReader(io.StringIO(text[text.index('"ID"') :]))
     if len(rows) != len(names):
         raise RuntimeError(f"ncu saw {len(rows)} kernels, and {len(names)} ran")

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from tests.claims import flash_counters
 from tests.claims.flash_memory_gpu import fits
 from tests.claims.record import ROOT
 
@@ -51,6 +52,30 @@ def test_measured_experiments_are_those_that_there_are(pages, tmp_path):
     assert any("2026-11-26, 2 x NVIDIA H200 |" in line for line in lines)
 
 
+def test_measured_counters_are_read_with_their_units(pages):
+    """ncu's raw page: thousands with commas, units by column; kernels in the order of the calls."""
+    measured, _ = pages
+    metrics = list(flash_counters.METRICS.values())
+    unit = {metrics[0]: "ms", metrics[1]: "Ghz"}
+    quoted = lambda cells: ",".join(f'"{c}"' for c in cells)
+    lines = ["==PROF== something", quoted(["ID", "Kernel Name", *metrics])]
+    lines.append(quoted(["", "", *(unit.get(m, "%") for m in metrics)]))
+    kernels = [f"{k}_mosaic_gpu_kernel" for k in flash_counters.KERNELS]
+    lines += [quoted([i, k, "1,234.5", "1.69", *["50"] * (len(metrics) - 2)]) for i, k in enumerate(kernels)]
+    names = [("128", "full", k) for k in flash_counters.KERNELS]
+    found = flash_counters.read("\n".join(lines), names)
+    own = found["128"]["full"]["flash_dkv"]
+    assert own == {n: 0.5 for n in flash_counters.METRICS} | {"microseconds": 1234500.0, "gigahertz": 1.69}
+    with pytest.raises(RuntimeError, match="saw 3 kernels, and 2 ran"):
+        flash_counters.read("\n".join(lines), names[:2])
+    with pytest.raises(RuntimeError, match="saw flash_forward_mosaic_gpu_kernel where flash_dq ran"):
+        flash_counters.read("\n".join(lines), names[::-1])
+    head, _, row, _, clock = measured.counters(record(widths=found))
+    assert head.count("|") == row.count("|")
+    assert "| 128 | full | 1,234,500 | 0.50 | 0.50 |" in row
+    assert "1.69, 1.69, 1.69 (d = 128)" in clock
+
+
 def test_measured_table_of_attention_has_both_passes_in_a_row(pages):
     """TFLOP/s of ours and times of the others over ours; what did not run is left empty."""
     measured, _ = pages
@@ -68,15 +93,20 @@ def test_measured_table_of_attention_has_both_passes_in_a_row(pages):
 def test_measured_table_of_masks_counts_what_is_visible(pages):
     measured, _ = pages
     rows = [
-        {"case": case, "width": 64, "causal": False, "backward": b, "share": 0.5, "flops": flops,
-         "seconds": {"hopper": 1e-3} | ({"cudnn": 2e-3} if case == "plain" else {})}
+        {"case": case, "width": 64, "tokens": 4096, "causal": False, "backward": b, "flops": flops,
+         "useful": 0.75, "seconds": {"hopper": 1e-3} | ({"cudnn": 2e-3} if case == "plain" else {})}
         for case, flops in (("plain", 5e11), ("packed", 4e11), ("learnt bias", 3e11)) for b in (False, True)
     ]  # fmt: skip
     del rows[4]
     lines = list(measured.masks_table(record(masks=rows)))
-    assert lines[2] == "| 64 | full | all visible | 500 | 1.00 | 2.00 | 500 | 1.00 | 2.00 |"
-    assert lines[3] == "| 64 | full | texts side by side | 400 | 0.80 |  | 400 | 0.80 |  |"
-    assert lines[4].endswith("with its gradient |  |  |  | 300 | 0.60 |  |")
+    assert (
+        lines[2]
+        == "| 64 | 4,096 | full | all visible | 500 | 1.00 | 0.75 | 2.00 | 500 | 1.00 | 0.75 | 2.00 |"
+    )
+    assert (
+        lines[3] == "| 64 | 4,096 | full | texts side by side | 400 | 0.80 | 0.75 |  | 400 | 0.80 | 0.75 |  |"
+    )
+    assert lines[4].endswith("with its gradient |  |  |  |  | 300 | 0.60 | 0.75 |  |")
 
 
 def test_measured_growth_is_drawn_with_its_fits(pages):
