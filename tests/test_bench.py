@@ -17,7 +17,7 @@ from hw.commands import bench_attention
 from hw.commands.bench_attention import Attention, options_of
 from hw.commands.bench_clock import Ceilings, listed, measured, rounds
 from hw.commands.bench_figure import race_figure
-from hw.commands.bench_problem import Call, Problem, apart, contest, package, tolerance
+from hw.commands.bench_problem import Call, Problem, apart, contest, drawn, package, tolerance, wide
 from ref.attention.lean import lean_attention
 from tests.claims import bench as claims
 from tests.claims import record
@@ -114,6 +114,19 @@ def test_flash_bench_rows_that_are_checked_are_exact(options, backward):
     wrong[-1][a.heads[-1][0], a.rows[1]] = np.nan  # wherever it is, it is not lost among the heads
     assert np.isnan(a.error(tuple(wrong)))
     assert a.pairs == seen.sum()
+
+
+def test_bench_draws_what_the_seed_says():
+    """The same numbers again for a seed, others for each array and the next seed; exact in float64."""
+    shapes = (8, 4), (8, 4)
+    x, y = drawn(3, "bfloat16", *shapes)
+    again, other = drawn(3, "bfloat16", *shapes)[0], drawn(4, "bfloat16", *shapes)[0]
+    assert (x == again).all()
+    assert x.dtype == jnp.bfloat16
+    assert not (x == y).all()
+    assert not (x == other).all()
+    np.testing.assert_array_equal(wide(x), np.asarray(x, np.float64))
+    np.testing.assert_array_equal(wide(np.float64([np.pi, np.nan])), [np.pi, np.nan])
 
 
 def test_bench_leaves_out_what_is_wrong_and_what_breaks():

@@ -19,17 +19,17 @@ from hw.commands.bench_problem import (
     drawn,
     entry,
     from_torch,
-    in_threads,
     needs_gpu,
     package,
     to_torch,
     tolerance,
     torch_device,
+    wide,
 )
 
 IMPLS = ("auto", "xla", "hopper", "triton", "tpu")
 ROWS = 64  # of a head that are checked
-MOST_KEYS = 2**23  # numbers of keys that the check reads: heads are drawn up to that
+MOST_KEYS = 2**25  # numbers of keys that the check reads: heads are drawn up to that
 MOST_SCORES = 2**33  # bytes of scores that a dense form may write
 
 
@@ -53,16 +53,18 @@ class Attention:
 
     @cached_property
     def arrays(self):
-        """{q, k, v, do, checked do} on the host, [B, N, H, D], and the rows that are checked."""
-        rng = np.random.default_rng(self.seed)
+        """{q, k, v, do, checked do} on JAX's device, [B, N, H, D]; the last is 0 in rows not checked."""
+        import jax.numpy as jnp
+
         B, N, H, D = self.shape
         kv = (B, N, self.kv_heads or H, D)
-        found = {n: drawn(rng, s, self.dtype) for n, s in (("q", self.shape), ("k", kv), ("v", kv))}
+        names = ("q", "k", "v", "do")[: 4 if self.backward else 3]
+        found = drawn(self.seed, self.dtype, *({"k": kv, "v": kv}.get(n, self.shape) for n in names))
+        found = dict(zip(names, found, strict=True))
         if self.backward:
-            found["do"] = drawn(rng, self.shape, self.dtype)
             rows = np.zeros((1, N, 1, 1), bool)
             rows[:, self.rows] = True
-            found["checked do"] = np.where(rows, found["do"], np.zeros((), found["do"].dtype))
+            found["checked do"] = jnp.where(rows, found["do"], jnp.zeros((), found["do"].dtype))
         return found
 
     @cached_property
@@ -91,7 +93,7 @@ class Attention:
         if self.window:
             seen &= np.abs(i - j) <= self.window
         if self.tiles is not None:
-            seen &= self.tiles[i // self.block, j // self.block]
+            seen &= self.tiles[rows // self.block].repeat(self.block, axis=1)[:, :N]
         return seen
 
     @cached_property
@@ -109,50 +111,45 @@ class Attention:
         """Per checked head what is exact, in float64: (o,), or (dq, dk, dv)."""
         from ref.attention.flash import flash_attention, flash_attention_bwd
 
-        x, mask = self.arrays, self.visible(self.rows)
+        mask = self.visible(self.rows)
+        x = {n: self._checked(a) for n, a in self.arrays.items() if n != "checked do"}
+        x |= {n: x[n][:, :, self.rows] for n in ("q", "do") if n in x}
 
-        def head(at):
-            q, k, v = (np.asarray(a, np.float64) for a in self._one("q k v", *at))
+        def head(i):
+            q, k, v = (wide(x[n][i]) for n in ("q", "k", "v"))
             o, lse = flash_attention(q, k, v, mask=mask, block_q=64, block_k=2048, return_lse=True)
             if not self.backward:
                 return (o,)
-            do = np.asarray(self._part(x["do"], *at)[:, self.rows], np.float64)
+            do = wide(x["do"][i])
             return tuple(flash_attention_bwd(do, q, k, v, o, lse, mask=mask, block_q=64, block_k=2048))
 
-        return in_threads(head, self.heads)
+        return [head(i) for i in range(len(self.heads))]  # threads would wait for one another's memory
 
     @cached_property
     def _placed(self):
         return {}
 
     def on(self, name, dtype=None):
-        """An array on JAX's device, the same for all entries."""
+        """An array, in another dtype if one is named; the same for all entries."""
         import jax.numpy as jnp
 
         if (name, dtype) not in self._placed:
             self._placed[name, dtype] = jnp.asarray(self.arrays[name], dtype and getattr(jnp, dtype))
         return self._placed[name, dtype]
 
-    def _part(self, x, b, h):
-        """The heads of x that go with key head h: [G, N, D]."""
-        group = x.shape[2] // (self.kv_heads or self.shape[2])
-        return np.moveaxis(np.asarray(x[b, :, h * group : (h + 1) * group]), 1, 0)
-
-    def _one(self, names, b, h):
-        q, k, v = (self._part(self.arrays[n], b, h) for n in names.split())
-        return q[:, self.rows], k, v
+    def _checked(self, x, convert=np.asarray):
+        """The heads of x [B, N, H, D] that go with the checked key heads: [checked, G, N, D]. No other comes
+        to the host (convert).
+        """
+        b, h = np.transpose(self.heads)
+        x = x.reshape(*x.shape[:2], self.kv_heads or self.shape[2], -1, x.shape[3])
+        return np.moveaxis(convert(x[b, :, h]), 2, 1)
 
     def error(self, out, convert=np.asarray):
-        """Relative error of o, or of (dq, dk, dv), each [B, N, H, D], of the worst head that is checked; no
-        other comes to the host (convert).
-        """
-        out = out if isinstance(out, tuple | list) else (out,)
-        b, h = np.transpose(self.heads)
-        heads = self.kv_heads or self.shape[2]
-        split = lambda x: x.reshape(*x.shape[:2], heads, -1, x.shape[3])
-        got = [np.moveaxis(convert(split(x)[b, :, h]), 2, 1) for x in out]  # [heads, G, N, D]
+        """Relative error of o, or of (dq, dk, dv), each [B, N, H, D], of the worst head that is checked."""
+        got = [self._checked(x, convert) for x in (out if isinstance(out, tuple | list) else (out,))]
         got[0] = got[0][:, :, self.rows]
-        return np.max(in_threads(lambda i: apart([x[i] for x in got], self.exact[i]), range(len(h))))
+        return np.max([apart(mine, exact) for *mine, exact in zip(*got, self.exact, strict=True)])
 
     @property
     def flops(self):
@@ -164,7 +161,7 @@ class Attention:
     def nbytes(self):
         """q, k, v, o once; with gradients also do, dq, dk, dv, and q, k, v, o read again."""
         B, N, H, D = self.shape
-        once = 2 * B * N * D * (H + (self.kv_heads or H)) * np.dtype(self.arrays["q"].dtype).itemsize
+        once = 2 * B * N * D * (H + (self.kv_heads or H)) * self.arrays["q"].dtype.itemsize
         return once * (3 if self.backward else 1)
 
     def plain(self, what):
@@ -461,7 +458,9 @@ def _problem(a, words):
 
 @dataclass(frozen=True)
 class Decode:
-    """One query a head against a cache: q [B, H, D], k, v [B, S, Hkv, D], lengths [B]."""
+    """One query a head against a cache: q [B, H, D], k, v [B, S, Hkv, D], lengths [B]; inputs drawn with
+    `seed`.
+    """
 
     shape: tuple[int, int, int, int]
     dtype: str
@@ -471,11 +470,10 @@ class Decode:
 
     @cached_property
     def arrays(self):
-        """{q, k, v} on the host."""
-        rng = np.random.default_rng(self.seed)
+        """{q, k, v} on JAX's device."""
         B, S, H, D = self.shape
         kv = (B, S, self.kv_heads, D)
-        return {n: drawn(rng, s, self.dtype) for n, s in (("q", (B, H, D)), ("k", kv), ("v", kv))}
+        return dict(zip("qkv", drawn(self.seed, self.dtype, (B, H, D), kv, kv), strict=True))
 
     @property
     def ragged(self):
@@ -483,28 +481,38 @@ class Decode:
         return any(n != self.shape[1] for n in self.lengths)
 
     @cached_property
-    def exact(self):
-        """{(batch, key head): o [G, D] in float64}."""
-        from ref.attention.lean import lean_attention
-
-        B, S, H, D = self.shape
-        group = H // self.kv_heads
+    def heads(self):
+        """Random (batch, key head) pairs."""
+        B, S, _, D = self.shape
         count = max(1, min(B * self.kv_heads, 8 * MOST_KEYS // (S * D)))
         order = np.random.default_rng(self.seed + 1).permutation(B * self.kv_heads)[:count]
-        found = {}
-        for b, h in (divmod(int(i), self.kv_heads) for i in order):
-            n = self.lengths[b]
-            q = self.arrays["q"][b, h * group : (h + 1) * group]
-            k, v = (self.arrays[x][b, :n, h] for x in ("k", "v"))
-            q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-            found[b, h] = lean_attention(q[None], k[None, None], v[None, None], block_n=4096)[0]
-        return found
+        return [divmod(int(i), self.kv_heads) for i in order]
+
+    @cached_property
+    def exact(self):
+        """[o [G, D] in float64] of the checked heads."""
+        from ref.attention.lean import lean_attention
+
+        b, h = np.transpose(self.heads)
+        q = self._checked(np.asarray(self.arrays["q"]))
+        k, v = (np.asarray(self.arrays[n][b, :, h]) for n in ("k", "v"))
+
+        def head(i):
+            n = self.lengths[b[i]]
+            one = wide(q[i])[None], wide(k[i, :n])[None, None], wide(v[i, :n])[None, None]
+            return lean_attention(*one, block_n=4096)[0]
+
+        return [head(i) for i in range(len(self.heads))]
+
+    def _checked(self, o):
+        """The checked heads of o [B, H, D]: [checked, G, D]."""
+        B, _, H, D = self.shape
+        b, h = np.transpose(self.heads)
+        return o.reshape(B, self.kv_heads, H // self.kv_heads, D)[b, h]
 
     def error(self, out, convert=np.asarray):
-        """Relative error of o, [B, H, D] or with an axis of one query."""
-        B, _, H, D = self.shape
-        o, group = convert(out).reshape(B, H, D), H // self.kv_heads
-        return np.max([apart([o[b, h * group : (h + 1) * group]], [x]) for (b, h), x in self.exact.items()])
+        """Relative error of o, [B, H, D] or with an axis of one query, of the worst head that is checked."""
+        return np.max([apart([o], [x]) for o, x in zip(self._checked(convert(out)), self.exact, strict=True)])
 
 
 def torch_decoding(k, v, lengths=None, *, backend, masked=False):
@@ -559,8 +567,8 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
     if len(lengths) != B or not all(1 <= n <= S for n in lengths):
         raise ValueError(f"lengths must be {B} numbers from 1 to {S}, got {lengths}")
     d = Decode((B, S, H, D), dtype, kv_heads, lengths, seed)
-    on = cache(lambda n: jnp.asarray(d.arrays[n]))
-    heads_first = cache(lambda n: jnp.moveaxis(on(n), 1, 2) + 0)
+    on = lambda n: d.arrays[n]
+    heads_first = cache(lambda n: jax.jit(lambda x: jnp.moveaxis(x, 1, 2))(on(n)))
     options = {"error": d.error, "bound": tolerance(dtype)}
     known, there = np.array(lengths, np.int32), jnp.asarray(lengths, jnp.int32)
 
@@ -586,8 +594,7 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
         return entry(call, on("q"), on("k"), on("v"), **options)
 
     def torch_sdpa(backend, masked=False):
-        q = to_torch(d.arrays["q"])[:, :, None]
-        k, v = (to_torch(d.arrays[n], order=(0, 2, 1, 3)) for n in ("k", "v"))
+        q, k, v = to_torch(on("q"))[:, :, None], to_torch(heads_first("k")), to_torch(heads_first("v"))
         attend = torch_decoding(k, v, lengths if d.ragged else None, backend=backend, masked=masked)
         return Call(lambda: attend(q), partial(d.error, convert=from_torch), tolerance(dtype))
 
@@ -595,7 +602,7 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
         m = package(FLASH_ATTN[name], name)
         needs_gpu()
         torch, _ = torch_device()
-        q, k, v = to_torch(d.arrays["q"])[:, None], to_torch(d.arrays["k"]), to_torch(d.arrays["v"])
+        q, k, v = to_torch(on("q"))[:, None], to_torch(on("k")), to_torch(on("v"))
         lens = to_torch(known)
         cached = getattr(m, "flash_attn_with_kvcache", None)
         if cached is None and d.ragged:
@@ -621,7 +628,7 @@ def lean(shape, *, dtype, seed, backward=False, kv_heads=0, lengths="full", bloc
         entries["torch sdpa cudnn, a mask"] = partial(torch_sdpa, "cudnn", masked=True)
     entries |= {n: partial(flash_attn, n) for n in FLASH_ATTN}
     keys = sum(lengths)
-    size = np.dtype(d.arrays["q"].dtype).itemsize
+    size = on("q").dtype.itemsize
     words = f"[{B}, {S}, {H}, {D}] {dtype}, {kv_heads} key heads, one query"
     words += f", {keys:,} keys in {B} requests" if d.ragged else ""
     nbytes = (2 * keys * kv_heads + 2 * B * H) * D * size

@@ -41,7 +41,7 @@ def llm_int8(shape, *, dtype, seed, backward=False, outliers=0.001, threshold=6.
     large = rng.choice(K, round(outliers * K), replace=False)
     x[:, large] = rng.choice((-1, 1), (M, len(large))) * rng.uniform(20, 60, (M, len(large)))
     x = x.astype(jnp.dtype(getattr(jnp, dtype)))
-    w = drawn(rng, (N, K), "float32") / np.float32(K**0.5)
+    w = np.asarray(drawn(seed, "float32", (N, K))[0]) / np.float32(K**0.5)
     layer = ref.convert_linear(w)
     rows = np.unique([0, M - 1, *rng.permutation(M)[: min(ROWS, M)]])
     part = np.asarray(x[rows], np.float64)
@@ -142,8 +142,7 @@ def rum(shape, *, dtype, seed, backward=False, inputs=0, eta=0.0):
 
     B, T, N = _sizes("rum", shape, "BxTxN")
     width, options = int(inputs) or N, {"lambda_": 1, "eta": float(eta) or None}
-    rng = np.random.default_rng(seed)
-    x, weight = drawn(rng, (B, T, width), dtype), drawn(rng, (B, T, N), dtype)
+    x, weight = map(np.asarray, drawn(seed, dtype, (B, T, width), (B, T, N)))
     params = jax.tree.map(lambda p: np.asarray(p).astype(x.dtype), ref.init_rum(seed, width, N))
     some = slice(0, min(B, 2))
 
@@ -196,7 +195,7 @@ def pitome(shape, *, dtype, seed, backward=False, margin=0.5, alpha=1.0):
     B, T, D = _sizes("pitome", shape, "BxTxD")
     if backward:
         raise ValueError("pitome's energies are raced without --backward")
-    x = drawn(np.random.default_rng(seed), (B, T, D), dtype)
+    x = np.asarray(drawn(seed, dtype, (B, T, D))[0])
     some, options = slice(0, min(B, 2)), {"margin": margin, "alpha": alpha}
     definition = lambda x: (ref.energy_score(np.asarray(x[some], np.float64), **options),)
     want = definition(x)
@@ -242,8 +241,7 @@ def mesa(shape, *, dtype, seed, backward=False, groups=8, levels=256):
     from ref.training import mesa as ref
 
     T, C = _sizes("mesa", shape, "TxC")
-    rng = np.random.default_rng(seed)
-    x, g = drawn(rng, (T, C), dtype), drawn(rng, (T, C), dtype)
+    x, g = map(np.asarray, drawn(seed, dtype, (T, C), (T, C)))
     rows, options = slice(0, min(T, 256)), {"groups": int(groups), "levels": int(levels)}
     wide = np.asarray(x, np.float64)
     saved, _ = store(wide, ref.init_range((int(groups),)), int(groups), levels=int(levels))

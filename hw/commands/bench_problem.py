@@ -128,14 +128,23 @@ def apart(got, want):
     """Relative distance of trees of arrays: the largest |got - want| / |want|, Euclidean, over the arrays."""
     worst = 0.0
     for g, w in zip(got, want, strict=True):
-        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        g, w = wide(g), wide(w)
         if g.shape != w.shape:
             raise ArithmeticError(f"its result has shape {list(g.shape)}, not {list(w.shape)}")
         size = np.linalg.norm(w)
-        worst = max(worst, float(np.linalg.norm(g - w) / (size or 1)))
-        if np.isnan(g).any():
-            return float("nan")
+        off = float(np.linalg.norm(g - w) / (size or 1))
+        if np.isnan(off):
+            return off
+        worst = max(worst, off)
     return worst
+
+
+def wide(x):
+    """x in float64, bfloat16 by way of float32: NumPy converts that at once, and would else keep Python from
+    other threads.
+    """
+    x = np.asarray(x)
+    return np.asarray(x.astype(np.float32) if x.dtype.name == "bfloat16" else x, np.float64)
 
 
 def tolerance(dtype):
@@ -154,11 +163,17 @@ def tolerance(dtype):
     return 2 * (2.0**-10 if single else eps) + 64 * 2.0**-24
 
 
-def drawn(rng, shape, dtype):
-    """Normal numbers rounded to dtype, on the host."""
+def drawn(seed, dtype, *shapes):
+    """A JAX array of each shape: normal numbers rounded to dtype, drawn where they stay."""
+    import jax
     import jax.numpy as jnp
 
-    return rng.standard_normal(shape, np.float32).astype(jnp.dtype(getattr(jnp, dtype)))
+    def draw(key):
+        keys = jax.random.split(key, len(shapes))
+        normal = (jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True))
+        return [x.astype(getattr(jnp, dtype)) for x in normal]
+
+    return jax.jit(draw)(jax.random.key(seed))
 
 
 def entry(fn, *args, name=None, error, bound, check=None, off=None):
@@ -166,15 +181,16 @@ def entry(fn, *args, name=None, error, bound, check=None, off=None):
     import jax
 
     call = jax.jit(fn)
-
-    def compile():
-        lowered = call.lower(*args)
-        # XLA tries ways to do its products on the device, one program at a time; kernels need the host alone
-        with TUNING if "dot_general" in lowered.as_text() else nullcontext():
-            lowered.compile()
-
     checked = None if check is None else lambda: call(*check)
-    return Call(lambda: call(*args), error, bound, checked, off, compile)
+    return Call(lambda: call(*args), error, bound, checked, off, lambda: compiled(call, *args))
+
+
+def compiled(call, *args):
+    """A jit-compiled function for its arguments; its later calls with the like find what is made here."""
+    lowered = call.lower(*args)
+    # XLA tries ways to do its products on the device, one program at a time; kernels need the host alone
+    with TUNING if "dot_general" in lowered.as_text() else nullcontext():
+        return lowered.compile()
 
 
 @cache
@@ -191,12 +207,14 @@ def torch_device():
 
 
 def to_torch(x, *, order=None, grad=False):
-    """A NumPy array (bfloat16 too) as a tensor on PyTorch's device, its axes in `order`, contiguous."""
+    """An array as a tensor on PyTorch's device, its axes in `order`, contiguous. One of JAX's on the same
+    device shares its memory, unless `order` moves it.
+    """
+    import jax
+    import jax.numpy as jnp
+
     torch, device = torch_device()
-    if x.dtype.name == "bfloat16":
-        t = torch.from_numpy(np.array(x).view(np.int16)).view(torch.bfloat16)
-    else:
-        t = torch.from_numpy(np.array(x))
+    t = torch.from_dlpack(jax.block_until_ready(jnp.asarray(x)))
     t = t if order is None else t.permute(*order)
     return t.to(device).contiguous().requires_grad_(grad)
 
