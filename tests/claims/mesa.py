@@ -18,6 +18,7 @@ from accel.blocks.norms import layer_norm
 from accel.blocks.optim import adam, adam_init
 from accel.blocks.transformer import transformer_block
 from accel.training import mesa
+from hw.commands.bench_problem import in_threads
 from ref.blocks.transformer import init_block
 from ref.data import digits
 from tests.claims.record import store
@@ -32,6 +33,8 @@ PUBLISHED = {  # README of the repository: MB at batch 128, 224 pixels; top-1 in
     "DeiT-B": (768, 12, (17691, 8616), (81.8, 81.8)),
 }
 DEPTH, HEADS, TOKENS, TEST = 3, 4, 16, 100
+# Programs that XLA tunes on a GPU at once disturb one another; those of this network are too small for that.
+UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 def inventory():
@@ -130,8 +133,17 @@ def fit(params, states, x, labels, key, *, policy, stochastic, batch, epochs, lr
     return params, losses
 
 
-def run(policy, *, seeds, dim=32, batch=25, epochs=15, lr=3e-3, stochastic=True):
-    """{"accuracy", "loss" of each seed, "seconds"}: seeds trained side by side, each on its own split."""
+@jax.jit
+@jax.vmap
+def predict(params, x):
+    """The digits of images [N, 16, 4], from one seed's parameters; seeds along a first axis."""
+    return logits(params, None, x, None, None, False)[0].argmax(axis=-1)
+
+
+def prepared(policy, *, seeds, dim=32, batch=25, epochs=15, lr=3e-3, stochastic=True):
+    """A thunk of {"accuracy", "loss" of each seed, "seconds"}, compiled: seeds trained side by side, each on
+    its own split.
+    """
     images, labels = digits()
     x, labels = patches(images), labels.astype(np.int32)
     orders = [np.random.default_rng(1000 + s).permutation(len(x)) for s in range(seeds)]
@@ -141,17 +153,31 @@ def run(policy, *, seeds, dim=32, batch=25, epochs=15, lr=3e-3, stochastic=True)
     states = jax.tree.map(lambda a: np.stack([a] * seeds), fresh_states(policy))
     keys = jnp.stack([jax.random.key(s) for s in range(seeds)])
     call = partial(fit, policy=policy, stochastic=stochastic, batch=batch, epochs=epochs, lr=lr)
-    compiled = jax.jit(jax.vmap(call)).lower(params, states, x[train], labels[train], keys).compile()
-    start = time.perf_counter()
-    params, losses = jax.block_until_ready(compiled(params, states, x[train], labels[train], keys))
-    seconds = time.perf_counter() - start
-    predict = jax.jit(jax.vmap(lambda p, x: logits(p, None, x, None, None, False)[0].argmax(axis=-1)))
-    right = np.asarray(predict(params, x[test])) == labels[test]
-    return {
-        "accuracy": right.mean(axis=1).tolist(),
-        "loss": np.asarray(losses)[:, -(len(x) - TEST) // batch :].mean(axis=1).tolist(),
-        "seconds": seconds,
-    }
+    args = params, states, x[train], labels[train], keys
+    compiled = jax.jit(jax.vmap(call)).lower(*args).compile(UNTUNED)
+
+    def run():
+        start = time.perf_counter()
+        params, losses = jax.block_until_ready(compiled(*args))
+        seconds = time.perf_counter() - start
+        right = np.asarray(predict(params, x[test])) == labels[test]
+        return {
+            "accuracy": right.mean(axis=1).tolist(),
+            "loss": np.asarray(losses)[:, -(len(x) - TEST) // batch :].mean(axis=1).tolist(),
+            "seconds": seconds,
+        }
+
+    return run
+
+
+def trained(plans):
+    """[row | what `prepared(**options)` gives] of (row, options): compiled in threads, run in turn."""
+    runs = in_threads(lambda plan: prepared(**plan[1]), plans)
+    rows = []
+    for (row, _), run in zip(plans, runs, strict=True):
+        rows.append(row | run())
+        print(rows[-1], flush=True)
+    return rows
 
 
 def compiled_bytes(policy, *, dim, batch):
@@ -160,42 +186,42 @@ def compiled_bytes(policy, *, dim, batch):
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     call = lambda p, s, x, y: jax.grad(loss, has_aux=True)(p, s, x, y, jax.random.key(0), policy, False)
     lowered = jax.jit(call).lower(init(0, dim), fresh_states(policy), x, labels)
-    return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+    return int(lowered.compile(UNTUNED).memory_analysis().temp_size_in_bytes)
 
 
 def memory():
     """Compiled peak of exact, Mesa and checkpointed gradients, beside the bytes counted for them."""
-    rows = []
-    for dim, batch in ((32, 100), (64, 400)):
+    forms = (("exact", None), ("mesa", mesa.MesaPolicy()), ("checkpoint", "checkpoint"))
+    cases = [(dim, batch, *form) for dim, batch in ((32, 100), (64, 400)) for form in forms]
+
+    def row(case):
+        dim, batch, name, policy = case
         config = mesa.MesaConfig(dim=dim, depth=DEPTH, num_heads=HEADS, tokens=TOKENS, hidden=2 * dim)
-        for name, policy in (("exact", None), ("mesa", mesa.MesaPolicy()), ("checkpoint", "checkpoint")):
-            counted = sum(mesa.activation_bytes(config, batch=batch, policy=name).values())
-            compiled = compiled_bytes(policy, dim=dim, batch=batch)
-            rows.append(
-                {"dim": dim, "batch": batch, "policy": name, "counted": counted, "compiled": compiled}
-            )
-            print(rows[-1], flush=True)
+        counted = sum(mesa.activation_bytes(config, batch=batch, policy=name).values())
+        compiled = compiled_bytes(policy, dim=dim, batch=batch)
+        return {"dim": dim, "batch": batch, "policy": name, "counted": counted, "compiled": compiled}
+
+    rows = in_threads(row, cases)
+    print(*rows, sep="\n", flush=True)
     return rows
 
 
 def accuracy(seeds, epochs):
     """Exact, then bits x groups x rounding."""
-    rows = [{"policy": "exact", **run(None, seeds=seeds, epochs=epochs)}]
+    same = {"seeds": seeds, "epochs": epochs}
+    plans = [({"policy": "exact"}, {"policy": None, **same})]
     for bits in (8, 4, 2):
         for groups in (None, 1):
             for stochastic in (True, False):
-                policy = mesa.MesaPolicy(levels=2**bits, groups=groups)
-                found = run(policy, seeds=seeds, epochs=epochs, stochastic=stochastic)
-                rows.append({
+                row = {
                     "policy": "mesa", "bits": bits, "groups": "head" if groups is None else "layer",
-                    "rounding": "stochastic" if stochastic else "nearest", **found,
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-    late = run(mesa.MesaPolicy(update="after"), seeds=seeds, epochs=epochs)
-    rows.append(
-        {"policy": "mesa", "bits": 8, "groups": "head", "rounding": "stochastic", "update": "after", **late}
-    )
-    return rows
+                    "rounding": "stochastic" if stochastic else "nearest",
+                }  # fmt: skip
+                policy = mesa.MesaPolicy(levels=2**bits, groups=groups)
+                plans.append((row, {"policy": policy, "stochastic": stochastic, **same}))
+    late = {"policy": "mesa", "bits": 8, "groups": "head", "rounding": "stochastic", "update": "after"}
+    plans.append((late, {"policy": mesa.MesaPolicy(update="after"), **same}))
+    return trained(plans)
 
 
 def reinvest(seeds, epochs, dim=32, batch=25):
@@ -211,17 +237,17 @@ def reinvest(seeds, epochs, dim=32, batch=25):
         ("mesa, wider", mesa.MesaPolicy(), "mesa", wide, batch),
         ("checkpoint, larger batch", "checkpoint", "checkpoint", dim, most("checkpoint")),
     )
-    rows = []
-    for name, policy, kind, d, b in plans:
+
+    def plan(case):
+        name, policy, kind, d, b = case
         used = mesa.MesaConfig(dim=d, depth=DEPTH, num_heads=HEADS, tokens=TOKENS, hidden=2 * d)
-        rows.append({
-            "name": name, "dim": d, "batch": b,
-            "counted": sum(mesa.activation_bytes(used, batch=b, policy=kind).values()),
-            "compiled": compiled_bytes(policy, dim=d, batch=b),
-            **run(policy, seeds=seeds, dim=d, batch=b, epochs=epochs, lr=3e-3 * b / batch),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
-    return {"budget": budget, "rows": rows}
+        counted = sum(mesa.activation_bytes(used, batch=b, policy=kind).values())
+        row = {"name": name, "dim": d, "batch": b, "counted": counted}
+        row["compiled"] = compiled_bytes(policy, dim=d, batch=b)
+        options = {"policy": policy, "seeds": seeds, "epochs": epochs, "dim": d, "batch": b}
+        return row, options | {"lr": 3e-3 * b / batch}
+
+    return {"budget": budget, "rows": trained(in_threads(plan, plans))}
 
 
 def race(repeats=20):

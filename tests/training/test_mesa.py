@@ -364,7 +364,7 @@ def test_mesa_rejects_bad_input(name):
 
 def test_mesa_claims_train_one_cheap_seed():
     """One cheap seed of the experiment learns, and the stored results are those of this code."""
-    found = claims.run(ref.mesa.MesaPolicy(), seeds=1, dim=8, batch=50, epochs=6, stochastic=False)
+    found = claims.prepared(ref.mesa.MesaPolicy(), seeds=1, dim=8, batch=50, epochs=6, stochastic=False)()
     assert found["loss"][0] < 2.2  # a uniform guess costs log 10 = 2.30
     assert is_fresh("mesa")
     results = load("mesa")["results"]
