@@ -474,5 +474,5 @@ def test_block_sparse_flash_stored_results_are_fresh():
             for row in record.load(name)["results"]["density"]:
                 for each in ("forward", "both"):
                     assert row[each]["r2"] > 0.97
-                    assert row[each]["b"] > abs(row[each]["a"])
+                    assert row[each]["b"] > 5 * abs(row[each]["a"])
     assert record.is_fresh("block_sparse_flash")

@@ -1,12 +1,13 @@
 """Time against density: `python -m tests.claims.block_sparse_flash` on a CPU, --gpu on one GPU.
 
 On the CPU (about a minute): forward and forward + backward over the share of visited tiles, a straight line
-through the times, the density below which the lists beat dense tiles, standard against tiled against
-butterfly attention. With --gpu the same with the kernels for Hopper, heads of 64 and of 128, cuDNN beside
-them, and a sliding window of 256 keys to both sides, beside PyTorch's flex_attention where PyTorch is
-installed. Masks are drawn with a fixed seed; the diagonal is not added, so that the density is exact. With
---gpu --paths, in its place, an encoder learns whether two marked ends of 32 x 32 pictures belong to the same
-curve (1,024 tokens), with dense, tiled and butterfly attention, three seeds each.
+through the times, what a visited tile takes beside one of a full mask, the density below which the lists
+beat dense tiles, standard against tiled against butterfly attention. With --gpu the same in time on the GPU
+itself, whoever starts its kernels, with those for Hopper, heads of 64 and of 128, cuDNN beside them; and a
+sliding window of 256 keys to both sides, beside PyTorch's flex_attention where PyTorch is installed. Masks
+are drawn with a fixed seed; the diagonal is not added, so that the density is exact. With --gpu --paths, in
+its place, an encoder learns whether two marked ends of 32 x 32 pictures belong to the same curve (1,024
+tokens), with dense, tiled and butterfly attention, three seeds each.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from accel.race import race
 from hw.commands.bench_problem import in_threads
 from ref.attention.block_sparse_flash import butterfly_block_mask, density, random_block_mask
 from ref.tasks.paths import path_finder
+from tests.claims.device_time import kernel_seconds
 from tests.claims.flash import adamw, class_loss, start
 from tests.claims.record import store
 
@@ -38,6 +40,7 @@ FILES = (
 )
 GPU_FILES = (
     *FILES,
+    "tests/claims/device_time.py",
     "accel/attention/drop_in.py",
     "accel/kernels/block_sparse_flash_hopper.py",
     "accel/kernels/flash_hopper.py",
@@ -45,26 +48,42 @@ GPU_FILES = (
     "accel/kernels/flash_hopper_lists.py",
 )
 PATH_FILES = (*GPU_FILES, "ref/tasks/paths.py", "accel/models/gpt.py", "tests/claims/flash.py")
-SHARES = (1.0, 0.5, 0.25, 0.125, 1 / 16)
+SHARES = (1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 20)
 
 
-def timed(entries, budget):
-    """{name: seconds, or why it did not run}; all are compiled first, in threads."""
+def raced(entries):
+    """{name: seconds of a call that is awaited, or why it did not run}."""
+    return {r.name: r.seconds or r.why_not for r in race(entries, budget=0.6)}
+
+
+def on_device(entries):
+    """The same of all kernels of a call, on a GPU itself: the mean of 20 calls."""
+    found = {}
+    for name, call in entries.items():
+        try:
+            found[name] = sum(kernel_seconds(call, repeats=20).values())
+        except (NotImplementedError, ValueError, RuntimeError, TypeError) as e:
+            found[name] = str(e).strip().split("\n")[0] or type(e).__name__
+    return found
+
+
+def timed(entries, clock):
+    """clock(entries), {name: seconds, or why it did not run}; all are compiled first, in threads."""
 
     def once(call):
-        with suppress(Exception):  # the race says why
+        with suppress(Exception):  # the clock says why
             jax.block_until_ready(call())
 
     in_threads(once, entries.values())
-    found = {r.name: r.seconds or r.why_not for r in race(entries, budget=budget)}
+    found = clock(entries)
     print({n: f"{s * 1e3:.2f} ms" if isinstance(s, float) else s for n, s in found.items()}, flush=True)
     return found
 
 
 def both_passes(f, q, k, v):
-    """{forward, both}: thunks of f and of its gradient."""
-    forward, grad = jax.jit(f), jax.jit(jax.grad(lambda *x: f(*x).astype(jnp.float32).sum(), (0, 1, 2)))
-    return {"forward": lambda: forward(q, k, v), "both": lambda: grad(q, k, v)}
+    """{forward, both}: thunks of f and of its gradient for a cotangent, here the numbers of q."""
+    forward, grad = jax.jit(f), jax.jit(lambda q, k, v, do: jax.vjp(f, q, k, v)[1](do))
+    return {"forward": lambda: forward(q, k, v), "both": lambda: grad(q, k, v, q)}
 
 
 def line(shares, seconds):
@@ -86,7 +105,7 @@ def crossing(shares, seconds, dense):
     return float(s[i] + (dense - t[i]) * (s[i + 1] - s[i]) / (t[i + 1] - t[i]))
 
 
-def against_density(N, block, *, heads, dtype, impl, budget, width=64):
+def against_density(N, block, *, heads, dtype, impl, clock, width=64):
     """Times over the density of random masks, beside flash without a mask."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, heads, N, width)), dtype) for _ in range(3))
@@ -101,7 +120,7 @@ def against_density(N, block, *, heads, dtype, impl, budget, width=64):
         entries |= {f"{share} {n}": t for n, t in both_passes(f, q, k, v).items()}
     dense = both_passes(lambda q, k, v: flash_attention(q, k, v, impl=impl), q, k, v)
     entries |= {f"flash {n}": t for n, t in dense.items()}
-    seconds = timed(entries, budget)
+    seconds = timed(entries, clock)
     out = {"tokens": N, "block": block, "heads": heads, "width": width, "shares": SHARES}
     for n in ("forward", "both"):
         times = [seconds[f"{s} {n}"] for s in SHARES]
@@ -112,7 +131,7 @@ def against_density(N, block, *, heads, dtype, impl, budget, width=64):
     return out
 
 
-def against_standard(sizes, *, heads, dtype, impl, budget, block=128, peers=None):
+def against_standard(sizes, *, heads, dtype, impl, clock, block=128, peers=None):
     """Forward + backward of standard, tiled and butterfly attention over the number of tokens."""
     rows = []
     for N in sizes:
@@ -127,7 +146,7 @@ def against_standard(sizes, *, heads, dtype, impl, budget, block=128, peers=None
             ),
             **(peers or {}),
         }
-        seconds = timed({n: both_passes(f, q, k, v)["both"] for n, f in forms.items()}, budget)
+        seconds = timed({n: both_passes(f, q, k, v)["both"] for n, f in forms.items()}, clock)
         rows.append({"tokens": N, "density": density(tiles), "seconds": seconds})
     return rows
 
@@ -227,18 +246,19 @@ def main():
         if args.paths:
             print(store("block_sparse_flash_paths_gpu", paths(), PATH_FILES))
             return
-        options = {"dtype": jnp.bfloat16, "impl": "hopper", "budget": 0.2}
+        options = {"dtype": jnp.bfloat16, "impl": "hopper", "clock": on_device}
         results = {
+            "clock": "device",
             "window": window(),
             "density": [against_density(16384, 128, heads=16, width=d, **options) for d in (64, 128)],
             "standard": against_standard((2048, 8192), heads=16, peers={"cudnn": cudnn}, **options),
         }
         print(store("block_sparse_flash_gpu", results, GPU_FILES))
         return
-    options = {"dtype": jnp.float32, "impl": "xla"}
+    options = {"dtype": jnp.float32, "impl": "xla", "clock": raced}
     results = {
-        "density": [against_density(4096, b, heads=2, budget=0.6, **options) for b in (64, 128)],
-        "standard": against_standard((1024, 2048, 4096), heads=2, budget=0.6, **options),
+        "density": [against_density(4096, b, heads=2, **options) for b in (64, 128)],
+        "standard": against_standard((1024, 2048, 4096), heads=2, **options),
     }
     print(store("block_sparse_flash", results, FILES))
 
