@@ -85,36 +85,26 @@ def attention_table(record):
         yield f"Where its scores fit, the dense form takes {min(dense):.1f} to {max(dense):.1f} times ours."
 
 
-def masks_table(record):
-    """Markdown lines: TFLOP/s of what is visible where keys are hidden, of the plain kernel's, which share of
-    what the kernels compute is visible, and cuDNN.
+def masks_table(record, backward):
+    """Markdown lines of a pass: TFLOP/s of what is visible where keys are hidden, as a share of the plain
+    kernel's, which share of what the kernels compute is visible, and cuDNN.
     """
     words = {"plain": "all visible", "lengths": "lengths of keys", "packed": "texts side by side",
              "blocks": "tiles of 128, half of them", "random": "single pairs, half of them",
              "bias": "none, a bias for each head", "learnt bias": "the same, with its gradient"}  # fmt: skip
-    rows, results = {}, record["results"]["masks"]
-    for r in results:
-        place = r["width"], r["tokens"], r["causal"], r["case"]
-        rows.setdefault(place, {})[r["backward"]] = r
-    head = "TFLOP/s | of all visible | of pairs computed | cuDNN"
-    yield f"| d | N | | hidden | forward: {head} | with gradients: {head} |"
-    yield "|--:|--:|---|---|" + "--:|" * 8
-    speed = lambda r: r["flops"] / r["seconds"]["hopper"] if r["seconds"].get("hopper") else None
-    for (*place, case), passes in rows.items():
-        cells = []
-        for backward in (False, True):
-            if (r := passes.get(backward)) is None:
-                cells += [""] * 4
-                continue
-            ours, plain = speed(r), speed(rows[*place, "plain"][backward])
-            them = r["seconds"].get("cudnn")
-            cells.append(f"{ours / 1e12:.0f}" if ours else "")
-            cells.append(f"{ours / plain:.2f}" if ours and plain else "")
-            cells.append(f"{r['useful']:.2f}" if "useful" in r else "")
-            cells.append(f"{them / r['seconds']['hopper']:.2f}" if ours and them else "")
-        width, tokens, causal = place
-        shape = "causal" if causal else "full"
-        yield f"| {width} | {tokens:,} | {shape} | {words.get(case, case)} | " + " | ".join(cells) + " |"
+    place = lambda r: (r["width"], r["tokens"], r["causal"])
+    rows = [r for r in record["results"]["masks"] if r["backward"] == backward]
+    speed = lambda r: r["flops"] / r["seconds"]["hopper"]
+    plain = {place(r): speed(r) for r in rows if r["case"] == "plain"}
+    yield "| d | N | | hidden | TFLOP/s | of all visible | of pairs computed | cuDNN |"
+    yield "|--:|--:|---|---|--:|--:|--:|--:|"
+    for r in rows:
+        ours, them = speed(r), r["seconds"].get("cudnn")
+        shares = f"{ours / plain[place(r)]:.2f}", f"{r['useful']:.2f}" if "useful" in r else ""
+        them = f"{them / r['seconds']['hopper']:.2f}" if them else ""
+        shape, what = "causal" if r["causal"] else "full", words.get(r["case"], r["case"])
+        cells = f"{ours / 1e12:.0f}", *shares, them
+        yield f"| {r['width']} | {r['tokens']:,} | {shape} | {what} | " + " | ".join(cells) + " |"
 
 
 def left_out(record):
