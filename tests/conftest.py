@@ -39,8 +39,9 @@ SHARED = (
 )
 # Seconds a technique may take in the suite, generic laws included, on two cores with nothing compiled before.
 # One in three layers compiles some forty programs of a third of a second each; one with kernels for Hopper
-# lowers and compiles some ten more.
-BUDGET_S = {"ref": 8.0, "accel": 25.0, "hopper": 29.0}
+# lowers and compiles some ten more, and some ten for the tables that tell them which keys are hidden. The
+# same tests take a tenth more or less from run to run, so there must be room for that above the dearest.
+BUDGET_S = {"ref": 8.0, "accel": 29.0, "hopper": 34.0}
 
 quiet = [HealthCheck.too_slow, HealthCheck.differing_executors]  # shared laws run under two collectors
 settings.register_profile("fast", max_examples=10, deadline=None, suppress_health_check=quiet)
