@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.claims.flash_inside import drawn
 from tests.claims.record import ROOT, store
 
 FILES = (
@@ -42,6 +43,7 @@ METRICS = {  # what the record calls it: what ncu calls it
 UNITS = {"us": 1.0, "ms": 1e3, "ns": 1e-3, "Ghz": 1.0, "Mhz": 1e-3, "GHz": 1.0, "MHz": 1e-3, "%": 0.01}
 WIDTHS = (128, 64)
 KERNELS = ("flash_forward", "flash_dkv", "flash_dq")
+CASES = ("full", "causal", "a bias", "a window of 256 to both sides", "seven texts packed")
 
 
 def packed(N, texts=7):
@@ -56,14 +58,15 @@ def packed(N, texts=7):
 def cases(width):
     """{name: (shape, options, arrays)} of the calls."""
     shape = (4, 4096, 16, width)
-    bias = jax.random.normal(jax.random.key(1), (1, 16, 4096, 4096), jnp.bfloat16)
-    return {
-        "full": (shape, {}, {}),
-        "causal": (shape, {"hi": 0}, {}),
-        "a bias": (shape, {}, {"bias": bias}),
-        "a window of 256 to both sides": ((1, 32768, 16, width), {"lo": -256, "hi": 256}, {}),
-        "seven texts packed": (shape, {}, packed(4096)),
-    }
+    (bias,) = drawn((1, 16, 4096, 4096), 1)
+    calls = (
+        (shape, {}, {}),
+        (shape, {"hi": 0}, {}),
+        (shape, {}, {"bias": bias}),
+        ((1, 32768, 16, width), {"lo": -256, "hi": 256}, {}),
+        (shape, {}, packed(4096)),
+    )
+    return dict(zip(CASES, calls, strict=True))
 
 
 def play():
@@ -72,8 +75,7 @@ def play():
 
     for width in WIDTHS:
         for shape, options, told in cases(width).values():
-            keys = jax.random.split(jax.random.key(0), 4)
-            do, q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+            do, q, k, v = drawn(shape, 4)
             options |= {"scale": width**-0.5, "rows_first": True}
             _, lse = attend(q, k, v, **told, **options)
             grads = attend_backward(do, q, k, v, lse, jnp.zeros_like(lse), **told, **options)
@@ -83,7 +85,7 @@ def play():
 
 def counted(ncu):
     """What `read` finds of all calls."""
-    names = [(str(w), case, kernel) for w in WIDTHS for case in cases(w) for kernel in KERNELS]
+    names = [(str(w), case, kernel) for w in WIDTHS for case in CASES for kernel in KERNELS]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "counters"
         look = [ncu, "--clock-control", "none", "--cache-control", "none", "-k", f"regex:{'|'.join(KERNELS)}"]
