@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +44,7 @@ def traced(slug, i):
 
 def accel_call(slug, e):
     """(accel's function of the arguments that hold arrays, these in JAX's default types)."""
-    args = jax.tree.map(lambda x: np.asarray(jnp.asarray(x)) if hasattr(x, "dtype") else x, e.args)
+    args = jax.tree.map(lambda x: np.asarray(jax.device_put(x)) if hasattr(x, "dtype") else x, e.args)
     return bound_call(getattr(getattr(accel, slug), e.fn), args, e.kwargs)
 
 
