@@ -1,7 +1,8 @@
 """Every op of an execution against JAX's own primitive on the same operands, compiled in one go.
 
 Elementwise ops of one primitive and dtype are joined into one long vector, and of others with the same
-parameters and shapes the first is run, so that few ops are compiled.
+parameters and shapes the first is run, so that few ops are compiled; where it is elementwise but for scalars,
+these are repeated, and it is joined as well.
 Bounds: movement, comparison, selection and integers bit for bit; + - * / and kin 1 ulp; other functions 4
 ulp; a contraction or reduction over n terms 2 n 2^-24 sum |terms| (each side is within half of that).
 """
@@ -18,10 +19,13 @@ SUMS = {"reduce_sum", "reduce_prod", "dot_general", "ragged_dot_general", "conv_
 
 def differences(recorded):
     """["primitive shapes: by how much"] of (record, equation) pairs beyond the bound."""
-    groups = {}
+    groups, met = {}, set()
     for r, eqn in recorded:
-        if r.op.prim not in INDEX_ONLY:
-            groups.setdefault(_signature(r, eqn), []).append((r, eqn))
+        alike = _signature(r, eqn)
+        if r.op.prim in INDEX_ONLY or (alike in met and not _flat(r)):
+            continue
+        met.add(alike)
+        groups.setdefault(alike[:-1] if _flat(r, scalars=True) else alike, []).append((r, eqn))
     jobs = [_join(entries) for entries in groups.values()]
     run = jax.jit(lambda given: [_bind(job[0], args) for job, args in zip(jobs, given, strict=True)])
     found = []
@@ -35,26 +39,33 @@ def differences(recorded):
 
 
 def _signature(r, eqn):
-    """What ops share that are joined (elementwise, all of one shape) or, else, of which the first is run."""
+    """What ops share of which the first is run; without the shapes, the last, what those share that are
+    joined.
+    """
     dtypes = tuple(str(np.asarray(a).dtype) for a in r.inputs)
     options = tuple(sorted((k, str(v)) for k, v in eqn.params.items() if k not in ("sharding", "accuracy")))
-    shapes = () if _flat(r) else tuple(np.shape(a) for a in r.inputs)
-    return r.op.prim, dtypes, options, shapes
+    return r.op.prim, dtypes, options, tuple(np.shape(a) for a in r.inputs)
 
 
-def _flat(r):
-    return r.op.kind == "elementwise" and all(np.shape(a) == np.shape(r.outputs[0]) for a in r.inputs)
+def _flat(r, *, scalars=False):
+    """Whether the op is elementwise on operands of the result's shape, or some of them scalars."""
+    shape = np.shape(r.outputs[0])
+    fits = (shape, ()) if scalars else (shape,)
+    return r.op.kind == "elementwise" and all(np.shape(a) in fits for a in r.inputs)
 
 
 def _join(entries):
     """(equation, operands, our results, op) of ops that are run as one: flat vectors end to end."""
     r, eqn = entries[0]
-    if len(entries) == 1 or not _flat(r):
+    if len(entries) == 1:
         plain = lambda xs, vs: [
             _words(np.asarray(x)) if _is_key(v.aval) else np.asarray(x) for x, v in zip(xs, vs, strict=True)
         ]
         return eqn, plain(r.inputs, eqn.invars), plain(r.outputs, eqn.outvars), r.op
-    line = lambda parts: np.concatenate([np.asarray(x).reshape(-1) for x in parts])
+    shapes = [np.shape(r.outputs[0]) for r, _ in entries]
+    line = lambda parts: np.concatenate(
+        [np.broadcast_to(x, shape).reshape(-1) for x, shape in zip(parts, shapes, strict=True)]
+    )
     args = [line(column) for column in zip(*(r.inputs for r, _ in entries), strict=True)]
     return eqn, args, [line(r.outputs[0] for r, _ in entries)], r.op
 
@@ -122,13 +133,23 @@ def _room(op, args, want, eps):
     return ulps * eps * np.abs(want)
 
 
+def _product(x, y, dimension_numbers):
+    """`jax.lax.dot_general` in NumPy: batch axes in front, then what is left of x and of y."""
+    (x_sum, y_sum), (x_batch, y_batch) = dimension_numbers
+    left = list(range(x.ndim))
+    right = list(range(x.ndim, x.ndim + y.ndim))
+    for i, j in [*zip(x_sum, y_sum, strict=True), *zip(x_batch, y_batch, strict=True)]:
+        right[j] = left[i]
+    batch = [left[i] for i in x_batch]
+    alone = [n for n in left if n not in right] + [n for n in right if n not in left]
+    return np.einsum(x, left, y, right, [*batch, *alone], optimize=True)
+
+
 def _terms(op, args, want):
     """(sum of |terms| of each result or a bound of it, number of terms)."""
     size = [np.abs(np.asarray(a, np.float64)) for a in args]
     if op.prim == "dot_general":
-        (lc, rc), (lb, rb) = op.attrs["dimension_numbers"]
-        out = jax.lax.dot_general(*(jnp.asarray(s, jnp.float32) for s in size[:2]), ((lc, rc), (lb, rb)))
-        return np.asarray(out, np.float64), max(op.dims.k, 1)
+        return _product(*size[:2], op.attrs["dimension_numbers"]), max(op.dims.k, 1)
     if op.prim == "reduce_sum":
         return size[0].sum(axis=tuple(op.attrs["axes"])), max(op.dims.length, 1)
     if op.prim in ("reduce_prod", "cumprod"):
