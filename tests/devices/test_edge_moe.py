@@ -87,6 +87,11 @@ HW = {
 }  # fmt: skip
 
 
+def put(tree, dtype=jnp.float32):
+    """Arrays of the dtype on JAX's device. NumPy converts: JAX would compile that for each shape."""
+    return jax.device_put(jax.tree.map(lambda a: np.asarray(a).astype(dtype), tree))
+
+
 @golden("edge_moe")
 def test_edge_moe_golden_ref(case):
     run(case, M)
@@ -122,9 +127,8 @@ def test_edge_moe_golden_accel_x64(case):
 def test_edge_moe_accel_tiles_and_orders_agree():
     """Any tile, one expert for all or no token for some, and the gathered form; gradients too."""
     rng, block_t = np.random.default_rng(4), 4
-    w = [jnp.asarray(a, jnp.float32) for a in laws_edge_moe.experts(rng)]
-    x = jnp.asarray(rng.standard_normal((9, 16)), jnp.float32)
-    scores = jnp.asarray(rng.random((9, 2)), jnp.float32)
+    w = put(laws_edge_moe.experts(rng))
+    x, scores = put((rng.standard_normal((9, 16)), rng.random((9, 2))))
     for indices in (np.tile([3, 1], (9, 1)), np.argsort(rng.random((9, 5)), axis=-1)[:, :2]):
         indices = indices.astype(np.int32)
         want = M.moe_ffn(np.asarray(x), indices, np.asarray(scores), *map(np.asarray, w))
@@ -133,8 +137,8 @@ def test_edge_moe_accel_tiles_and_orders_agree():
             # sums of 16 and 8 products of numbers near 1
             np.testing.assert_allclose(got, want, rtol=0, atol=64 * 2.0**-23 * np.abs(want).max())
     loss = lambda w1, order: A.moe_ffn(x, indices, scores, w1, *w[1:], order=order, block_t=block_t).sum()
-    by = [jax.jit(jax.grad(loss), static_argnums=1)(w[0], order) for order in ("expert", "token")]
-    np.testing.assert_allclose(by[0], by[1], rtol=0, atol=256 * 2.0**-23 * float(jnp.abs(by[1]).max()))
+    by = [np.asarray(jax.jit(jax.grad(loss), static_argnums=1)(w[0], order)) for order in ("expert", "token")]
+    np.testing.assert_allclose(by[0], by[1], rtol=0, atol=256 * 2.0**-23 * np.abs(by[1]).max())
 
 
 # Choices of 21 tokens among 5 experts: the last has none; two have them all; the first and the last have.
@@ -150,7 +154,7 @@ def grouped(queue, dtype=jnp.float32, D=20, F=24):
     rng = np.random.default_rng(3)
     indices = QUEUES[queue](rng).astype(np.int32)
     arrays = [rng.standard_normal((21, D)), rng.random((21, 2)), *laws_edge_moe.experts(rng, 5, D, F)]
-    return indices, [jnp.asarray(a, dtype) for a in arrays]
+    return indices, put(arrays, dtype)
 
 
 def grouped_bound(eps, terms, *sizes):
@@ -195,9 +199,8 @@ def test_edge_moe_kernel_matches_ref(impl):
 @pytest.mark.parametrize("impl", ["triton", "tpu"], ids=lambda i: f"edge_moe_{i}")
 def test_edge_moe_kernel_of_a_token_and_an_expert(impl):
     """One of each, and no token at all."""
-    x, drawn = jnp.ones((1, 8)), laws_edge_moe.experts(np.random.default_rng(0), 1, 8, 4)
-    w = [jnp.asarray(a, jnp.float32) for a in drawn]
-    run = lambda x: A.moe_ffn(x, I[: len(x)], x[:, :1], *w, impl=impl, interpret=True)
+    x, w = np.ones((1, 8), np.float32), put(laws_edge_moe.experts(np.random.default_rng(0), 1, 8, 4))
+    run = lambda x: A.moe_ffn(put(x), I[: len(x)], put(x[:, :1]), *w, impl=impl, interpret=True)
     want = M.moe_ffn(np.ones((1, 8)), I[:1], np.ones((1, 1)), *map(np.asarray, w))
     np.testing.assert_allclose(run(x), want, rtol=0, atol=32 * 2.0**-23 * np.abs(want).max())
     assert run(x[:0]).shape == (0, 8)
@@ -210,8 +213,8 @@ def test_edge_moe_kernel_takes_tiles_halves_and_batches(impl):
     blocks = {"block_n": 64, "block_k": 64} if impl == "triton" else {"block_n": 128, "block_k": 128}
     kernel = {"impl": impl, "interpret": True, "block_t": 16, **blocks}
     run = lambda x, scores, *w, **kw: A.moe_ffn(x, indices, scores, *w, **kw)
-    half = [a.astype(jnp.bfloat16) for a in arrays]
-    x = jnp.stack([half[0], -half[0]])
+    half = put(arrays, jnp.bfloat16)
+    x = np.stack([half[0], -np.asarray(half[0])])
     got = jax.vmap(lambda x: run(x, *half[1:], **kernel))(x)
     assert got.dtype == jnp.bfloat16
     exact = [np.asarray(v, np.float64) for v in half]
@@ -242,7 +245,7 @@ def test_edge_moe_kernel_lowers(platform):
 def test_edge_moe_kernel_serves_the_network():
     """Its experts run in the kernel that was asked for, and in none by default."""
     e = next(e for e in M.example() if e.fn == "m3vit_forward")
-    single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), e.args)
+    single = put(e.args)
     for impl in ("triton", "tpu", "auto"):
         options = {"impl": impl, "interpret": impl != "auto", "block_t": 16}
         jaxpr = jax.make_jaxpr(partial(A.m3vit_forward, **e.kwargs, **options))(*single)
@@ -254,9 +257,9 @@ def test_edge_moe_auto_takes_the_kernel_on_a_gpu_that_can(monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
     indices, arrays = grouped("two", D=16, F=16)
 
-    def kernel(cast=lambda a: a, **options):
+    def kernel(dtype=jnp.float32, **options):
         run = lambda x, s, *w: A.moe_ffn(x, indices, s, *w, **options)
-        return "pallas_call" in str(jax.make_jaxpr(run)(*map(cast, arrays)))
+        return "pallas_call" in str(jax.make_jaxpr(run)(*put(arrays, dtype)))
 
     assert kernel()
     assert kernel(jnp.bfloat16)
@@ -305,11 +308,10 @@ def test_edge_moe_accel_flags_of_the_unit():
     rng = np.random.default_rng(5)
     x, w, b = rng.standard_normal((6, 4)), rng.standard_normal((3, 4)), rng.standard_normal(3)
     rows, s, into = np.array([4, -1, 0, 4]), rng.random(4), rng.standard_normal((6, 3))
-    single = lambda *arrays: [jnp.asarray(a, jnp.float32) for a in arrays]
     for options in ({}, {"queue": rows}, {"queue": rows, "scores": s}, {"queue": rows, "scores": s,
                     "accumulate_into": into}):  # fmt: skip
-        given = {n: a if n == "queue" else jnp.asarray(a, jnp.float32) for n, a in options.items()}
-        got = A.unified_linear(*single(x, w, b), **given)
+        given = {n: a if n == "queue" else put(a) for n, a in options.items()}
+        got = A.unified_linear(*put((x, w, b)), **given)
         np.testing.assert_allclose(got, M.unified_linear(x, w, b, **options), rtol=0, atol=2e-6)
 
 
@@ -367,8 +369,8 @@ BAD = {
 
 def kernel(impl, **options):
     """moe_ffn of small float32 arrays by a kernel, interpreted."""
-    arrays = [jnp.asarray(a, jnp.float32) for a in (P, *EXPERTS)]
-    return A.moe_ffn(jnp.asarray(X, jnp.float32), I, *arrays, impl=impl, interpret=True, **options)
+    x, *arrays = put((X, P, *EXPERTS))
+    return A.moe_ffn(x, I, *arrays, impl=impl, interpret=True, **options)
 
 
 ACCEL_BAD = {
@@ -395,11 +397,11 @@ test_edge_moe_rejects_bad_input = rejects(BAD)
 
 def test_edge_moe_kernels_refuse_by_name_what_they_cannot_run():
     """And say why; auto never does."""
-    x = jnp.asarray(X, jnp.bfloat16)
+    x = put(X, jnp.bfloat16)
     refused = {
         'does not exist.*use "triton"': lambda: kernel("hopper"),
         'use order="expert", not \'token\'': lambda: kernel("triton", order="token"),
-        "sums in float32: x is int32": lambda: A.moe_ffn(x.astype(jnp.int32), I, P, *EXPERTS, impl="tpu",
+        "sums in float32: x is int32": lambda: A.moe_ffn(put(X, jnp.int32), I, P, *EXPERTS, impl="tpu",
                                                         interpret=True),
         "needs a TPU": lambda: A.moe_ffn(x, I, P, *EXPERTS, impl="tpu"),
     }  # fmt: skip
