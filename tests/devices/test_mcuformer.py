@@ -1,5 +1,7 @@
 """MCUFormer: laws on ref, golden vectors in ref and accel, bad inputs, the search and its stored results."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -100,8 +102,8 @@ def test_mcuformer_search_end_to_end_on_few_digits(monkeypatch):
     assert len(curves["evolved"]) == len(curves["random"])
     assert curves["evolved"][-1] == worth(best) > 20  # a guess gets 10 per cent
     x = splits[1][0][:4] / 255
-    masked = claims.masked_forward(x.astype(np.float32), jax.tree.map(lambda a: a.astype(np.float32), p),
-                                   claims.genes_of(best, rho), patch=patch, rho=rho)  # fmt: skip
+    run = jax.jit(partial(claims.masked_forward, patch=patch, rho=rho))
+    masked = run(*jax.tree.map(np.float32, (x, p)), claims.genes_of(best, rho))
     want = M.mcuformer_forward(x, p, subnet=best, patch=patch, rank_ratio=rho, **claims.OPTIONS)
     # sums of at most 64 terms of numbers near 1
     np.testing.assert_allclose(masked, want, rtol=0, atol=512 * 2.0**-23 * np.abs(want).max())

@@ -1,5 +1,7 @@
 """PiToMe and ToMe: laws on ref, golden vectors in ref and accel, kernels, gradients, bad inputs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,7 +233,7 @@ def test_pitome_accel_merge_gradient_is_refs():
         y, total = accel.pitome.merge_tokens(x, plan.group, plan.n_out, size=size)
         return jnp.sum(y * dy) + jnp.sum(total * ds)
 
-    got = jax.grad(loss, argnums=(0, 1))(jnp.asarray(METRIC), jnp.asarray(size))
+    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(METRIC, size)
     want = ref.pitome.merge_tokens_vjp(METRIC, *plan, size, dy, ds)
     for g, w in zip(got, want, strict=True):  # sums of 12 products of order 10
         np.testing.assert_allclose(g, w, rtol=0, atol=64 * EPS32 * max(1, np.abs(w).max()))
@@ -347,7 +349,8 @@ def test_pitome_claims_forward_is_that_of_the_library():
     table = {(name, ratio): plan for name, ratio, plan, _ in claims.methods(16, 1, (0.8,))}
     removed = claims.counts(16, 1, 0.8)
     for key, kwargs in ((("pitome", 0.8), {"ratio": 0.8}), (("tome", 0.8), {"method": "tome", "r": removed})):
-        got = claims.forward(images.astype(np.float32), params, table[key], **options)
+        network = jax.jit(partial(claims.forward, plan=table[key], **options))
+        got = network(images.astype(np.float32), params)
         want = ref.pitome.vit_forward_merged(images.astype(np.float32), params, cfg, **kwargs)
         # one block, sums of at most 48 terms, entries of order 1
         np.testing.assert_allclose(got, want, rtol=0, atol=512 * EPS32 * max(1, np.abs(want).max()))
