@@ -150,7 +150,7 @@ def backward_kernels(record):
 
 def counters(record):
     """Markdown lines: how long each kernel takes and which share of that its units are busy."""
-    shown = {"flash_forward": ("tensor", "exponentials", "issue", "shared memory"),
+    shown = {"flash_forward": ("tensor", "exponentials", "issue", "shared memory", "L2"),
              "flash_dkv": ("tensor", "shared memory"), "flash_dq": ("tensor", "shared memory")}  # fmt: skip
     words = {"flash_forward": "forward", "flash_dkv": "$dK$, $dV$", "flash_dq": "$dQ$"}
     units = {"tensor": "tensor cores", "issue": "instructions issued"}

@@ -13,7 +13,15 @@ from numbers import Real
 import jax
 import jax.numpy as jnp
 
-from accel.attention.flash import kernel, kernel_obstacle, kernels, no_hopper, on_hopper, on_hopper_biased
+from accel.attention.flash import (
+    How,
+    kernel,
+    kernel_obstacle,
+    kernels,
+    no_hopper,
+    on_hopper,
+    on_hopper_biased,
+)
 from accel.blocks.backend import choose_impl
 from accel.blocks.shapes import alike
 from accel.blocks.softmax import wide
@@ -138,11 +146,11 @@ def _attention(q, k, v, bias, mask, q_lengths, kv_lengths, factor, *, scale, is_
         plan = Plan(scale, lo, hi, 128, 128, 0.0)
         hidden = {n: x for n, x in (("end", end), ("mask", mask)) if x is not None}
         if bias is None:
-            o, lse = on_hopper(plan, True, *alike((q, k, v), q, k, v, hidden), hidden)
+            o, lse = on_hopper(plan, How(rows_first=True), *alike((q, k, v), q, k, v, hidden), hidden)
         else:
             bias = bias[..., seen] if bias.shape[3] > 1 else bias
             arrays = alike((q, k, v, bias), q, k, v, bias, hidden)
-            o, lse = on_hopper_biased(plan, True, *arrays, hidden)
+            o, lse = on_hopper_biased(plan, How(rows_first=True), *arrays, hidden)
         return o, jax.lax.stop_gradient(jnp.moveaxis(lse, 1, 2)).astype(q.dtype)
     queries, keys, values = (jnp.moveaxis(x, 1, 2) for x in (q, k, v))
     if factor is not None:

@@ -9,6 +9,7 @@ Definitions: ref/attention/flash.py.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from accel.blocks.shapes import alike, lift
 from accel.blocks.softmax import SoftmaxState, finalize, merge, online_softmax
 from accel.blocks.tiled_attention import Plan, Sight, tiled_attention, tiled_attention_bwd
 from accel.blocks.tiles import too_wide
-from accel.kernels.flash_hopper_lists import searched
+from accel.kernels.flash_hopper_lists import spans
 from ref.attention.flash import block_sizes, check_blocks, check_segments, example, hbm_accesses
 from ref.blocks.attention import check_attention
 from ref.dims import dims
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 FEW = 1 << 20  # pairs, for which both kernels take some 20 µs, tables included
-STATIC = ("causal", "scale", "dropout_p", "tiles", "impl", "interpret")
+STATIC = ("causal", "scale", "dropout_p", "tiles", "impl", "interpret", "itself")
 
 
 def flash_attention(
@@ -65,6 +66,8 @@ def flash_attention(
     """softmax(scale q k^T over the visible keys) v by tiles; as ref, o in q's dtype, lse float32 (float64).
 
     block_q, block_k: both 128, the default, leaves the choice to impl="xla" (256 x 2048 fits a core's cache).
+    q_segment_ids, kv_segment_ids: if both are one array, every token sees itself, and kernels need smaller
+      tables.
     order: "q_outer"; the paper's "k_outer" exists in ref only.
     impl: "auto" is a kernel on a GPU or TPU that can run the call, else "xla".
     Raises: ValueError naming the argument; NotImplementedError for an impl that cannot run, saying why.
@@ -138,6 +141,7 @@ def _static(arrays, told, causal, scale, block_q, block_k, dropout_p, impl, inte
         "tiles": tiles,
         "impl": impl,
         "interpret": bool(interpret),
+        "itself": q_ids is not None and q_ids is kv_ids and mask is None and key_lengths is None,
     }
 
 
@@ -183,12 +187,14 @@ def no_hopper(arrays, interpret=False):
 
 @partial(jax.jit, static_argnames=STATIC)
 def _flash(
-    q, k, v, mask, key_lengths, keep, q_ids, kv_ids, *, causal, scale, dropout_p, tiles, impl, interpret
-):
+    q, k, v, mask, key_lengths, keep, q_ids, kv_ids, *, causal, scale, dropout_p, tiles, impl, interpret,
+    itself,
+):  # fmt: skip
+    """itself: queries and keys are the same texts, of which a token sees at least itself."""
     heads = _with_heads(q, k, v)
     if impl == "hopper" and q.size and k.size:
         operands, hi, hidden = _joined(*heads, mask, key_lengths, q_ids, kv_ids, causal)
-        o, lse = on_hopper(Plan(scale, None, hi, 128, 128, 0.0), False, *operands, hidden)
+        o, lse = on_hopper(Plan(scale, None, hi, 128, 128, 0.0), How(itself=itself), *operands, hidden)
         return o.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
     o, lse = tiled_attention(
         *heads,
@@ -222,13 +228,14 @@ def _flash_bwd(
     tiles,
     impl,
     interpret,
+    itself,
 ):
     heads = _with_heads(do, q, k, v, o)
     if impl == "hopper" and q.size and k.size:
         (q_, k_, v_), hi, hidden = _joined(*heads[1:4], mask, key_lengths, q_ids, kv_ids, causal)
         do_, o_ = (x.reshape(*q_.shape[:3], x.shape[-1]) for x in (heads[0], heads[4]))
         plan, lse = Plan(scale, None, hi, 128, 128, 0.0), lse.reshape(q_.shape[:3])
-        grads = _back_on_hopper(plan, False, do_, q_, k_, v_, o_, lse, hidden)
+        grads = _back_on_hopper(plan, How(itself=itself), do_, q_, k_, v_, o_, lse, hidden)
         return tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
     grads = tiled_attention_bwd(
         *heads,
@@ -342,72 +349,79 @@ def _backward(impl, interpret, plan, arrays, sight):
     return alike(tuple(g.reshape(x.shape) for g, x in zip(grads, (q, k, v), strict=True)), arrays, sight)
 
 
+class How(NamedTuple):
+    """What is static in a call of the kernels for Hopper, beside its Plan: see `flash_hopper.attend`."""
+
+    rows_first: bool = False
+    itself: bool = False
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def on_hopper(plan, rows_first, q, k, v, hidden):
+def on_hopper(plan, how, q, k, v, hidden):
     """(o, lse) of the kernels for Hopper, operands as in `flash_hopper.attend`; hidden: {start, end, mask},
     of which some may be missing.
     """
-    return once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
+    return once(_hopper, "hopper", how, plan, (q, k, v), hidden)
 
 
-def _on_hopper_fwd(plan, rows_first, q, k, v, hidden):
-    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
+def _on_hopper_fwd(plan, how, q, k, v, hidden):
+    o, lse = once(_hopper, "hopper", how, plan, (q, k, v), hidden)
     return (o, lse), (q, k, v, o, lse, hidden)
 
 
-def _on_hopper_rev(plan, rows_first, saved, cotangents):
+def _on_hopper_rev(plan, how, saved, cotangents):
     do, dlse = cotangents
-    return *_back_on_hopper(plan, rows_first, do, *saved, dlse=dlse), None
+    return *_back_on_hopper(plan, how, do, *saved, dlse=dlse), None
 
 
 on_hopper.defvjp(_on_hopper_fwd, _on_hopper_rev)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def on_hopper_biased(plan, rows_first, q, k, v, bias, hidden):
+def on_hopper_biased(plan, how, q, k, v, bias, hidden):
     """As `on_hopper`, with a bias in q's dtype; only where that is differentiated is its gradient made."""
-    return once(_hopper, "hopper", rows_first, plan, (q, k, v), {**hidden, "bias": bias})
+    return once(_hopper, "hopper", how, plan, (q, k, v), {**hidden, "bias": bias})
 
 
-def _on_hopper_biased_fwd(plan, rows_first, *given):
+def _on_hopper_biased_fwd(plan, how, *given):
     told = lambda x: isinstance(x, CustomVJPPrimal)
     q, k, v, bias, hidden = jax.tree.map(lambda x: x.value, given, is_leaf=told)
     hidden = {**hidden, "bias": bias}
-    o, lse = once(_hopper, "hopper", rows_first, plan, (q, k, v), hidden)
+    o, lse = once(_hopper, "hopper", how, plan, (q, k, v), hidden)
     learnt = jnp.zeros(int(given[3].perturbed), bool)  # its length tells: JAX may mix up trees of two traces
     return (o, lse), (q, k, v, o, lse, hidden, learnt)
 
 
-def _on_hopper_biased_rev(plan, rows_first, saved, cotangents):
+def _on_hopper_biased_rev(plan, how, saved, cotangents):
     *saved, learnt = saved
     do, dlse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do = jnp.zeros_like(saved[3]) if do is None else do
     back = _hopper_backward_learnt if learnt.size else _hopper_backward
-    grads = _back_on_hopper(plan, rows_first, do, *saved, dlse=dlse, back=back)
+    grads = _back_on_hopper(plan, how, do, *saved, dlse=dlse, back=back)
     return *grads[:3], grads[3] if learnt.size else None, None
 
 
 on_hopper_biased.defvjp(_on_hopper_biased_fwd, _on_hopper_biased_rev, symbolic_zeros=True)
 
 
-def _back_on_hopper(plan, rows_first, do, q, k, v, o, lse, hidden, dlse=None, back=None):
+def _back_on_hopper(plan, how, do, q, k, v, o, lse, hidden, dlse=None, back=None):
     """(dq, dk, dv) by the kernels for Hopper, once differentiable."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
-    delta = jnp.moveaxis(delta, 1, 2) if rows_first else delta
+    delta = jnp.moveaxis(delta, 1, 2) if how.rows_first else delta
     if dlse is not None:
         delta = delta - jnp.where(jnp.isneginf(lse), 0, dlse)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
     arrays = do.astype(q.dtype), q, k, v, lse, delta
-    return once(back or _hopper_backward, "hopper", rows_first, plan, arrays, hidden)
+    return once(back or _hopper_backward, "hopper", how, plan, arrays, hidden)
 
 
-def _hopper(impl, rows_first, plan, arrays, hidden):
-    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first}
+def _hopper(impl, how, plan, arrays, hidden):
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, **how._asdict()}
     return alike(kernel_module(impl).attend(*arrays, **hidden, **options), arrays, hidden)
 
 
-def _hopper_backward(impl, rows_first, plan, arrays, hidden, **more):
-    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, "rows_first": rows_first, **more}
+def _hopper_backward(impl, how, plan, arrays, hidden, **more):
+    options = {"scale": plan.scale, "lo": plan.lo, "hi": plan.hi, **how._asdict(), **more}
     return alike(kernel_module(impl).attend_backward(*arrays, **hidden, **options), arrays, hidden)
 
 
@@ -434,7 +448,7 @@ def _joined(q, k, v, mask, key_lengths, q_ids, kv_ids, causal):
         hidden["mask"] = joined(jnp.broadcast_to(mask, (*mask.shape[:-1], S)), 3)
     if q_ids is not None:  # a run of keys for every query
         ids, others = (joined(lift(jnp.asarray(x), q.ndim - 2), 1) for x in (q_ids, kv_ids))
-        hidden["start"], last = (searched(others, ids, side)[:, None] for side in ("left", "right"))
+        hidden["start"], last = (x[:, None] for x in spans(ids, others))
         hidden["end"] = jnp.minimum(last, hidden["end"]) if "end" in hidden else last
     q, k, v = (x.reshape(math.prod(lead), *x.shape[-3:]) for x in (q, k, v))
     return alike((q, k, v), q, k, v, hidden), told["hi"], hidden

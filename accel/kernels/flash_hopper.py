@@ -108,7 +108,7 @@ def up(n, size):
 
 def attend_backward(
     do, q, k, v, lse, delta, *, start=None, end=None, mask=None, bias=None, scale, lo=None, hi=None,
-    rows_first=False, learnt=False,
+    rows_first=False, itself=False, learnt=False,
 ):  # fmt: skip
     """(dq, dk, dv) like q, k, v, operands as in `attend`; lse, delta [B, H, L] as in `flash_triton.backward`.
 
@@ -121,7 +121,7 @@ def attend_backward(
     if not few and max(q.shape[3], v.shape[3]) <= flash_hopper_backward.WIDEST:
         return flash_hopper_backward.attend_backward(
             do, q, k, v, lse, delta, start=start, end=end, mask=mask, bias=bias, scale=scale, lo=lo, hi=hi,
-            rows_first=rows_first, learnt=learnt,
+            rows_first=rows_first, itself=itself, learnt=learnt,
         )  # fmt: skip
     if bias is not None:
         raise NotImplementedError(f"no gradients with a bias for heads of {q.shape[3]}, {v.shape[3]}")
@@ -149,10 +149,10 @@ def attend_backward(
     return tuple(turned(g.reshape(x.shape)) for g, x in zip(grads, (q, k, v), strict=True))
 
 
-@partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "tiles", "cores"))
+@partial(jax.jit, static_argnames=("scale", "lo", "hi", "rows_first", "itself", "tiles", "cores"))
 def attend(
     q, k, v, *, start=None, end=None, mask=None, bias=None, lists=None, order=None, scale, lo=None, hi=None,
-    rows_first=False, tiles=None, cores=None,
+    rows_first=False, itself=False, tiles=None, cores=None,
 ):  # fmt: skip
     """softmax(scale q k^T + bias) v -> (o [B, H, L, Dv] in q's dtype, lse [B, H, L] float32).
 
@@ -163,6 +163,8 @@ def attend(
       start, end: int32 [B or 1, H or 1, L or 1]: a row sees keys from start on and below end; mask: bool [B
         or 1, H or 1, L or 1, S]. With a start neither goes back from row to row. Keys that no row of any
         query head of their key head sees may hold NaN.
+      itself: query i sees key i at least, of as many, and so nothing has to be kept from NaN; the texts of a
+        batch end to end, say.
       bias: [B or 1, H or 1, L or 1, S or 1] in q's dtype, for scales that are no nearer to 0 than 2^-30; -inf
         hides a key, but none that holds NaN.
       lists: int32 [B or 1, H or 1, tiles of queries, 2 + tiles of keys] in place of these, which make their
@@ -175,7 +177,7 @@ def attend(
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, Dv = q.shape[rows], k.shape[rows], v.shape[3]
-    seen = Seen.make(L, S, q.shape[heads] // k.shape[heads], lo, hi, start, end, mask)
+    seen = Seen.make(L, S, q.shape[heads] // k.shape[heads], lo, hi, start, end, mask, itself)
     D, wide = (up(x.shape[3], 32) for x in (q, v))
     if max(D, wide) > 192:
         D = wide = 256  # the results leave through the room of the queries
@@ -185,7 +187,7 @@ def attend(
     B, H, size = q.shape[0], q.shape[heads], ROWS * tiles.groups
     hidden, causal = Hidden(lists, order=order), hi is not None and lo is None
     if seen.told:
-        copies, dirty = cleaned((v,), seen.keys(), tiles.keys, rows)
+        copies, dirty = ((), None) if itself else cleaned((v,), seen.keys(), tiles.keys, rows)
         hidden = seen.by_query(size, tiles.keys, copies, dirty, evens_out(max(D, wide), start))
         lo = hi = None  # the bounds hold these
     tasks = Tasks.make(B * H, -(-L // size), causal, cores or cores_of(), hidden.order, short)

@@ -102,7 +102,7 @@ class Sizes:
         return ref.at[b, at, h] if self.rows_first else ref.at[b, h, at]
 
 
-STATIC = ("scale", "lo", "hi", "rows_first", "cores", "key_sizes", "query_sizes", "learnt")
+STATIC = ("scale", "lo", "hi", "rows_first", "itself", "cores", "key_sizes", "query_sizes", "learnt")
 
 
 @partial(jax.jit, static_argnames=STATIC)
@@ -125,6 +125,7 @@ def attend_backward(
     lo=None,
     hi=None,
     rows_first=False,
+    itself=False,
     learnt=False,
     cores=None,
     key_sizes=None,
@@ -143,7 +144,7 @@ def attend_backward(
     rows, heads = (1, 2) if rows_first else (2, 1)
     L, S, D, Dv = q.shape[rows], k.shape[rows], q.shape[3], v.shape[3]
     H, Hkv = q.shape[heads], k.shape[heads]
-    seen = Seen.make(L, S, H // Hkv, lo, hi, start, end, mask)
+    seen = Seen.make(L, S, H // Hkv, lo, hi, start, end, mask, itself)
     if seen.told:
         alive = seen.alive(lse) if bias is None else lse < jnp.inf  # -inf hides rows as well
         (delta,) = of_seen_rows(lse, delta)
@@ -170,10 +171,11 @@ def attend_backward(
     key_sizes, query_sizes = sizes(*(key_sizes or by_key_sizes)), sizes(*(query_sizes or by_query_sizes))
     by_key, by_query = (Hidden(x, order=y) for x, y in zip((by_key, by_query), orders, strict=True))
     if seen.told:
-        copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
-        ordered = evens_out(wide, start)
+        ordered, copies, dirty, stay = evens_out(wide, start), (), None, ()
+        if not itself:
+            copies, dirty = cleaned((k, v), seen.keys(), ROWS, rows, key_sizes.groups)
+            stay = dirty.astype(jnp.int32), *copies
         by_query = seen.by_query(query_sizes.groups * ROWS, ROWS, copies, dirty, ordered)
-        stay = dirty.astype(jnp.int32), *copies
         copies, dirty = cleaned((q, do), alive, ROWS, rows) if seen.uneven else ((), None)
         by_key = seen.by_key(ROWS, key_sizes.groups * ROWS, copies, dirty, stay, ordered)
     if bias is not None:

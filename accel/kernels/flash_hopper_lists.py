@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["Hidden", "Seen", "listing", "packed"]
+__all__ = ["Hidden", "Seen", "listing", "packed", "spans"]
 
 SHARED = 64  # rows of a table or a mask that all rows share: what a group of the kernels takes
 
@@ -51,6 +51,7 @@ class Seen:
 
     A start that is no constant, and end with it, never decrease from row to row, as with texts end to end.
     Other ends may: of the rows that see something, if these skip tiles, the tiles between are met in vain.
+    itself: every row sees at least the key of its own number, and every key has such a row.
     """
 
     L: int
@@ -60,9 +61,10 @@ class Seen:
     end: jax.Array | None = None
     mask: jax.Array | None = None
     told: bool = False  # by more than static bounds
+    itself: bool = False
 
     @staticmethod
-    def make(L, S, G, lo=None, hi=None, start=None, end=None, mask=None):
+    def make(L, S, G, lo=None, hi=None, start=None, end=None, mask=None, itself=False):
         """As above, and i + lo <= j <= i + hi."""
         told = any(x is not None for x in (start, end, mask))
         i = np.arange(L, dtype=np.int32)[None, None]
@@ -76,18 +78,18 @@ class Seen:
             end = last
         else:
             end = jnp.minimum(end, S if last is None else last).astype(jnp.int32)
-        return Seen(L, S, G, start, end, mask, told)
+        return Seen(L, S, G, start, end, mask, told, itself)
 
     @property
     def uneven(self):
         """Whether some row of a head may see nothing where others see something."""
-        return self.mask is not None or max(x.shape[2] for x in self.rows) > 1
+        return not self.itself and (self.mask is not None or max(x.shape[2] for x in self.rows) > 1)
 
     @property
     def _unbroken(self):
         """Whether the ranges of the rows that see something leave no gap between them."""
         fixed = self.start is None or isinstance(self.start, np.ndarray)  # one key further from row to row
-        return fixed or max(x.shape[2] for x in self.rows) == 1
+        return self.itself or fixed or max(x.shape[2] for x in self.rows) == 1
 
     def alive(self, lse):
         """bool [B or 1, H or 1, L]: the rows that see something; by lse [B, H, L], where a mask tells."""
@@ -245,11 +247,20 @@ def by_cost(lists, tall):
 
 def searched(values, than, side):
     """int32 [.., n]: of how many of values [.., m], which do not decrease, value < than [.., n] holds; with
-    side="right", value <= than. Unrolled it is one kernel.
+    side="right", value <= than.
     """
-    # Or nearly one: on an H200 XLA makes three to five small ones of it (docs/notes/gpu.md).
+    # Unrolled: on an H200 XLA makes three to five small kernels of it (docs/notes/gpu.md).
     search = partial(jnp.searchsorted, side=side, method="scan_unrolled")
     return jnp.vectorize(search, signature="(m),(n)->(n)")(values, than).astype(jnp.int32)
+
+
+def spans(ids, others):
+    """(start, end), int32 [.., n]: others [.., m], which do not decrease, equal ids [.., n], integers, from
+    start on and below end. One search for both: of what is below a number is what is at most one less.
+    """
+    found = searched(others, jnp.concatenate([ids - 1, ids], axis=-1), "right")
+    start, end = jnp.split(found, 2, axis=-1)
+    return jnp.where(ids == jnp.iinfo(ids.dtype).min, 0, start), end  # where one less is no number
 
 
 def packed(mask):

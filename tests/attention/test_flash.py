@@ -1,5 +1,7 @@
 """FlashAttention: laws on ref, golden vectors in ref and accel, kernels, bad inputs, what hardware pays."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +234,9 @@ HIDDEN = {  # [B, H, L, D], key heads, keys, causal, key_lengths, axes of the ma
     "segments": ((2, 4, 300, 128), 2, 420, False, None, None),
     "segments_causal": ((2, 2, 333, 64), 1, 333, True, [333, 200], None),
     "segments_wide": ((2, 2, 200, 192), 2, 300, False, None, (2, 1, 1, 300)),
+    "texts": ((2, 4, 420, 128), 2, 420, False, None, None),
+    "texts_causal": ((2, 2, 333, 64), 1, 333, True, None, None),
+    "texts_wide": ((2, 2, 200, 192), 1, 200, True, None, None),
 }
 
 
@@ -253,6 +258,8 @@ def test_flash_hopper_with_hidden_keys_matches_ref_on_a_gpu(name):
     if name.startswith("segments"):
         cuts = np.sort(rng.integers(0, 5, (B, L + S)))
         options["q_segment_ids"], options["kv_segment_ids"] = cuts[:, ::2][:, :L], cuts[:, -S:]
+    if name.startswith("texts"):  # one array for both
+        options["q_segment_ids"] = options["kv_segment_ids"] = np.sort(rng.integers(0, 5, (B, L)))
     seen = visible(L, S, (B, H), **options)
     used = seen.reshape(B, Hkv, -1, L, S).any((2, 3))[..., None]
     rows = seen.any(-1)[..., None]
@@ -608,6 +615,31 @@ def test_flash_hopper_runs_are_what_comparisons_list(name, by_key):
         np.testing.assert_array_equal(np.where(told_of, lists, 0), np.where(told_of, want, 0))
 
 
+def test_flash_hopper_lists_of_tokens_that_see_themselves_need_no_search():
+    """Texts end to end, causal: the same lists where it is known that nothing is unseen, from less work."""
+    from accel.kernels.flash_hopper_lists import Seen, spans
+
+    N = 333
+
+    def told(ids, itself):
+        start, end = (x[:, None] for x in spans(ids, ids))
+        made = Seen.make(N, N, 1, hi=0, start=start, end=end, itself=itself)
+        assert made.uneven != itself
+        return made.by_query(128, 64).lists, made.by_key(64, 128).lists, made.keys()
+
+    each = {x: jax.jit(partial(told, itself=x)) for x in (False, True)}
+    for seed in range(5):
+        ids = np.sort(np.random.default_rng(seed).integers(0, 6, (2, N)))
+        (*want, some), (*got, every) = (map(np.asarray, each[x](ids)) for x in (False, True))
+        assert some.all()
+        assert every.all()
+        for lists, others in zip(got, want, strict=True):
+            told_of = np.arange(others.shape[3]) < 2 + others[..., :1]
+            np.testing.assert_array_equal(np.where(told_of, lists, 0), np.where(told_of, others, 0))
+    reads = {x: str(jax.make_jaxpr(partial(told, itself=x))(ids)).count("gather[") for x in each}
+    assert reads[True] < reads[False] / 2, reads
+
+
 def test_flash_hopper_lists_of_rows_out_of_order_meet_all():
     """Ends that go up and down: tiles may be met in vain, and none is missed or taken for whole."""
     from accel.kernels.flash_hopper_lists import Seen
@@ -628,11 +660,11 @@ def test_flash_hopper_lists_of_rows_out_of_order_meet_all():
 @pytest.mark.parametrize("both", ["by_query", "by_key"])
 def test_flash_hopper_tables_grow_with_pairs_of_tiles(both):
     """Texts end to end: the largest array on the way to the lists, and keys, is one of pairs of tiles."""
-    from accel.kernels.flash_hopper_lists import Seen, searched
+    from accel.kernels.flash_hopper_lists import Seen, spans
 
     def largest(N):
         def tables(ids):
-            start, end = (searched(ids, ids, side)[:, None] for side in ("left", "right"))
+            start, end = (x[:, None] for x in spans(ids, ids))
             seen = Seen.make(N, N, 1, hi=0, start=start, end=end)
             return getattr(seen, both)(128, 128), seen.keys()
 
@@ -672,7 +704,7 @@ def test_flash_share_of_pairs_computed_is_counted_from_the_lists():
 
     N, rng = 300, np.random.default_rng(0)
     told, share = flash_gpu.hidden("packed", 2, N, 1, rng)
-    ids = np.asarray(told["q_segment_ids"])
+    ids = np.asarray(told["segment_ids"])
     seen = ids[:, :, None] == ids[:, None]
     assert share == pytest.approx(seen.mean())
     seen = np.pad(seen & np.tri(N, dtype=bool), [(0, 0), (0, 84), (0, 84)])
@@ -687,15 +719,17 @@ def test_flash_share_of_pairs_computed_is_counted_from_the_lists():
 
 @pytest.mark.parametrize(("B", "b", "S", "L"), [(1, 1, 5, 7), (3, 1, 64, 10), (1, 3, 65, 33), (2, 2, 200, 1)])
 def test_flash_segments_are_counted_as_by_searching(B, b, S, L):
-    """Where the run of keys of every query begins and ends."""
-    rng = np.random.default_rng(S)
-    ids = np.sort(rng.integers(-3, 9, (B, S)).astype(np.int32))
-    than = rng.integers(-4, 10, (b, L)).astype(np.int32)
-    n = max(B, b)
-    full = np.broadcast_to(ids, (n, S)), np.broadcast_to(than, (n, L))
-    for side in ("left", "right"):
-        want = [np.searchsorted(x, y, side=side) for x, y in zip(*full, strict=True)]
-        np.testing.assert_array_equal(accel.flash.searched(jnp.asarray(ids), jnp.asarray(than), side), want)
+    """Where the run of keys of every query begins and ends; the smallest number of a dtype has none below."""
+    from accel.kernels.flash_hopper_lists import spans
+
+    rng, n, found = np.random.default_rng(S), max(B, b), jax.jit(spans)
+    for dtype, low in ((np.int32, -3), (np.int32, np.iinfo(np.int32).min), (np.uint8, 0)):
+        others = np.sort((low + rng.integers(0, 12, (B, S))).astype(dtype))
+        ids = (low + rng.integers(0, 13, (b, L))).astype(dtype)
+        full = np.broadcast_to(others, (n, S)), np.broadcast_to(ids, (n, L))
+        for got, side in zip(found(ids, others), ("left", "right"), strict=True):
+            want = [np.searchsorted(x, y, side=side) for x, y in zip(*full, strict=True)]
+            np.testing.assert_array_equal(np.broadcast_to(got, (n, L)), want)
 
 
 def test_flash_kernels_lower_for_their_devices():
@@ -845,6 +879,20 @@ def test_flash_auto_takes_what_can_run_on_hopper(name, monkeypatch):
     tokens = 4096 if name in ("a mask", "lengths", "segments") else 256
     flash.flash_attention(*(jnp.ones((tokens, 8), kinds[d]) for d in dtypes), **options)
     assert taken == [impl]
+
+
+def test_flash_tokens_see_themselves_where_both_segment_ids_are_one_array(monkeypatch):
+    """What the kernels for Hopper are told; not where something else may hide a token from itself."""
+    taken = []
+    monkeypatch.setattr(flash, "_flash", lambda q, *_, itself, **__: taken.append(itself) or (q, q))
+    ids, call = np.zeros(4, int), partial(flash.flash_attention, *(jnp.ones((4, 8)) for _ in "qkv"))
+    call(**_ids(ids, ids), causal=True)
+    call(**_ids(ids, ids.copy()))
+    call(**_ids(ids, ids), mask=np.ones((1, 4), bool))
+    call(**_ids(ids, ids), key_lengths=np.array(3))
+    call()
+    jax.jit(lambda x: call(**_ids(x, x)))(ids)
+    assert taken == [True, False, False, False, False, True]
 
 
 def test_flash_impl_asked_by_name_runs_or_says_why_not():

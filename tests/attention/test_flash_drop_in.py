@@ -108,12 +108,12 @@ def test_drop_in_equals_jax(row):
     dtype, eps = options["dtype"], EPS[options["dtype"]]
     seen = visible(q.shape[1], k.shape[1], kw, options["shape"])
     some = np.moveaxis(seen.any(axis=-1), 1, 2)  # [B, T, N]
-    narrow = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    wide = [x.astype(jnp.float32) for x in narrow]
+    narrow = [x.astype(dtype) for x in (q, k, v)]
+    wide = [x.astype(np.float32) for x in narrow]
     weight = np.random.default_rng(1).standard_normal(q.shape) * some[..., None]
-    weight = jnp.asarray(weight, dtype).astype(jnp.float32)  # the cotangent of a narrow result is narrow
+    weight = weight.astype(dtype).astype(np.float32)  # the cotangent of a narrow result is narrow
     bias = kw.pop("bias", None)
-    more = () if bias is None else (jnp.asarray(bias),)
+    more = () if bias is None else (bias,)
     at = tuple(range(3 + len(more)))
 
     def step(attend):
@@ -449,7 +449,9 @@ def test_drop_in_makes_the_gradient_of_a_bias_only_where_asked():
 
     @jax.jit
     def loss(q, bias):
-        inner = jax.jit(lambda q, b: flash.on_hopper_biased(plan, True, q, q, q, b[None], {})[0])
+        inner = jax.jit(
+            lambda q, b: flash.on_hopper_biased(plan, flash.How(rows_first=True), q, q, q, b[None], {})[0]
+        )
         return inner(q, bias).astype(jnp.float32).sum()
 
     plan = flash.Plan(0.1, None, None, 128, 128, 0.0)

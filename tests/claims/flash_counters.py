@@ -64,7 +64,7 @@ def cases(width):
         (shape, {"hi": 0}, {}),
         (shape, {}, {"bias": bias}),
         ((1, 32768, 16, width), {"lo": -256, "hi": 256}, {}),
-        (shape, {}, packed(4096)),
+        (shape, {"itself": True}, packed(4096)),
     )
     return dict(zip(CASES, calls, strict=True))
 

@@ -25,7 +25,7 @@ import accel
 from accel.attention.flash import attention_dense, flash_attention
 from accel.blocks.attention import rows_first
 from accel.kernels import flash_hopper, flash_hopper_backward
-from accel.kernels.flash_hopper_lists import Hidden, searched
+from accel.kernels.flash_hopper_lists import Hidden, spans
 from accel.models import gpt
 from accel.race import race
 from hw.commands.bench_problem import in_threads
@@ -91,10 +91,10 @@ def op(tokens=(512, 2048, 16384), widths=(64, 128), *, heads=16, total=16384, bu
 
 
 def hidden(name, batch, tokens, heads, rng, causal=False):
-    """(options, share): what hides keys, of `flash_attention` in a packed batch, of dot_product_attention
-    else, and which share of the pairs of queries and keys counts. Lengths drawn evenly; seven texts, cut by
-    lot, end to end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed;
-    a bias for each head, which hides none. causal: top-left, for plain and lengths.
+    """(options, share): what hides keys, of `in_texts` in a packed batch, of dot_product_attention else, and
+    which share of the pairs of queries and keys counts. Lengths drawn evenly; seven texts, cut by lot, end to
+    end; tiles of a mask drawn by lot; single pairs drawn by lot, where all pairs are computed; a bias for
+    each head, which hides none. causal: top-left, for plain and lengths.
     """
     if name in ("plain", "lengths"):
         lengths = rng.integers(1, tokens + 1, batch) if name == "lengths" else np.full(batch, tokens)
@@ -107,10 +107,16 @@ def hidden(name, batch, tokens, heads, rng, causal=False):
         cuts = rng.integers(1, tokens, (batch, 6))
         text = (np.arange(tokens) >= cuts[..., None]).sum(1)
         share = np.mean([(np.bincount(x) ** 2).sum() for x in text]) / tokens**2
-        return {n: jnp.asarray(text, jnp.int32) for n in ("q_segment_ids", "kv_segment_ids")}, float(share)
+        return {"segment_ids": jnp.asarray(text, jnp.int32)}, float(share)
     size, keep = (128, 0.5) if name == "blocks" else (1, 0.5)
     mask = (rng.random((1, 1, tokens // size, tokens // size)) < keep).repeat(size, 2).repeat(size, 3)
     return {"mask": jnp.asarray(mask)}, float(mask.mean()) if size > 1 else 1.0
+
+
+def in_texts(q, k, v, *, segment_ids, is_causal):
+    """Ours on texts end to end, heads before rows."""
+    ids = {n: segment_ids for n in ("q_segment_ids", "kv_segment_ids")}
+    return flash_attention(q, k, v, causal=is_causal, impl="hopper", **ids)
 
 
 def met(told, batch, tokens, width, causal):
@@ -121,9 +127,9 @@ def met(told, batch, tokens, width, causal):
     @jax.jit
     def lists(told):
         bounds, found = {"scale": 1.0, "hi": 0 if causal else None}, {}
-        if "q_segment_ids" in told:
-            ids = told["q_segment_ids"]
-            bounds |= {n: searched(ids, ids, x)[:, None] for n, x in (("start", "left"), ("end", "right"))}
+        if "segment_ids" in told:
+            start, end = (x[:, None] for x in spans(told["segment_ids"], told["segment_ids"]))
+            bounds |= {"start": start, "end": end, "itself": True}
         elif "key_value_seq_lengths" in told:
             bounds["end"] = told["key_value_seq_lengths"][:, None, None]
         else:
@@ -207,13 +213,13 @@ def masks(cases=CASES, *, widths=(128, 64)):
 
 def _programs(name, x, told, causal, backward):
     """[(who, jitted function, its arguments)] of ours and cuDNN's attention, x = (q, k, v, do)."""
-    ids = told.get("q_segment_ids")
+    ids = told.get("segment_ids")
     as_mask = told if ids is None else {"mask": ids[:, None, :, None] == ids[:, None, None]}
     named = partial(accel.dot_product_attention, is_causal=causal)
     entries = {"hopper": (partial(named, implementation="hopper"), x, told)}
     if ids is not None:
         turned = [jnp.moveaxis(y, 1, 2) for y in x]
-        entries["hopper"] = (partial(flash_attention, causal=causal, impl="hopper"), turned, told)
+        entries["hopper"] = (partial(in_texts, is_causal=causal), turned, told)
     entries["cudnn"] = (partial(named, implementation="cudnn"), x, as_mask)
 
     def program(attend):
