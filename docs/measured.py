@@ -149,27 +149,30 @@ def backward_kernels(record):
 
 
 def counters(record):
-    """Markdown lines: how long each kernel takes and which share of that its units are busy."""
-    shown = {"flash_forward": ("tensor", "exponentials", "issue", "shared memory", "L2"),
-             "flash_dkv": ("tensor", "shared memory"), "flash_dq": ("tensor", "shared memory")}  # fmt: skip
+    """Markdown lines of two tables, forward and backward: how long each kernel takes and which share of that
+    its units are busy.
+    """
+    few = "tensor", "shared memory", "L2"
+    shown = {"flash_dkv": few, "flash_dq": few}
+    shown["flash_forward"] = "tensor", "exponentials", "issue", "shared memory", "L2"
     words = {"flash_forward": "forward", "flash_dkv": "$dK$, $dV$", "flash_dq": "$dQ$"}
     units = {"tensor": "tensor cores", "issue": "instructions issued"}
-    heads = [f"{words[k]}: µs | " + " | ".join(units.get(m, m) for m in shown[k]) for k in shown]
-    yield "| d | | " + " | ".join(heads) + " |"
-    yield "|--:|---|" + "--:|" * sum(1 + len(m) for m in shown.values())
     found = record["results"]["widths"]
-    for d, cases in found.items():
-        for case, kernels in cases.items():
-            cells = []
-            for kernel, metrics in shown.items():
-                cells.append(f"{kernels[kernel]['microseconds']:,.0f}")
-                cells += [f"{kernels[kernel][m]:.2f}" for m in metrics]
-            yield f"| {d} | {case} | " + " | ".join(cells) + " |"
+    for kernels in (["flash_forward"], ["flash_dkv", "flash_dq"]):
+        heads = [f"{words[k]}: µs | " + " | ".join(units.get(m, m) for m in shown[k]) for k in kernels]
+        yield "| d | | " + " | ".join(heads) + " |"
+        yield "|--:|---|" + "--:|" * sum(1 + len(shown[k]) for k in kernels)
+        for d, cases in found.items():
+            for case, counted in cases.items():
+                cells = []
+                for k in kernels:
+                    cells.append(f"{counted[k]['microseconds']:,.0f}")
+                    cells += [f"{counted[k][m]:.2f}" for m in shown[k]]
+                yield f"| {d} | {case} | " + " | ".join(cells) + " |"
+        yield ""
     full = {d: cases["full"] for d, cases in found.items()}
-    clocks = [f"{k[n]['gigahertz']:.2f}" for k in full.values() for n in shown]
-    yield ""
-    where_full = " and ".join(full)
-    yield f"The clock, GHz, in the three kernels of full attention: {', '.join(clocks)} (d = {where_full})."
+    clocks = ", ".join(f"{k[n]['gigahertz']:.2f}" for k in full.values() for n in words)
+    yield f"The clock, GHz, in the three kernels of full attention: {clocks} (d = {' and '.join(full)})."
 
 
 def clocked(record, cycles=6000):
