@@ -83,6 +83,10 @@ def _slug_of(name):
 
 
 def _over_budget():
+    """The techniques over their budget, if TRIPTYCH_BUDGET asks, as in CI where every test runs."""
+    if not os.environ.get("TRIPTYCH_BUDGET"):
+        return set()
+
     def layer(t):
         if (ROOT / "accel" / "kernels" / f"{t.slug}_hopper.py").exists():
             return "hopper"
@@ -116,5 +120,5 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """Fail the run in CI when a technique spent more than its budget."""
-    if _over_budget() and exitstatus == 0 and os.environ.get("TRIPTYCH_BUDGET"):
+    if _over_budget() and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
