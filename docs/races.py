@@ -28,18 +28,20 @@ def _where(record, run):
 
 
 def summary(slug, folder=DATA):
-    """Markdown: a row a race with our time, its share of the roof and the best of the others, or ""."""
+    """Markdown: a row a race with our time, its share of the roof and the best of the others, or "". One that
+    leaves a part of the work out, as its name then says, counts only where no other does all of it.
+    """
     if (record := _record(slug, folder)) is None:
         return ""
     lines = []
     for run in record["results"].values():
         for race in run["races"]:
-            ran = {e["name"]: e for e in race["entries"] if e["seconds"]}
-            others = [e for n, e in ran.items() if not n.startswith("accel")]
-            if OURS not in ran:
+            ours, best = _fastest(race)
+            if not ours:
                 continue
-            ours, best = ran[OURS], min(others, key=lambda e: e["seconds"], default=None)
-            speed = f"{ours['tflops']:.3g} TFLOP/s" if by_arithmetic(race) else f"{ours['gbps']:,.0f} GB/s"
+            best = best or _fastest(race, less=())[1]
+            tflops, gbps = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (ours["tflops"], ours["gbps"]))
+            speed = f"{tflops} TFLOP/s" if by_arithmetic(race) else f"{gbps} GB/s"
             them = f"{best['name']} | {best['seconds'] / ours['seconds']:.2f}" if best else " | "
             lines.append(
                 f"| {race['title']} | {ours['seconds'] * 1e3:.4g} | {speed} | {ours['roof']:.0%} | {them} |"
@@ -116,6 +118,14 @@ def against(folder=DATA):
 
 def _ratio(race):
     """Time of the fastest of the others over ours, or None."""
-    ran = {e["name"]: e["seconds"] for e in race["entries"] if e["seconds"]}
-    others = [t for n, t in ran.items() if not n.startswith("accel") and not any(x in n for x in LESS)]
-    return min(others) / ran[OURS] if others and OURS in ran else None
+    ours, best = _fastest(race)
+    return best["seconds"] / ours["seconds"] if ours and best else None
+
+
+def _fastest(race, less=LESS):
+    """(our entry, the fastest of the others, but for names that hold one of `less`), None for what did not
+    run.
+    """
+    ran = {e["name"]: e for e in race["entries"] if e["seconds"]}
+    others = [e for n, e in ran.items() if not n.startswith("accel") and not any(x in n for x in less)]
+    return ran.get(OURS), min(others, key=lambda e: e["seconds"], default=None)

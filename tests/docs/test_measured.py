@@ -250,9 +250,12 @@ def test_races_of_all_techniques_in_one_figure(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import races
 
-    entry = lambda name, seconds: {"name": name, "seconds": seconds, "roof": 0.5, "bound_by": "memory"}
+    entry = lambda name, seconds: {
+        "name": name, "seconds": seconds, "roof": 0.5, "bound_by": "memory", "tflops": 1.0, "gbps": 1234.0
+    }  # fmt: skip
     race = lambda theirs: {
-        "title": "a race", "flops": 0, "entries": [entry("accel (auto)", 1.0), entry("them", theirs)]
+        "title": "a race", "flops": 0,
+        "entries": [entry("accel (auto)", 1.0), entry("them", theirs), entry("a product alone", 0.1)],
     }  # fmt: skip
     run = {"slug": "lean", "device": "a GPU", "races": [race(0.8), race(1.5)], "versions": {"jax": "1"},
            "ceilings": {"basis": "data sheet"}}  # fmt: skip
@@ -265,6 +268,9 @@ def test_races_of_all_techniques_in_one_figure(monkeypatch, tmp_path):
     folded = ET.fromstring(races.folded(tmp_path))
     assert folded.find("summary").text == "lean: 2 races on a GPU, 2026-11-26"
     assert len(folded.findall("figure")) == 2
+    *_, first, second, _ = races.summary("lean", tmp_path).split("\n")
+    assert first == "| a race | 1000 | 1,234 GB/s | 50% | them | 0.80 |"
+    assert second.endswith("| them | 1.50 |")
     assert "lean" not in races.not_run(tmp_path)
     assert "flash" in races.not_run(tmp_path)
     sys.modules.pop("races", None)
