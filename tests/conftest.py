@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 # The suite compares values and compiles thousands of small programs: without LLVM's optimisations each takes
-# half the time, and without XLA's newer emitters of fusions half of that. Read by XLA when JAX is imported;
+# half the time, and without XLA's newer emitters of fusions a third less again. Read when JAX is imported;
 # on a machine with a GPU the defaults stay. What is sharded is tested on a CPU of eight devices.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 if not Path("/dev/nvidia0").exists():
@@ -41,11 +41,8 @@ SHARED = (
 )
 # Seconds a technique may take in the suite, generic laws included, on two cores with nothing compiled before.
 # One in three layers compiles some forty programs of a third of a second each; one with kernels for Hopper
-# lowers and compiles some ten more, and some ten for the tables that tell them which keys are hidden.
+# lowers and compiles some ten more.
 BUDGET_S = {"ref": 8.0, "accel": 25.0, "hopper": 29.0}
-# What all take together. A machine whose speed wanders may take half as much again for the same tests: then
-# each may, too.
-WHOLE_S = 200.0
 
 quiet = [HealthCheck.too_slow, HealthCheck.differing_executors]  # shared laws run under two collectors
 settings.register_profile("fast", max_examples=10, deadline=None, suppress_health_check=quiet)
@@ -83,17 +80,12 @@ def _slug_of(name):
 
 
 def _over_budget():
-    """The techniques over their budget, if TRIPTYCH_BUDGET asks, as in CI where every test runs."""
-    if not os.environ.get("TRIPTYCH_BUDGET"):
-        return set()
-
     def layer(t):
         if (ROOT / "accel" / "kernels" / f"{t.slug}_hopper.py").exists():
             return "hopper"
         return "accel" if (ROOT / "accel" / t.part / f"{t.slug}.py").exists() else "ref"
 
-    slow = max(1.0, sum(_spent.values()) / WHOLE_S)
-    return {slug for slug, seconds in _spent.items() if seconds > slow * BUDGET_S[layer(BY_SLUG[slug])]}
+    return {slug for slug, seconds in _spent.items() if seconds > BUDGET_S[layer(BY_SLUG[slug])]}
 
 
 def pytest_runtest_logreport(report):
@@ -120,5 +112,5 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """Fail the run in CI when a technique spent more than its budget."""
-    if _over_budget() and exitstatus == 0:
+    if _over_budget() and exitstatus == 0 and os.environ.get("TRIPTYCH_BUDGET"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
